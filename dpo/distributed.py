@@ -1,0 +1,108 @@
+"""Many processes as one: FSDP2 sharding, who does which work, and putting results together; none of it for one.
+
+Read next: dpo/train.py. Launch: `torchrun --nproc-per-node=N -m dpo.train exp=...`.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from models.decoder import Decoder
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `world`, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def join_ranks(device: str) -> Ranks:
+    """Join torchrun's process group (gloo on the CPU, nccl on CUDA); alone without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        return Ranks(0, 1, torch.device(device))
+    local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if local.type == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), local)
+
+
+def leave_ranks(ranks: Ranks) -> None:
+    """End the process group, if there is one."""
+    if ranks.world > 1:
+        dist.destroy_process_group()
+
+
+def shard(model: Decoder, ranks: Ranks) -> Decoder:
+    """Shard parameters over the ranks, a unit a layer; gradients are summed (the loss is divided by all pairs)."""
+    if ranks.world == 1:
+        return model
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    exact = torch.promote_types(model.compute_dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=exact, cast_forward_inputs=False)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # The root too, unlike FSDP's default: between forwards every parameter is the sharded one that an optimizer keeps.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for module in (*model.model.layers, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # else fp32 is reduced by an operation that gloo does not have
+    return model
+
+
+def own_share(items: Sequence[Item], ranks: Ranks) -> list[Item]:
+    """Every world-th item, from this rank's on."""
+    return list(items[ranks.rank :: ranks.world])
+
+
+def gather(items: list[Item], ranks: Ranks) -> list[Item]:
+    """All ranks' lists as one, in rank order, on every rank. Items must pickle; nothing from outside is unpickled."""
+    if ranks.world == 1:
+        return items
+    lists: list[list[Item]] = [[] for _ in range(ranks.world)]
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
+def total(sums: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """Sum each figure over the ranks, in rank order (fp64: every rank gets the same bits)."""
+    parts = gather([sums], ranks)
+    return {name: sum(part[name] for part in parts) for name in sums}
+
+
+def broadcast_first(item: Item, ranks: Ranks) -> Item:
+    """The first rank's item, everywhere."""
+    return gather([item], ranks)[0]
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a parameter, gathered if it is sharded (a collective: all ranks must call)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_parameters(model: Decoder) -> dict[str, Tensor]:
+    """Every parameter whole, by its published name."""
+    return {name: full_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def clip_gradients(parameters: Sequence[Tensor], limit: float) -> float:
+    """Scale gradients so that their global norm is at most `limit` (0: leave them); the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+    return float(full_tensor(norm))

@@ -1,0 +1,152 @@
+"""Everything a run reads, checked before anything is written: machine, model folder, tokenizer, rows, trees.
+
+A user's mistake ends here, with the run folder not yet made. Read next: dpo/train.py.
+"""
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dpo.checkable import make_rows
+from dpo.config import Config
+from dpo.losses import LOSSES
+from dpo.rows import Row, read_rows
+from dpo.split import Splits, split_rows
+from dpo.trees import Tree, build_trees
+from models.config import read_model_config
+from models.errors import UserError
+from models.gguf_import import resolve_model_path
+from models.tokenizer import Tokenizer, load_tokenizer, read_backend
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages after it work on; trees and rows of a split stand in the same order."""
+
+    dtype: torch.dtype  # of the arithmetic
+    cache: Path
+    model_folder: Path
+    reference_folder: Path
+    tokenizer: Tokenizer
+    splits: Splits
+    train_trees: list[Tree]
+    validation_trees: list[Tree]  # under the objective, for loss and margins
+
+
+def pick_device(config: Config) -> str:
+    """The device type: what `device` says, "cuda" for auto where there is a GPU."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU here; use device=cpu or device=auto")
+    return "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def pick_dtype(config: Config, device: str) -> torch.dtype:
+    """The arithmetic's dtype: what `dtype` says; for auto bf16 where the machine has units for it, else fp32.
+
+    On a CPU that means AMX: with AVX-512's bf16 dot products alone, bf16 measured slower than fp32.
+    """
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def cache_folder(config: Config) -> Path:
+    """run.cache, else $DPO_CACHE, else ~/.cache/dpo-judges."""
+    return Path(os.path.expanduser(config.run.cache or os.environ.get("DPO_CACHE") or "~/.cache/dpo-judges"))
+
+
+def load_splits(config: Config) -> Splits:
+    """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`."""
+    if config.data.path == "checkable":
+        rows = make_rows(**config.checkable.model_dump(), seed=config.seed)
+    else:
+        rows = read_rows(Path(config.data.path))
+    data, seed = config.data, config.seed
+    fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
+    splits = split_rows(rows, split=data.split, seed=seed, **fractions)
+    train, test = sample(splits.train, data.rows, seed), sample(splits.test, config.judge.rows, seed)
+    return replace(splits, train=train, test=test)
+
+
+def sample(rows: Sequence[Row], most: int, seed: int) -> tuple[Row, ...]:
+    """`most` rows drawn with the seed, in their old order; all of them where most = 0 or there are fewer."""
+    if not most or most >= len(rows):
+        return tuple(rows)
+    return tuple(rows[i] for i in sorted(random.Random(f"sample {seed}").sample(range(len(rows)), most)))
+
+
+def check_place(key: str, path: Path) -> None:
+    """UserError where `path`, which need not exist, could not be made and written as a folder. Writes nothing."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        fault = "may not be written (Permission denied)" if there.is_dir() else "is a file (Not a directory)"
+        raise UserError(f"{key}={path}: {there} {fault}; choose a folder that can be written")
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
+    """UserError where the model in `folder` has no embedding for one of the tokenizer's tokens."""
+    vocab = read_model_config(folder).vocab
+    if tokenizer.vocab_size > vocab:
+        raise UserError(
+            f"{folder}: its config.json says vocab_size = {vocab}, fewer than the {tokenizer.vocab_size} tokens of "
+            f"{tokenizer.folder / 'tokenizer.json'}; take weights and tokenizer from the same model"
+        )
+
+
+def _reference_folder(config: Config, cache: Path, tokenizer: Tokenizer) -> Path:
+    """The folder of `reference.path`, the policy's where it is empty; both must read the same tokens."""
+    if not config.reference.path:
+        return tokenizer.folder
+    folder = resolve_model_path(config.reference.path, cache, "reference.path")
+    if read_backend(folder).get_vocab() != tokenizer.backend.get_vocab():
+        raise UserError(
+            f"reference.path={config.reference.path}: its tokenizer has other tokens than that of {tokenizer.folder}; "
+            "a reference must read the policy's tokens: take a model of the same family"
+        )
+    check_vocabulary(folder, tokenizer)
+    return folder
+
+
+def read_inputs(config: Config, device: str) -> Inputs:
+    """Read and check all that the configuration names. UserError with what, where and what to do."""
+    if config.loss.name not in LOSSES:
+        raise UserError(f'loss.name = "{config.loss.name}": there is no such loss; allowed are {", ".join(LOSSES)}')
+    cache = cache_folder(config)
+    check_place("run.root", Path(config.run.root))
+    check_place("run.cache", cache)
+    check_place("reference.store", Path(config.reference.store))
+    splits = load_splits(config)
+    if not splits.test:
+        raise UserError("no test rows: a run ends with judging held-out rows; set data.test_fraction above 0")
+    model_folder = resolve_model_path(config.model.path, cache)
+    tokenizer = load_tokenizer(model_folder)
+    check_vocabulary(model_folder, tokenizer)
+    reference_folder = _reference_folder(config, cache, tokenizer)
+    trees = partial(
+        build_trees,
+        tokenizer=tokenizer,
+        pair_weight=config.train.pair_weight,
+        pack_tokens=config.pack.tokens,
+        sighted=config.judge.sighted,
+    )
+    judged = config.judge.pairs_per_row
+    for rows in (splits.validation, splits.test):  # built again when they are judged: a row too long is to be told now
+        trees(rows, objective="verdicts", pairs_per_row=judged)
+    return Inputs(
+        pick_dtype(config, device),
+        cache,
+        model_folder,
+        reference_folder,
+        tokenizer,
+        splits,
+        trees(splits.train, objective=config.objective, pairs_per_row=config.data.pairs_per_row),
+        trees(splits.validation, objective=config.objective, pairs_per_row=judged),
+    )

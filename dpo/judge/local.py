@@ -1,0 +1,62 @@
+"""A local model as judge: how it does on validation while it trains, and on held-out rows before and after.
+
+Read next: dpo/judge/protocols.py, dpo/judge/controls.py.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from dpo.config import Config
+from dpo.inputs import Inputs
+from dpo.judge.controls import conclude, control_verdicts
+from dpo.judge.protocols import compare, judge_trees
+from dpo.judge.statistics import Verdict, summarise, verdict_record
+from dpo.judge.statistics import compare as compare_judges
+from dpo.logprobs import TreeLogps
+from dpo.rows import Row, pairs_of
+from dpo.trees import Tree
+from models.files import atomic_write_text
+
+Score = Callable[[Sequence[Tree]], list[TreeLogps]]
+"""A model as a function: trees in, per-token log-probs out."""
+
+
+def verdicts(rows: Sequence[Row], inputs: Inputs, config: Config, score: Score, *, sighted: bool) -> list[Verdict]:
+    """The model's verdicts on the first judge.pairs_per_row pairs of each row (0: all), in both orders."""
+    pairs_per_row = config.judge.pairs_per_row
+    trees = judge_trees(
+        rows, inputs.tokenizer, pairs_per_row=pairs_per_row, pack_tokens=config.pack.tokens, sighted=sighted
+    )
+    return compare(rows, trees, pairs_per_row, score)
+
+
+def judge_results(
+    inputs: Inputs,
+    config: Config,
+    judged: Mapping[str, Sequence[Verdict]],
+    base_validation: Sequence[Verdict],
+) -> dict[str, object]:
+    """results.json's `judge`: the judges "base" and "trained" (and "blind"), their comparison, and the controls.
+
+    `judged` holds verdicts on the test rows by judge. The controls that need validation rows are left out without any.
+    """
+    seed = config.seed
+    test_pairs = [(row, pair) for row in inputs.splits.test for pair in pairs_of(row, config.judge.pairs_per_row)]
+    controls = control_verdicts(
+        inputs.splits.train, test_pairs, judged["base"], base_validation, judged.get("blind"), seed
+    )
+    conclusion = conclude(judged["trained"], controls, seed)
+    return {
+        **{name: summarise(judge, seed) for name, judge in judged.items()},
+        "comparison": compare_judges(judged["trained"], judged["base"], seed),
+        **conclusion,
+    }
+
+
+def write_verdicts(path: Path, judged: Mapping[str, Sequence[Verdict]]) -> None:
+    """One line a judge and pair: the judge's name, then the verdict's record."""
+    lines = [
+        json.dumps({"judge": name, **verdict_record(verdict)}) for name, judge in judged.items() for verdict in judge
+    ]
+    atomic_write_text(path, "\n".join(lines) + "\n")

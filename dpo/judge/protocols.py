@@ -1,0 +1,40 @@
+"""The `compare` protocol: a judge reads two answers in both orders and says "A" or "B".
+
+Read next: dpo/judge/statistics.py. A maker of verdicts is a function from trees to log-probs; a local model's verdict
+is the log-odds of "A" against "B" in one forward, both orders at once.
+"""
+
+from collections.abc import Callable, Sequence
+
+from dpo.judge.statistics import Verdict
+from dpo.logprobs import TreeLogps
+from dpo.rows import Row, pairs_of
+from dpo.trees import Tree, build_trees
+from models.tokenizer import Tokenizer
+
+
+def judge_trees(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, pairs_per_row: int, pack_tokens: int, sighted: bool
+) -> list[Tree]:
+    """One verdict tree a row: each of its first `pairs_per_row` pairs (0: all) in both orders."""
+    return build_trees(
+        rows,
+        tokenizer,
+        objective="verdicts",
+        pairs_per_row=pairs_per_row,
+        pair_weight="pair",
+        pack_tokens=pack_tokens,
+        sighted=sighted,
+    )
+
+
+def compare(
+    rows: Sequence[Row], trees: Sequence[Tree], pairs_per_row: int, score: Callable[[Sequence[Tree]], list[TreeLogps]]
+) -> list[Verdict]:
+    """Verdicts on every pair of `trees` (from judge_trees on the same rows), by `score`'s log-probs of "A" and "B"."""
+    verdicts = []
+    for row, logps in zip(rows, score(trees), strict=True):
+        odds = [float(a[0]) - float(b[0]) for a, b in zip(logps[0::2], logps[1::2], strict=True)]
+        for pair, first, second in zip(pairs_of(row, pairs_per_row), odds[0::2], odds[1::2], strict=True):
+            verdicts.append(Verdict(row.id, row.subset, row.group, pair, first, second))
+    return verdicts

@@ -1,0 +1,264 @@
+"""What may be said from verdicts: accuracies, intervals, paired tests. Numpy only, every function pure.
+
+Letters: R judged pairs, G groups (rows that share requests or answers: the independent unit), F flips or resamples.
+Two readings of the same 2R single-order verdicts stand always side by side:
+  consistent  right when both orders name the chosen answer; a verdict that flips is a tie and counts as wrong;
+  averaged    right when the A-B log-odds, averaged over both orders, favour the chosen answer: position cancels.
+Two judges are compared on the same pairs: the exact test takes pairs as independent, the clustered one only groups.
+Read next: dpo/judge/controls.py.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import NotRequired, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+BLOCK = 100  # flips or resamples drawn at once: a [BLOCK, G] array stays small whatever G is
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One pair, judged in both orders; log-odds in nats, NaN where the judge gave no usable verdict."""
+
+    id: str
+    subset: str
+    group: str
+    pair: tuple[int, int]  # (index into chosen, index into rejected)
+    first: float  # log p("A") - log p("B") with the chosen answer shown first (as A): > 0 is right
+    second: float  # the same with the chosen answer shown second (as B): < 0 is right
+
+
+class Summary(TypedDict):
+    """One judge's figures, as they stand in results.json; shares are of all n pairs, invalid ones included."""
+
+    n: int
+    wins: int
+    losses: int
+    ties: int
+    invalid: int
+    accuracy: float
+    accuracy_interval: list[float]
+    averaged_accuracy: float
+    averaged_interval: list[float]
+    averaged_cluster_interval: list[float]
+    position_consistency: float
+    raw_a_rate: float
+    subsets: NotRequired[dict[str, "Summary"]]
+
+
+class PairedTest(TypedDict):
+    """Judge a against judge b on the same pairs; `wins_only_a` counts the pairs on which a scores higher."""
+
+    p: float  # exact McNemar, pairs taken as independent
+    p_clustered: float  # sign flips of whole groups
+    p_holm: NotRequired[float]
+    difference: float  # a - b, a share
+    interval: list[float]  # bootstrap of whole groups
+    wins_only_a: int
+    wins_only_b: int
+    minimum_detectable: float
+
+
+class Comparison(TypedDict):
+    """Both readings of one comparison."""
+
+    consistent: PairedTest
+    averaged: PairedTest
+
+
+# ---- verdicts
+
+
+def verdict_record(verdict: Verdict) -> dict[str, object]:
+    """The verdict as one line of verdicts.jsonl; an invalid log-odds (NaN) is written as null, which is strict JSON."""
+    return {key: None if value != value else value for key, value in asdict(verdict).items()}
+
+
+def log_odds(verdicts: Sequence[Verdict]) -> tuple[Floats, Floats]:
+    """(first_R, second_R) as arrays, finite or NaN: an infinite log-odds has no average, and is its maker's mistake."""
+    first_R, second_R = np.array([(verdict.first, verdict.second) for verdict in verdicts]).reshape(-1, 2).T
+    assert not (np.isinf(first_R).any() or np.isinf(second_R).any()), "a verdict's log-odds must be finite, or NaN"
+    return first_R, second_R
+
+
+def outcomes(verdicts: Sequence[Verdict]) -> NDArray[np.str_]:
+    """The both-orders verdict of each pair: "win", "loss", "tie" (it flips, or an exact 0) or "invalid" (any NaN)."""
+    first_R, second_R = log_odds(verdicts)
+    return np.select(
+        [np.isnan(first_R) | np.isnan(second_R), (first_R > 0) & (second_R < 0), (first_R < 0) & (second_R > 0)],
+        ["invalid", "win", "loss"],
+        default="tie",
+    )
+
+
+def consistent_scores(verdicts: Sequence[Verdict]) -> Floats:
+    """1 for a win, 0 for a loss, a tie or an invalid verdict (the study's accuracy is the mean)."""
+    return np.where(outcomes(verdicts) == "win", 1.0, 0.0)
+
+
+def averaged_scores(verdicts: Sequence[Verdict]) -> Floats:
+    """1, 0 or 1/2 by the sign of (first - second) / 2; an invalid verdict scores 0 and is counted by `outcomes`."""
+    first_R, second_R = log_odds(verdicts)
+    # Compared, not subtracted: a sign must not depend on rounding.
+    return np.where(first_R > second_R, 1.0, np.where(first_R == second_R, 0.5, 0.0))
+
+
+# ---- one proportion or mean
+
+
+def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (JASA 1927): (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
+
+    `successes` may be fractional (half scores vary less than 0/1, so the interval is then a little wide). It takes the
+    n as independent: beside it stands the clustered interval.
+    """
+    share = successes / n
+    centre = share + z * z / (2 * n)
+    half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At 0 and n the bound is exactly 0 and 1; rounding must not say otherwise.
+    low = 0.0 if successes == 0 else (centre - half_width) / scale
+    high = 1.0 if successes == n else (centre + half_width) / scale
+    return low, high
+
+
+def _group_sums(values: Sequence[float] | Floats, groups: Sequence[str]) -> tuple[Floats, Floats]:
+    """(sum_G, count_G) of the values, groups in sorted order (so the order of the rows never matters to a seed)."""
+    _, group_R = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    return np.bincount(group_R, weights=values).astype(np.float64), np.bincount(group_R).astype(np.float64)
+
+
+def cluster_bootstrap(
+    values: Sequence[float] | Floats,
+    groups: Sequence[str],
+    seed: int,
+    samples: int = 10_000,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean, whole groups resampled with replacement (Efron 1979, by cluster).
+
+    The resampled mean is sum of sums / sum of sizes (a ratio, so groups may differ in size). `bounds` is the range that
+    the mean can have: a single group says nothing about the spread between groups, and gives the bounds.
+    """
+    sum_G, count_G = _group_sums(values, groups)
+    if len(sum_G) == 1:
+        return bounds
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(samples // BLOCK):
+        drawn_FG = rng.integers(0, len(sum_G), size=(BLOCK, len(sum_G)))
+        means.append(sum_G[drawn_FG].sum(axis=1) / count_G[drawn_FG].sum(axis=1))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# ---- two judges on the same pairs
+
+
+def mcnemar_exact(b: int, c: int) -> float:
+    """Two-sided exact McNemar (sign) test, b against c discordant pairs: min(1, 2 P(Bin(b + c, 1/2) <= min(b, c)))."""
+    tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))  # whole numbers: no rounding before the one division
+    return min(1.0, 2 * tail / 2 ** (b + c))
+
+
+def sign_flip_p(differences: Sequence[float] | Floats, groups: Sequence[str], seed: int, flips: int = 20_000) -> float:
+    """Two-sided paired randomisation test, clustered: each group's whole sum may change sign (Fisher 1935).
+
+    Exact over all 2^G signs for at most 14 groups with a non-zero sum (a zero sum changes nothing), else Monte Carlo:
+    (1 + flips as far from 0 as seen) / (1 + flips), which is never 0 and stays valid (Phipson & Smyth 2010).
+    """
+    sum_G, _ = _group_sums(differences, groups)
+    sum_G = sum_G[sum_G != 0]
+    n_groups = len(sum_G)
+    # Sums in another order round otherwise; what equals the seen one up to rounding counts as equal.
+    reach = abs(float(sum_G.sum())) - 1e-12 * float(np.abs(sum_G).sum())
+    if n_groups <= 14:
+        sign_FG = ((np.arange(2**n_groups)[:, None] >> np.arange(n_groups)) & 1) * 2.0 - 1.0
+        return float(np.mean(np.abs(sign_FG @ sum_G) >= reach))
+    rng = np.random.default_rng(seed)
+    count = 0
+    for _ in range(flips // BLOCK):
+        sign_FG = rng.integers(0, 2, size=(BLOCK, n_groups), dtype=np.int8) * 2.0 - 1.0
+        count += int(np.count_nonzero(np.abs(sign_FG @ sum_G) >= reach))
+    return (1 + count) / (1 + flips)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p-values (Scand. J. Statist. 1979), in the order given."""
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def minimum_detectable_difference(differences: Sequence[float] | Floats, groups: Sequence[str]) -> float:
+    """The smallest true difference of means that such differences show four times in five, at a two-sided 5 %.
+
+    d = z sqrt(v / (1 + z^2 / G)), z = z_.975 + z_.8, v = sum_G (a group's sum)^2 / R^2: d = z SE (Miller 2411.00640)
+    with SE^2 = v - d^2 / G, by group, solved for d. Where no pair differs it is 0: that can never show anything.
+    """
+    sum_G, count_G = _group_sums(differences, groups)
+    z = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
+    return z * math.sqrt(float(sum_G @ sum_G) / float(count_G.sum()) ** 2 / (1 + z * z / len(sum_G)))
+
+
+# ---- what results.json says
+
+
+def _figures(verdicts: Sequence[Verdict], seed: int) -> Summary:
+    n = len(verdicts)
+    first_R, second_R = log_odds(verdicts)
+    outcome_R, score_R = outcomes(verdicts), averaged_scores(verdicts)
+    wins, losses, ties, invalid = (int((outcome_R == name).sum()) for name in ("win", "loss", "tie", "invalid"))
+    return Summary(
+        n=n,
+        wins=wins,
+        losses=losses,
+        ties=ties,
+        invalid=invalid,
+        accuracy=wins / n,
+        accuracy_interval=list(wilson_interval(wins, n)),
+        averaged_accuracy=float(score_R.mean()),
+        averaged_interval=list(wilson_interval(float(score_R.sum()), n)),
+        averaged_cluster_interval=list(cluster_bootstrap(score_R, [verdict.group for verdict in verdicts], seed)),
+        position_consistency=(wins + losses) / n,
+        raw_a_rate=float((first_R > 0).sum() + (second_R > 0).sum()) / (2 * n),
+    )
+
+
+def summarise(verdicts: Sequence[Verdict], seed: int = 0) -> Summary:
+    """One judge's figures over all pairs (at least one) and by subset; the seed is the bootstrap's."""
+    names = sorted({verdict.subset for verdict in verdicts})
+    subsets = {name: _figures([v for v in verdicts if v.subset == name], seed) for name in names}
+    return {**_figures(verdicts, seed), "subsets": subsets}
+
+
+def _paired_test(score_a_R: Floats, score_b_R: Floats, groups: Sequence[str], seed: int) -> PairedTest:
+    difference_R = score_a_R - score_b_R
+    only_a, only_b = int((difference_R > 0).sum()), int((difference_R < 0).sum())
+    return PairedTest(
+        p=mcnemar_exact(only_a, only_b),
+        p_clustered=sign_flip_p(difference_R, groups, seed),
+        difference=float(difference_R.mean()),
+        interval=list(cluster_bootstrap(difference_R, groups, seed, bounds=(-1.0, 1.0))),
+        wins_only_a=only_a,
+        wins_only_b=only_b,
+        minimum_detectable=minimum_detectable_difference(difference_R, groups),
+    )
+
+
+def compare(verdicts_a: Sequence[Verdict], verdicts_b: Sequence[Verdict], seed: int) -> Comparison:
+    """Judge a against judge b on the same pairs in the same order. Quote the larger p where groups hold many pairs."""
+    keys_a, keys_b = ([(v.id, v.pair, v.group) for v in verdicts] for verdicts in (verdicts_a, verdicts_b))
+    assert keys_a == keys_b, "the two judges' verdicts are not on the same pairs, groups or in another order"
+    groups = [verdict.group for verdict in verdicts_a]
+    return Comparison(
+        consistent=_paired_test(consistent_scores(verdicts_a), consistent_scores(verdicts_b), groups, seed),
+        averaged=_paired_test(averaged_scores(verdicts_a), averaged_scores(verdicts_b), groups, seed),
+    )

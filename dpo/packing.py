@@ -1,0 +1,177 @@
+"""Packs: rows of exactly `pack_tokens` tokens filled with whole trees, and batches of packs closed under pairs.
+
+Letters: `T` tokens of a pack, `R` scored tokens, `S` completions of a batch, `B` pairs. Read next: dpo/logprobs.py.
+
+Every pack has one fixed shape, filled by first-fit-decreasing bin packing and padded, so that a token's values do not
+depend on its neighbours. A tree larger than a pack is split between branches, its prompt repeated; packs that share a
+tree's pairs form one batch and are differentiated together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dpo.trees import Tree
+from models.attention import TreeShape
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One fixed-shape row of tokens and the list of what is scored in it."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    shapes: tuple[TreeShape, ...]
+    rows_R: Tensor  # hidden row that predicts each scored token
+    targets_R: Tensor
+    completion_R: Tensor  # index in the batch of the completion it belongs to
+    used_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packs whose trees' pairs all lie within them."""
+
+    packs: tuple[Pack, ...]
+    completions: tuple[tuple[int, int], ...]  # (tree index, completion of it) for each of S
+    lengths_S: Tensor  # scored tokens
+    winner_B: Tensor  # indices into S
+    loser_B: Tensor
+    weight_B: Tensor
+
+
+@dataclass(frozen=True)
+class _Piece:
+    tree: int
+    branches: tuple[int, ...]
+    tokens: int
+
+
+def _pieces(index: int, tree: Tree, pack_tokens: int) -> list[_Piece]:
+    """The tree whole, or cut between branches into pieces that fit a pack."""
+    pieces: list[_Piece] = []
+    taken: list[int] = []
+    size = len(tree.prompt)
+    for branch, tokens in enumerate(tree.branches):
+        assert len(tree.prompt) + len(tokens) <= pack_tokens, f"tree {tree.id}: a branch does not fit the pack"
+        if size + len(tokens) > pack_tokens:
+            pieces.append(_Piece(index, tuple(taken), size))
+            taken, size = [], len(tree.prompt)
+        taken.append(branch)
+        size += len(tokens)
+    return [*pieces, _Piece(index, tuple(taken), size)]
+
+
+def _first_fit_decreasing(pieces: Sequence[_Piece], pack_tokens: int) -> list[list[_Piece]]:
+    bins: list[list[_Piece]] = []
+    room: list[int] = []
+    for piece in sorted(pieces, key=lambda p: -p.tokens):
+        slot = next((i for i, free in enumerate(room) if free >= piece.tokens), len(bins))
+        if slot == len(bins):
+            bins.append([])
+            room.append(pack_tokens)
+        bins[slot].append(piece)
+        room[slot] -= piece.tokens
+    return bins
+
+
+def _linked(bins: Sequence[Sequence[_Piece]]) -> list[list[int]]:
+    """Bins grouped so that no tree lies in two groups."""
+    group_of = list(range(len(bins)))
+    first_bin: dict[int, int] = {}
+    for i, pieces in enumerate(bins):
+        for piece in pieces:
+            other = group_of[first_bin.setdefault(piece.tree, i)]
+            group_of = [other if group == group_of[i] else group for group in group_of]
+    return [[i for i, group in enumerate(group_of) if group == wanted] for wanted in dict.fromkeys(group_of)]
+
+
+def _pack(pieces: Sequence[_Piece], trees: Sequence[Tree], slots: dict[tuple[int, int], int], pack_tokens: int) -> Pack:
+    tokens: list[int] = []
+    positions: list[int] = []
+    shapes: list[TreeShape] = []
+    scored: list[tuple[int, int, int]] = []
+    for piece in pieces:
+        tree = trees[piece.tree]
+        prompt = len(tree.prompt)
+        last_prompt_row = len(tokens) + prompt - 1
+        tokens += tree.prompt
+        positions += range(prompt)
+        for branch in piece.branches:
+            begin = len(tokens)
+            tokens += tree.branches[branch]
+            positions += range(prompt, prompt + len(tree.branches[branch]))
+            for index, completion in enumerate(tree.completions):
+                if completion.branch == branch:
+                    row = begin + completion.start - 1
+                    rows = [r if r >= begin else last_prompt_row for r in range(row, row + len(completion.targets))]
+                    slot = slots[piece.tree, index]
+                    scored += [(r, target, slot) for r, target in zip(rows, completion.targets, strict=True)]
+        shapes.append((prompt, tuple(len(tree.branches[branch]) for branch in piece.branches)))
+    padding = pack_tokens - len(tokens)
+    rows_R, targets_R, completion_R = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+    return Pack(
+        torch.tensor(tokens + [0] * padding),
+        torch.tensor(positions + [0] * padding),
+        tuple(shapes),
+        rows_R,
+        targets_R,
+        completion_R,
+        len(tokens),
+    )
+
+
+def empty_pack(pack_tokens: int) -> Pack:
+    """A pack that scores nothing: what a rank runs while others still have work.
+
+    It holds one token, so that every weight takes part and gets a gradient (of zeros): sharded ranks must send alike.
+    """
+    one_token = Tree("", (0,), (), (), ())
+    return replace(_pack([_Piece(0, (), 1)], [one_token], {}, pack_tokens), used_tokens=0)
+
+
+def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:
+    """Batches that together hold every tree once; each batch's packs are to be kept until its loss is taken."""
+    pieces = [piece for index, tree in enumerate(trees) for piece in _pieces(index, tree, pack_tokens)]
+    bins = _first_fit_decreasing(pieces, pack_tokens)
+    batches = []
+    for group in _linked(bins):
+        members = sorted({piece.tree for i in group for piece in bins[i]})
+        completions = tuple((tree, c) for tree in members for c in range(len(trees[tree].completions)))
+        slots = {completion: slot for slot, completion in enumerate(completions)}
+        pairs = [
+            (slots[tree, pair.winner], slots[tree, pair.loser], pair.weight)
+            for tree in members
+            for pair in trees[tree].pairs
+        ]
+        winner, loser, weight = zip(*pairs, strict=True) if pairs else ((), (), ())
+        batches.append(
+            Batch(
+                tuple(_pack(bins[i], trees, slots, pack_tokens) for i in group),
+                completions,
+                torch.tensor([len(trees[tree].completions[c].targets) for tree, c in completions]),
+                torch.tensor(winner, dtype=torch.int64),
+                torch.tensor(loser, dtype=torch.int64),
+                torch.tensor(weight, dtype=torch.float64),
+            )
+        )
+    return batches
+
+
+def pack_share(trees: Sequence[Tree], pack_tokens: int, rank: int, world: int) -> list[Batch]:
+    """Batches of every world-th tree from `rank` on, filled up with empty ones to the same shape on every rank.
+
+    Ranks must run equally many forwards and backwards in the same order; each can work out what the others have.
+    """
+    shares = [pack_trees(trees[r::world], pack_tokens) for r in range(world)]
+    nothing = torch.zeros(0, dtype=torch.int64)
+    idle = Batch((), (), nothing, nothing, nothing, nothing.double())
+    batches = []
+    for i in range(max(map(len, shares))):
+        row = [share[i] if i < len(share) else idle for share in shares]
+        packs = max(len(batch.packs) for batch in row)
+        filling = tuple(empty_pack(pack_tokens) for _ in range(packs - len(row[rank].packs)))
+        batches.append(replace(row[rank], packs=row[rank].packs + filling))
+    return batches

@@ -1,0 +1,78 @@
+"""What a finished run says about itself: the shape of results.json and env.json, and metrics.jsonl read back.
+
+No dimension letters. Read next: dpo/report.py.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import TypedDict
+
+from dpo.judge.controls import Conclusion
+from dpo.judge.statistics import Comparison, Summary
+from models.errors import UserError
+
+Counts = dict[str, int]
+Metrics = list[dict[str, float]]
+"""The lines of metrics.jsonl: every one has a "step"; what was not finite is NaN."""
+
+
+class Judgement(Conclusion):
+    base: Summary
+    trained: Summary
+    comparison: Comparison
+
+
+class Data(TypedDict):
+    rows: Counts  # by split, as the next two
+    pairs: Counts
+    groups: Counts
+    subsets: dict[str, Counts]
+    unused_rows: int
+    leaks: Counts  # by kind
+
+
+class Results(TypedDict):
+    step0_loss: float
+    step0_max_difference: float
+    reference: Counts
+    judge: Judgement
+    train: dict[str, float | str]
+    data: Data
+    time_s: dict[str, float]
+
+
+class Environment(TypedDict):
+    command: str
+    cpu: str
+    cores: int
+    gpu: str | None
+    packages: dict[str, str]
+    git: dict[str, object] | None
+
+
+def widest_interval(judged: Summary) -> list[float]:
+    """Of the order-averaged accuracy: Wilson's, or the one clustered by group where that is wider."""
+    intervals = judged["averaged_interval"], judged["averaged_cluster_interval"]
+    return max(intervals, key=lambda ends: ends[1] - ends[0])
+
+
+def read_metrics(path: Path, *, torn: bool = False) -> Metrics:
+    """The lines of metrics.jsonl. A broken one is a UserError, but for the last one where a kill may have `torn` it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    metrics: Metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            float(values["step"])
+            metrics.append({name: math.nan if value is None else float(value) for name, value in values.items()})
+        except (ValueError, TypeError, AttributeError, KeyError):
+            if torn and number == len(lines):
+                return metrics
+            raise UserError(f"{path}:{number}: no metrics of a step: {line[:80]!r}; mend or remove the line") from None
+    if not lines:
+        raise UserError(f"{path}: is empty; a run writes a line a step")
+    return metrics

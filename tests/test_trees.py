@@ -1,0 +1,235 @@
+"""dpo/trees.py on real tokenizers: what is scored, worked out again from a plain rendering of the messages."""
+
+import dataclasses
+import functools
+import itertools
+
+import pytest
+
+from dpo.rows import Row, pairs_of, read_rows, write_rows
+from dpo.trees import Completion, Pair, Tree, build_trees, response_tree, verdict_tree
+from models.errors import UserError
+from models.tokenizer import Tokenizer, load_tokenizer
+
+USER = ({"role": "user", "content": "Name the second month."},)
+DIALOGUE = (
+    {"role": "system", "content": "Be brief — please."},
+    {"role": "user", "content": "Hi, ¿qué tal?"},
+    {"role": "assistant", "content": "Fine."},
+    {"role": "user", "content": "Translate: 日本語 🙂"},
+)
+ROW = Row("r1", "Focus", USER, ("February.", "It is February."), ("March.", "Февраль?", "I don't know"), "g")
+ROWS = [ROW, dataclasses.replace(ROW, id="r2", prompt=DIALOGUE, chosen=("Japanese 🙂",), rejected=("日本",))]
+
+
+@pytest.fixture(params=["tiny_folder", "smollm2_folder"])
+def folder(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def tokenizer(folder) -> Tokenizer:
+    return our_tokenizer(folder)
+
+
+our_tokenizer = functools.cache(load_tokenizer)
+
+
+@functools.cache
+def transformers_tokenizer(folder):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+
+
+def plain(folder, messages, generate: bool = True) -> tuple[int, ...]:
+    """The chat's tokens by transformers, which shares no code with the trees."""
+    theirs = transformers_tokenizer(folder)
+    text = theirs.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate)
+    return tuple(theirs.encode(text, add_special_tokens=False))
+
+
+def scored_sequence(tree: Tree, completion: Completion) -> tuple[int, ...]:
+    """Prompt, branch and targets as the one sequence that a plain forward would score the end of."""
+    return (*tree.prompt, *tree.branches[completion.branch][: completion.start], *completion.targets)
+
+
+# --- responses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS, ids=["one turn", "dialogue"])
+def test_a_responses_scored_tokens_are_the_answer_and_its_end_of_turn(folder, tokenizer, row):
+    tree = response_tree(row, tokenizer, pairs_of(row, 0), "pair")
+    assert tree.prompt == plain(folder, row.prompt)
+    end = tokenizer.encode("<|im_end|>")
+    for answer, completion in zip([*row.chosen, *row.rejected], _by_answer(tree, row), strict=True):
+        whole = plain(folder, [*row.prompt, {"role": "assistant", "content": answer}], generate=False)
+        newline = tokenizer.encode("\n")  # what ChatML writes after the turn's end is nobody's to predict
+        assert scored_sequence(tree, completion) + tuple(newline) == whole
+        assert completion.start == 0 and tokenizer.decode(completion.targets) == f"{answer}<|im_end|>"
+        assert list(completion.targets[-1:]) == end
+        assert tree.branches[completion.branch] == completion.targets[:-1]  # the last token is never an input
+
+
+def _by_answer(tree: Tree, row: Row) -> list[Completion]:
+    """Each answer's completion, found through the pairs that name it."""
+    winners = {i: pair.winner for (i, _), pair in zip(pairs_of(row, 0), tree.pairs, strict=True)}
+    losers = {j: pair.loser for (_, j), pair in zip(pairs_of(row, 0), tree.pairs, strict=True)}
+    numbers = [*(winners[i] for i in sorted(winners)), *(losers[j] for j in sorted(losers))]
+    return [tree.completions[number] for number in numbers]
+
+
+def test_an_answer_that_begins_or_ends_in_white_space_is_scored_as_generation_would_write_it(tokenizer):
+    row = dataclasses.replace(ROW, chosen=("\n\nFebruary. \n",), rejected=(" February",))
+    tree = response_tree(row, tokenizer, [(0, 0)], "pair")
+    assert [tokenizer.decode(completion.targets) for completion in tree.completions] == [
+        "\n\nFebruary. \n<|im_end|>",
+        " February<|im_end|>",
+    ]
+    assert list(tree.prompt) == tokenizer.prompt_ids(USER)
+
+
+def test_each_answer_is_run_once_however_many_pairs_it_is_in(tokenizer):
+    tree = response_tree(ROW, tokenizer, pairs_of(ROW, 0), "pair")
+    assert len(tree.branches) == len(tree.completions) == 5 and len(tree.pairs) == 6
+    assert len({(pair.winner, pair.loser) for pair in tree.pairs}) == 6
+    repeated = dataclasses.replace(ROW, chosen=("February.", "February."), rejected=("March.", "March."))
+    tree = response_tree(repeated, tokenizer, pairs_of(repeated, 0), "pair")
+    assert len(tree.branches) == len(tree.completions) == 2
+    assert {(pair.winner, pair.loser) for pair in tree.pairs} == {(0, 1)} and len(tree.pairs) == 4
+
+
+def test_only_the_answers_of_the_pairs_asked_for_are_run(tokenizer):
+    tree = response_tree(ROW, tokenizer, pairs_of(ROW, 2), "pair")
+    assert [tokenizer.decode(c.targets) for c in tree.completions] == [
+        f"{answer}<|im_end|>" for answer in ("February.", "March.", "Февраль?")
+    ]
+    assert tree.pairs == (Pair(0, 1, 1.0), Pair(0, 2, 1.0))
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sighted", [True, False], ids=["sighted", "blind"])
+@pytest.mark.parametrize("row", ROWS, ids=["one turn", "dialogue"])
+def test_prompt_and_branch_are_the_judges_whole_prompt_in_each_order(folder, tokenizer, row, sighted):
+    tree = verdict_tree(row, tokenizer, pairs_of(row, 0), "pair", sighted=sighted)
+    assert len(tree.branches) == 2 * len(pairs_of(row, 0))
+    orders = [order for i, j in pairs_of(row, 0) for order in _orders(row.chosen[i], row.rejected[j])]
+    for branch, (first, second) in zip(tree.branches, orders, strict=True):
+        text = tokenizer.decode([*tree.prompt, *branch])
+        assert tuple(tokenizer.encode(text)) == (*tree.prompt, *branch)
+        system, user = _turns(text)
+        assert user.endswith(f"Answer A: {first}\n\nAnswer B: {second}\n\nBetter answer:")
+        seen = [message["content"] in user for message in row.prompt]
+        assert all(seen) if sighted else not any(seen)
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        assert plain(folder, messages) == (*tree.prompt, *branch)
+
+
+def _orders(chosen: str, rejected: str) -> list[tuple[str, str]]:
+    return [(chosen, rejected), (rejected, chosen)]
+
+
+def _turns(text: str) -> tuple[str, str]:
+    """The system's and the user's text of a ChatML prompt that holds nothing else."""
+    head, system, user, assistant = text.split("<|im_start|>")
+    assert head == "" and assistant == "assistant\n"
+    return (
+        system.removeprefix("system\n").removesuffix("<|im_end|>\n"),
+        user.removeprefix("user\n").removesuffix("<|im_end|>\n"),
+    )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=["one turn", "dialogue"])
+def test_the_winner_is_the_letter_that_stands_before_the_chosen_answer_in_both_orders(tokenizer, row):
+    tree = verdict_tree(row, tokenizer, pairs_of(row, 0), "pair")
+    for b, pair in enumerate(tree.pairs):
+        winner, loser = tree.completions[pair.winner], tree.completions[pair.loser]
+        assert winner.branch == loser.branch == b
+        user = _turns(tokenizer.decode([*tree.prompt, *tree.branches[b]]))[1]
+        answers = {letter: user.split(f"Answer {letter}: ")[-1].split("\n\n")[0] for letter in "AB"}
+        assert answers[tokenizer.decode(winner.targets)] in row.chosen
+        assert answers[tokenizer.decode(loser.targets)] in row.rejected
+        for completion in (winner, loser):  # one token, predicted at the branch's last row: nothing runs for it
+            assert completion.start == len(tree.branches[b]) > 0 and len(completion.targets) == 1
+    winners = [tokenizer.decode(tree.completions[pair.winner].targets) for pair in tree.pairs]
+    assert winners == ["A", "B"] * len(pairs_of(row, 0))
+
+
+@pytest.mark.parametrize("pairs_per_row", [0, 1])
+def test_the_shared_prefix_of_the_orders_is_as_long_as_it_can_be(tokenizer, pairs_per_row):
+    tree = verdict_tree(ROW, tokenizer, pairs_of(ROW, pairs_per_row), "pair")
+    assert len({branch[0] for branch in tree.branches}) > 1  # one more token would not be shared
+    assert ROW.prompt[0]["content"] in tokenizer.decode(tree.prompt)
+
+
+def test_a_branch_never_becomes_empty_even_where_one_order_begins_as_another_ends(tokenizer):
+    """Answers of which one begins with the other share more than the request."""
+    row = dataclasses.replace(ROW, chosen=("no",), rejected=("no no",))
+    tree = verdict_tree(row, tokenizer, [(0, 0)], "pair")
+    assert all(tree.branches) and tree.branches[0][0] != tree.branches[1][0]
+
+
+# --- weights, addresses, lengths ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("build", "pairs"), [(response_tree, 6), (verdict_tree, 12)])
+def test_a_pair_weighs_one_or_all_pairs_of_a_row_together_do(tokenizer, build, pairs):
+    for name, weight in (("pair", 1.0), ("row", 1 / pairs)):
+        assert [pair.weight for pair in build(ROW, tokenizer, pairs_of(ROW, 0), name).pairs] == [weight] * pairs
+
+
+BASE = Tree("t", (5, 6, 7), ((8, 9), (8,)), (Completion(0, 1, (9, 2)), Completion(1, 0, (8, 2))), (Pair(0, 1, 1.0),))
+CHANGED = {
+    "prompt token": dataclasses.replace(BASE, prompt=(5, 6, 1)),
+    "prompt longer by a token of the branch": dataclasses.replace(BASE, prompt=(5, 6, 7, 8), branches=((9,), (8,))),
+    "prompt order": dataclasses.replace(BASE, prompt=(6, 5, 7)),
+    "branch token": dataclasses.replace(BASE, branches=((8, 1), (8,))),
+    "other branch": dataclasses.replace(BASE, completions=(Completion(1, 1, (9, 2)), BASE.completions[1])),
+    "start of the span": dataclasses.replace(BASE, completions=(Completion(0, 2, (9, 2)), BASE.completions[1])),
+    "scored token": dataclasses.replace(BASE, completions=(Completion(0, 1, (9, 3)), BASE.completions[1])),
+    "end of the span": dataclasses.replace(BASE, completions=(Completion(0, 1, (9,)), BASE.completions[1])),
+}
+
+
+@pytest.mark.parametrize("part", CHANGED)
+def test_the_address_of_a_log_prob_changes_with_each_part_of_what_is_scored(part):
+    assert CHANGED[part].key(0) != BASE.key(0)
+
+
+def test_the_addresses_of_all_changes_differ_and_are_sixteen_bytes():
+    keys = [tree.key(0) for tree in (BASE, *CHANGED.values())] + [BASE.key(1)]
+    assert len(set(keys)) == len(keys) and {len(key) for key in keys} == {16}
+
+
+def test_the_address_does_not_depend_on_names_pairs_weights_or_other_completions():
+    other = Tree("other", BASE.prompt, ((1,), BASE.branches[0]), (Completion(1, 1, (9, 2)),), (Pair(0, 0, 0.5),))
+    assert other.key(0) == BASE.key(0)
+
+
+@pytest.mark.parametrize("objective", ["responses", "verdicts"])
+def test_a_row_that_does_not_fit_the_pack_is_named_by_file_and_line(tmp_path, folder, tokenizer, objective):
+    long = dataclasses.replace(ROWS[1], prompt=USER, rejected=("word " * 60,))
+    write_rows(tmp_path / "rows.jsonl", [ROW, long])
+    rows = read_rows(tmp_path / "rows.jsonl")
+
+    def build(pack_tokens: int) -> list[Tree]:
+        return build_trees(
+            rows, tokenizer, objective=objective, pairs_per_row=0, pair_weight="pair", pack_tokens=pack_tokens
+        )
+
+    needed = max(len(tree.prompt) + len(branch) for tree in build(10**6) for branch in tree.branches)
+    assert [tree.id for tree in build(needed)] == ["r1", "r2"]
+    with pytest.raises(UserError) as error:
+        build(needed - 1)
+    message = str(error.value)
+    assert message.startswith("rows.jsonl:2: ") and "'r2'" in message and f"pack.tokens = {needed - 1}" in message
+    shorter = sum(map(int, itertools.islice((word for word in message.split() if word.isdigit()), 2)))
+    assert shorter == needed  # prompt + branch tokens, as the message counts them
+
+
+def test_trees_stand_in_the_order_of_their_rows(tokenizer):
+    for objective in ("responses", "verdicts"):
+        built = build_trees(
+            ROWS[::-1], tokenizer, objective=objective, pairs_per_row=1, pair_weight="row", pack_tokens=2048
+        )
+        assert [tree.id for tree in built] == ["r2", "r1"]
