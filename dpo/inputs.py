@@ -48,14 +48,21 @@ def pick_device(config: Config) -> str:
 
 
 def pick_dtype(config: Config, device: str) -> torch.dtype:
-    """The arithmetic's dtype: what `dtype` says; for auto bf16 where the machine has units for it, else fp32.
-
-    On a CPU that means AMX: with AVX-512's bf16 dot products alone, bf16 measured slower than fp32.
-    """
+    """The arithmetic's dtype: what `dtype` says; for auto bf16 where the machine multiplies it natively, else fp32."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
-    native = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_amx_tile_supported()
+    native = torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_multiplies_bf16()
     return torch.bfloat16 if native else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether bf16 matrix products are the faster ones: with AMX (ten times), or AVX-512's bf16 units on AMD (twice).
+
+    On an Intel CPU without AMX the same AVX-512 instructions measured slower than fp32 (experiments/LOG.md).
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
 
 
 def cache_folder(config: Config) -> Path:

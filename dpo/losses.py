@@ -1,6 +1,6 @@
 """Preference losses: pure functions of per-completion log-prob sums, one dict, each with its equation and paper.
 
-Letters: `B` pairs. Read next: dpo/train.py. To add one: write the function, name it in LOSSES (CONTRIBUTING.md).
+Letters: `B` pairs. Read next: dpo/packing.py. To add one: write the function, name it in LOSSES (CONTRIBUTING.md).
 
 A loss returns one value a pair; the caller weighs and averages over the pairs of the whole optimizer step, so that no
 split into micro-batches or ranks can change a gradient.

@@ -11,7 +11,6 @@ passed over, and its values are computed again.
 
 import hashlib
 import json
-import platform
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 
 from dpo.config import PackConfig
 from dpo.distributed import Ranks, broadcast_first
+from dpo.log import cpu_name
 from dpo.logprobs import TreeLogps
 from dpo.trees import Tree
 from models.files import atomic_write_bytes
@@ -41,14 +41,15 @@ class Usage:
 
 def numerics_tag(device: torch.device, dtype: torch.dtype, pack: PackConfig) -> dict[str, str]:
     """Everything that the bits of a log-prob depend on besides weights and tokens."""
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} amx={torch.cpu._is_amx_tile_supported()}"
+    units = f"{torch.backends.cpu.get_cpu_capability()}, amx={torch.cpu._is_amx_tile_supported()}"
+    cpu = f"{cpu_name()}, {units}"  # the libraries pick their kernels by both
     return {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": str(torch.get_num_threads()),
         "dtype": str(dtype),
         "pack": f"{pack.tokens} tokens, head chunks of {pack.head_chunk}",
-        "path": "sdpa per branch, two-limb head, v1",
+        "path": "sdpa per branch, two-limb head, v2",
     }
 
 

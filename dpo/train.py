@@ -2,11 +2,10 @@
 
     rows -> split -> trees -> reference store -> train loop -> judge -> results.json -> report
 
-Letters: `S` completions, `B` pairs. The path is `run`, the training loop is `train`. Read next: dpo/losses.py.
+Letters: `S` completions. The path is `run`, the training loop is `train`. Read next: dpo/step.py.
 """
 
 import math
-import random
 import signal
 import sys
 import time
@@ -27,124 +26,25 @@ from dpo.checkpoint import (
     save_weights,
     trained_parameters,
 )
-from dpo.config import Config, TrainConfig, help_text, load_config
-from dpo.distributed import Ranks, broadcast_first, clip_gradients, gather, join_ranks, leave_ranks, shard, total
+from dpo.config import Config, help_text, load_config
+from dpo.distributed import Ranks, broadcast_first, clip_gradients, gather, join_ranks, leave_ranks, shard
 from dpo.inputs import Inputs, pick_device, read_inputs
-from dpo.judge.local import Score, judge_results, verdicts, write_verdicts
-from dpo.judge.protocols import compare
-from dpo.judge.statistics import summarise
+from dpo.judge.local import Score, evaluation, judge_results, verdicts, write_verdicts
+from dpo.judge.statistics import Verdict
 from dpo.log import MetricsLog, peak_rss_mib, progress, stage
-from dpo.logprobs import TreeLogps, batch_sums, completion_sums, score_trees
-from dpo.losses import PairLogps, pair_losses, reward_metrics
-from dpo.packing import Batch, pack_share
+from dpo.logprobs import score_trees
 from dpo.reference import Usage, numerics_tag, open_store, reference_logps
 from dpo.report import write_report
+from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, write_json
 from dpo.show import render_tree
-from dpo.trees import Tree
+from dpo.step import accumulate_gradients, learning_rate, means, plan_steps, reference_sums
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
 from models.lora import add_lora
 
 STEP0_TOLERANCE = 1e-5  # nats per completion on a CPU, where policy = reference is exact; on a GPU only reported so far
-
-
-# --- the loss of one optimizer step ---------------------------------------------------------------------------------
-
-
-def pair_logps(sums_S: Tensor, reference_S: Tensor, batch: Batch) -> PairLogps:
-    """The two completions' sums of every pair of a batch."""
-    chosen_B, rejected_B = batch.winner_B, batch.loser_B
-    return PairLogps(
-        sums_S[chosen_B],
-        sums_S[rejected_B],
-        reference_S[chosen_B],
-        reference_S[rejected_B],
-        batch.lengths_S[chosen_B],
-        batch.lengths_S[rejected_B],
-    )
-
-
-def reference_sums(logps: TreeLogps) -> Tensor:
-    """Sum of each completion's log-probs [S], added in the same order as the policy's: equal values, equal bits."""
-    lengths = torch.tensor([len(value) for value in logps])
-    return completion_sums(
-        torch.cat([torch.from_numpy(value) for value in logps]),
-        torch.arange(len(logps)).repeat_interleave(lengths),
-        len(logps),
-    )
-
-
-def accumulate_gradients(
-    policy: Decoder, trees: Sequence[Tree], references: Sequence[Tensor], config: Config, ranks: Ranks
-) -> dict[str, float]:
-    """Backward through every pair of one optimizer step: the gradient is the mean over all ranks' pairs, exactly.
-
-    Returns sums over all pairs for the log, `weight` to divide them by, and `difference`: this rank's largest
-    |policy - reference| of a completion, nats (NaN if any is).
-    """
-    weight = sum(pair.weight for tree in trees for pair in tree.pairs)
-    mine = range(ranks.rank, len(trees), ranks.world)
-    sums: dict[str, float] = {}
-    differences = [torch.zeros(1, dtype=torch.float64)]
-    for batch in pack_share(trees, config.pack.tokens, ranks.rank, ranks.world):
-        sums_S = batch_sums(policy, batch, config.pack.head_chunk).cpu()
-        reference_S = torch.zeros_like(sums_S)
-        for slot, (tree, completion) in enumerate(batch.completions):
-            reference_S[slot] = references[mine[tree]][completion]
-        differences.append((sums_S.detach() - reference_S).abs())
-        logps = pair_logps(sums_S, reference_S * (not config.loss.reference_free), batch)
-        losses_B = pair_losses(logps, config.loss)
-        ((losses_B * batch.weight_B).sum() / weight).backward()
-        for name, value in reward_metrics(logps, losses_B, batch.weight_B, config.loss.beta).items():
-            sums[name] = sums.get(name, 0.0) + value
-        sums["tokens"] = sums.get("tokens", 0.0) + sum(pack.used_tokens for pack in batch.packs)
-    return {**total(sums, ranks), "difference": float(torch.cat(differences).max())}
-
-
-def means(sums: dict[str, float]) -> dict[str, float]:
-    """Metrics as means over pairs."""
-    return {
-        name: value / sums["weight"] for name, value in sums.items() if name not in ("weight", "tokens", "difference")
-    }
-
-
-# --- the plan of a run ----------------------------------------------------------------------------------------------
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "constant": lambda done: 1.0,
-}
-"""Share of the peak rate after the warm-up, `done` from 0 to 1."""
-
-
-def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The rate of a step (from 0): rising over the warm-up, then by SCHEDULES down to min_lr_ratio of the peak."""
-    warmup = round(config.warmup_ratio * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    shape = SCHEDULES[config.schedule]((step - warmup) / max(1, steps - warmup))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
-
-
-def plan_steps(trees: Sequence[Tree], config: Config) -> list[list[int]]:
-    """Tree indices of every optimizer step: each epoch shuffled by the seed, whole trees until batch_pairs pairs."""
-    steps: list[list[int]] = []
-    for epoch in range(config.train.epochs):
-        order = list(range(len(trees)))
-        random.Random(f"epoch {epoch} of seed {config.seed}").shuffle(order)
-        step: list[int] = []
-        pairs = 0
-        for index in order:
-            step.append(index)
-            pairs += len(trees[index].pairs)
-            if pairs >= config.train.batch_pairs:
-                steps.append(step)
-                step, pairs = [], 0
-        steps += [step] if step else []
-    return steps[: config.train.max_steps or None]
 
 
 @dataclass
@@ -309,29 +209,34 @@ def load_policy(config: Config, inputs: Inputs, ranks: Ranks) -> Decoder:
     return shard(policy, ranks)
 
 
-def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, config: Config) -> dict[str, float]:
-    """Validation figures under eval/: loss and rewards of the objective's pairs, and the judge's two accuracies."""
-    rows, trees = inputs.splits.validation, inputs.validation_trees
-    if not rows:
-        return {}
-    logps = score(trees)
-    sums: dict[str, float] = {}
-    for tree, tree_logps, reference_S in zip(trees, logps, references, strict=True):
-        pairs = torch.tensor([(pair.winner, pair.loser) for pair in tree.pairs]).T
-        weight_B = torch.tensor([pair.weight for pair in tree.pairs], dtype=torch.float64)
-        lengths_S = torch.tensor([len(value) for value in tree_logps])
-        batch = Batch((), (), lengths_S, pairs[0], pairs[1], weight_B)
-        of_pairs = pair_logps(reference_sums(tree_logps), reference_S * (not config.loss.reference_free), batch)
-        losses_B = pair_losses(of_pairs, config.loss)
-        for name, value in reward_metrics(of_pairs, losses_B, weight_B, config.loss.beta).items():
-            sums[name] = sums.get(name, 0.0) + value
-    if config.objective == "verdicts":  # the same trees: no second forward
-        judged = compare(rows, trees, config.judge.pairs_per_row, lambda _: logps)
-    else:
-        judged = verdicts(rows, inputs, config, score, sighted=config.judge.sighted)
-    summary = summarise(judged, config.seed)
-    figures = {name: summary[name] for name in ("accuracy", "averaged_accuracy", "raw_a_rate", "position_consistency")}  # type: ignore[literal-required]
-    return {f"eval/{name}": value for name, value in {**means(sums), **figures}.items()}
+def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> list[Tensor]:
+    """Reference sums [S] of every training tree; shows the first `show` trees.
+
+    A loss without a reference needs only the first step's, for the check of step 0; the rest is zeros then.
+    """
+    trees = inputs.train_trees
+    first = plan_steps(trees, config)[0] if trees else []
+    chosen = sorted(first) if config.loss.reference_free else range(len(trees))
+    scored = dict(zip(chosen, score([trees[i] for i in chosen]), strict=True))
+    if ranks.first:
+        for i in list(chosen)[: config.show]:
+            print(render_tree(trees[i], scored[i], inputs.tokenizer))
+    nothing = [torch.zeros(len(tree.completions), dtype=torch.float64) for tree in trees]
+    return [reference_sums(scored[i]) if i in scored else nothing[i] for i in range(len(trees))]
+
+
+def train_results(done: TrainState, dtype: torch.dtype) -> dict[str, object]:
+    """results.json's `train`."""
+    return {
+        "steps": done.step,
+        "pairs": done.pairs,
+        "tokens": done.tokens,
+        "time_s": done.time_s,
+        "tokens_per_s": done.tokens / max(done.time_s, 1e-9),
+        "peak_rss_mib": peak_rss_mib(),
+        "best_step": done.best_step,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def run(config: Config) -> Path:
@@ -339,6 +244,7 @@ def run(config: Config) -> Path:
     times: dict[str, float] = {}
     torch.set_flush_denormal(True)  # peaked softmaxes make denormals, which slow the CPU thirty-fold
     ranks = join_ranks(pick_device(config))
+    resumed = resumed_folder(config) if config.run.resume else None
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)
     with stage("model", times):
@@ -346,11 +252,8 @@ def run(config: Config) -> Path:
         memo = inputs.cache / "fingerprints.json"
         fingerprint = weights_fingerprint(inputs.model_folder, memo)
         reference_fingerprint = weights_fingerprint(inputs.reference_folder, memo)
-    folder = (
-        resumed_folder(config)
-        if config.run.resume
-        else broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
-    )
+        same = reference_fingerprint == fingerprint
+    folder = resumed or broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
 
     usage = Usage()
     root = Path(config.reference.store) if config.reference.store else inputs.cache / "reference"
@@ -362,38 +265,26 @@ def run(config: Config) -> Path:
     def stored(model: Decoder, weights: str, label: str) -> Score:
         return lambda trees: reference_logps(open_store(root, weights, tag), trees, live(model, label), ranks, usage)
 
+    def judge(rows: Sequence[Row], score: Score, sighted: bool = config.judge.sighted) -> list[Verdict]:
+        return verdicts(rows, inputs, config, score, sighted=sighted)
+
     with stage("reference", times):
-        # With reference_free only the first step's trees are needed, for the check of step 0.
-        needed = (
-            set(plan_steps(inputs.train_trees, config)[0])
-            if config.loss.reference_free
-            else range(len(inputs.train_trees))
-        )
-        chosen = [i for i in range(len(inputs.train_trees)) if i in needed]
-        same = reference_fingerprint == fingerprint
+        dtype = inputs.dtype
         reference = (
             policy
             if same
-            else load_decoder(
-                inputs.reference_folder, weight_dtype=inputs.dtype, compute_dtype=inputs.dtype, device=ranks.device
-            )
+            else load_decoder(inputs.reference_folder, weight_dtype=dtype, compute_dtype=dtype, device=ranks.device)
         )
-        reference_score = stored(reference, reference_fingerprint, "reference")
-        scored = dict(zip(chosen, reference_score([inputs.train_trees[i] for i in chosen]), strict=True))
-        train_references = [
-            reference_sums(scored[i]) if i in scored else torch.zeros(len(tree.completions), dtype=torch.float64)
-            for i, tree in enumerate(inputs.train_trees)
-        ]
-        validation_references = [reference_sums(logps) for logps in reference_score(inputs.validation_trees)]
-        for i in chosen[: config.show] if ranks.first else []:
-            print(render_tree(inputs.train_trees[i], scored[i], inputs.tokenizer))
-        del reference, scored
+        score = stored(reference, reference_fingerprint, "reference")
+        train_references = training_references(inputs, config, score, ranks)
+        validation_references = [reference_sums(logps) for logps in score(inputs.validation_trees)]
+        del reference, score
 
-    test, sighted = inputs.splits.test, config.judge.sighted
+    test = inputs.splits.test
     with stage("judge base", times):
         base = stored(policy, fingerprint, "judging base")
-        judged = {"base": verdicts(test, inputs, config, base, sighted=sighted)}
-        base_validation = verdicts(inputs.splits.validation, inputs, config, base, sighted=sighted)
+        judged = {"base": judge(test, base)}
+        base_validation = judge(inputs.splits.validation, base)
 
     with stage("train", times):
         done = train(
@@ -408,9 +299,9 @@ def run(config: Config) -> Path:
         )
 
     with stage("judge trained", times):
-        judged["trained"] = verdicts(test, inputs, config, live(policy, "judging trained"), sighted=sighted)
-        if sighted and config.judge.blind_control:
-            judged["blind"] = verdicts(test, inputs, config, live(policy, "judging blind"), sighted=False)
+        judged["trained"] = judge(test, live(policy, "judging trained"))
+        if config.judge.sighted and config.judge.blind_control:
+            judged["blind"] = judge(test, live(policy, "judging blind"), sighted=False)
     with stage("export", times):
         export(folder / "export", policy, inputs.model_folder, config, ranks)
     if ranks.first:
@@ -422,16 +313,7 @@ def run(config: Config) -> Path:
             "step0_max_difference": done.step0_max_difference,
             "reference": asdict(usage),
             "judge": judgement,
-            "train": {
-                "steps": done.step,
-                "pairs": done.pairs,
-                "tokens": done.tokens,
-                "time_s": done.time_s,
-                "tokens_per_s": done.tokens / max(done.time_s, 1e-9),
-                "peak_rss_mib": peak_rss_mib(),
-                "best_step": done.best_step,
-                "dtype": str(inputs.dtype).removeprefix("torch."),
-            },
+            "train": train_results(done, inputs.dtype),
             "data": inputs.splits.report,
             "time_s": times,
         }

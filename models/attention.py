@@ -45,6 +45,9 @@ def tree_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, shapes: tuple[Tr
 
 
 def _attend(q_NLH: Tensor, k_GSH: Tensor, v_GSH: Tensor, mask_LS: Tensor | None) -> Tensor:
+    dtype = q_NLH.dtype
+    if q_NLH.device.type == "cpu":  # its bf16 kernel takes twice as long, forward and back, on branches of a few tokens
+        q_NLH, k_GSH, v_GSH = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_NLH, k_GSH, v_GSH))
     return F.scaled_dot_product_attention(
         q_NLH[None], k_GSH[None], v_GSH[None], attn_mask=mask_LS, is_causal=mask_LS is None, enable_gqa=True
-    )[0]
+    )[0].to(dtype)

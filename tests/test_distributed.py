@@ -15,7 +15,7 @@ from test_reference import Runs, write_small_rows
 import dpo.train
 from dpo.config import load_config
 from dpo.inputs import read_inputs
-from dpo.train import plan_steps
+from dpo.step import plan_steps
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-9  # what the issue asks of fp64: sums in another order, through AdamW's division by small moments

@@ -11,7 +11,7 @@ from dpo.distributed import Ranks
 from dpo.logprobs import batch_sums, score_trees
 from dpo.losses import PairLogps, pair_losses
 from dpo.packing import pack_trees
-from dpo.train import accumulate_gradients, reference_sums
+from dpo.step import accumulate_gradients, reference_sums
 from dpo.trees import Completion, Pair, Tree
 from models.decoder import Decoder, load_decoder, next_token_logits
 
@@ -159,8 +159,7 @@ def test_every_completion_stands_in_exactly_one_batch_and_pairs_do_not_cross_bat
 def test_the_gradient_is_the_mean_over_pairs_whatever_the_split_into_packs_and_ranks(
     tiny_folder, monkeypatch, head_trains
 ):
-    monkeypatch.setattr("dpo.train.total", lambda sums, ranks: sums)  # the other ranks' figures are not asked for here
-    monkeypatch.setattr("dpo.train.gather", lambda items, ranks: items)
+    monkeypatch.setattr("dpo.step.total", lambda sums, ranks: sums)  # the other ranks' figures are not asked for here
     trees = [random_tree(seed) for seed in range(8)]
     gradients = []
     for pack_tokens, world in ((1024, 1), (128, 1), (256, 3)):

@@ -10,7 +10,7 @@ from test_exactness import random_tree
 
 from dpo.config import Config, LossConfig, TrainConfig
 from dpo.losses import LOSSES, PairLogps, chosen_nll, pair_losses, reward_metrics
-from dpo.train import SCHEDULES, learning_rate, plan_steps
+from dpo.step import SCHEDULES, learning_rate, plan_steps
 
 EPS = torch.finfo(torch.float64).eps
 

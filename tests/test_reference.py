@@ -21,6 +21,7 @@ from dpo.inputs import read_inputs
 from dpo.logprobs import TreeLogps, score_trees
 from dpo.reference import Usage, numerics_tag, open_store, read_store, reference_logps
 from dpo.rows import Row, write_rows
+from dpo.step import plan_steps
 from dpo.trees import Tree
 from models.checkpoint import weights_fingerprint
 from models.lora import add_lora
@@ -453,7 +454,7 @@ def test_a_reference_of_other_weights_is_used_and_its_step_0_reported_not_checke
     config = load_config(runs.argv(*settings))
     inputs = read_inputs(config, "cpu")
     assert weights_fingerprint(inputs.reference_folder) != weights_fingerprint(inputs.model_folder)
-    trees = [inputs.train_trees[i] for i in dpo.train.plan_steps(inputs.train_trees, config)[0]]
+    trees = [inputs.train_trees[i] for i in plan_steps(inputs.train_trees, config)[0]]
     policy, reference = (
         score_trees(model(folder, torch.float64), trees, config.pack, ALONE, "test")
         for folder in (inputs.model_folder, other)

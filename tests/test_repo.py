@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dpo", "models", "kernels")  # from the top layer to the bottom one: each imports itself and what follows
 LIBRARIES = {"torch", "safetensors", "tokenizers", "numpy", "pydantic", "jinja2", "tqdm", "matplotlib", "pyarrow"}
 LIBRARIES |= {"wandb", "gguf", "triton", "openai"}
-CORE = ("losses", "logprobs", "reference", "packing", "train")
+CORE = ("losses", "logprobs", "reference", "packing", "step", "train")
 PRODUCT_LINES, CORE_LINES, FILE_LINES = 7500, 1500, 500
 
 PRODUCT = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
@@ -185,6 +185,14 @@ def test_every_path_in_the_readme_exists() -> None:
     named |= set(re.findall(r"\]\(([\w./-]+)\)", text))
     named = {name.rstrip(".") for name in named if not re.search(r"\b[A-Z]{2,}\b(?!\.md)", name)}  # NAME is a blank
     assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+@needs_readme
+def test_the_readmes_line_counts_are_about_right() -> None:
+    named = re.findall(r"`([\w/]+\.py)` \((\d+)\)", README.read_text())
+    assert len(named) > 20
+    wrong = {name: lines_of(ROOT / name) for name, told in named if abs(lines_of(ROOT / name) - int(told)) > 15}
+    assert wrong == {}
 
 
 @needs_readme

@@ -17,9 +17,11 @@ from dpo.config import Config, load_config
 from dpo.inputs import read_inputs
 from dpo.logprobs import score_trees
 from dpo.losses import PairLogps, pair_losses
+from dpo.packing import pack_share
 from dpo.reference import read_store, write_part
 from dpo.rows import Row, write_rows
-from dpo.train import STEP0_TOLERANCE, accumulate_gradients, load_policy, means, reference_sums, selection_score
+from dpo.step import accumulate_gradients, means, pair_logps, plan_steps, reference_sums
+from dpo.train import STEP0_TOLERANCE, load_policy, selection_score
 from dpo.trees import Tree
 from models.decoder import next_token_logits
 
@@ -251,7 +253,7 @@ def test_recorded_epochs_pairs_and_tokens_are_those_of_the_rows_taken(runs):
     results = runs.results("train.max_steps=2", "train.batch_pairs=8", "objective=responses")
     config = load_config(runs.argv("train.max_steps=2", "train.batch_pairs=8", "objective=responses"))
     trees = read_inputs(config, "cpu").train_trees
-    taken = [index for step in dpo.train.plan_steps(trees, config) for index in step]
+    taken = [index for step in plan_steps(trees, config) for index in step]
     pairs = sum(len(trees[index].pairs) for index in taken)
     assert results["train"]["steps"] == 2 and results["train"]["pairs"] == pairs
     assert results["train"]["tokens"] == sum(trees[index].tokens for index in taken)
@@ -404,9 +406,9 @@ def test_without_validation_rows_the_last_weights_are_kept(select):
 
 
 def test_pair_logps_holds_each_pairs_own_two_completions(tiny_folder):
-    batch = dpo.train.pack_share(TREES, 256, 0, 1)[0]
+    batch = pack_share(TREES, 256, 0, 1)[0]
     sums_S = torch.arange(len(batch.completions), dtype=torch.float64)
-    logps = dpo.train.pair_logps(sums_S, -sums_S, batch)
+    logps = pair_logps(sums_S, -sums_S, batch)
     assert isinstance(logps, PairLogps) and torch.equal(logps.chosen_B, batch.winner_B.double())
     assert torch.equal(logps.reference_rejected_B, -batch.loser_B.double())
     assert torch.equal(logps.rejected_length_B, batch.lengths_S[batch.loser_B])

@@ -7,6 +7,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from dpo.config import Config
 from dpo.inputs import Inputs
 from dpo.judge.controls import conclude, control_verdicts
@@ -14,7 +17,10 @@ from dpo.judge.protocols import compare, judge_trees
 from dpo.judge.statistics import Verdict, summarise, verdict_record
 from dpo.judge.statistics import compare as compare_judges
 from dpo.logprobs import TreeLogps
+from dpo.losses import pair_losses, reward_metrics
+from dpo.packing import Batch
 from dpo.rows import Row, pairs_of
+from dpo.step import means, pair_logps, reference_sums
 from dpo.trees import Tree
 from models.files import atomic_write_text
 
@@ -29,6 +35,31 @@ def verdicts(rows: Sequence[Row], inputs: Inputs, config: Config, score: Score, 
         rows, inputs.tokenizer, pairs_per_row=pairs_per_row, pack_tokens=config.pack.tokens, sighted=sighted
     )
     return compare(rows, trees, pairs_per_row, score)
+
+
+def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, config: Config) -> dict[str, float]:
+    """Validation figures under eval/: loss and rewards of the objective's pairs, and the judge's two accuracies."""
+    rows, trees = inputs.splits.validation, inputs.validation_trees
+    if not rows:
+        return {}
+    logps = score(trees)
+    sums: dict[str, float] = {}
+    for tree, tree_logps, reference_S in zip(trees, logps, references, strict=True):
+        pairs = torch.tensor([(pair.winner, pair.loser) for pair in tree.pairs]).T
+        weight_B = torch.tensor([pair.weight for pair in tree.pairs], dtype=torch.float64)
+        lengths_S = torch.tensor([len(value) for value in tree_logps])
+        batch = Batch((), (), lengths_S, pairs[0], pairs[1], weight_B)
+        of_pairs = pair_logps(reference_sums(tree_logps), reference_S * (not config.loss.reference_free), batch)
+        losses_B = pair_losses(of_pairs, config.loss)
+        for name, value in reward_metrics(of_pairs, losses_B, weight_B, config.loss.beta).items():
+            sums[name] = sums.get(name, 0.0) + value
+    if config.objective == "verdicts":  # the same trees: no second forward
+        judged = compare(rows, trees, config.judge.pairs_per_row, lambda _: logps)
+    else:
+        judged = verdicts(rows, inputs, config, score, sighted=config.judge.sighted)
+    summary = summarise(judged, config.seed)
+    figures = {name: summary[name] for name in ("accuracy", "averaged_accuracy", "raw_a_rate", "position_consistency")}  # type: ignore[literal-required]
+    return {f"eval/{name}": value for name, value in {**means(sums), **figures}.items()}
 
 
 def judge_results(
