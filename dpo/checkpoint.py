@@ -14,10 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo.config import Config
-from dpo.distributed import Ranks, full_parameters, full_tensor
+from dpo.distributed import Ranks, copy_into, full_parameters, full_tensor
 from models.checkpoint import save_folder
 from models.decoder import Decoder
 from models.errors import UserError
@@ -55,12 +54,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _copy_into(parameter: Tensor, value: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    parameter.copy_(value)
-
-
 def save_weights(folder: Path, model: Decoder, state: dict[str, object], ranks: Ranks) -> None:
     """The trained parameters whole, with a few words of state; every rank must call, the first writes."""
     tensors = {name: full_tensor(p.detach()) for name, p in trained_parameters(model).items()}
@@ -73,7 +66,7 @@ def load_weights_into(folder: Path, model: Decoder) -> dict[str, object]:
     """Put saved trained parameters back, bit for bit; the state saved with them."""
     tensors = _read(folder / WEIGHTS)
     for name, parameter in trained_parameters(model).items():
-        _copy_into(parameter, tensors[name])
+        copy_into(parameter, tensors[name])
     return json.loads((folder / STATE).read_text())
 
 
@@ -112,7 +105,7 @@ def load_checkpoint(folder: Path, model: Decoder, optimizer: torch.optim.Optimiz
                 # Scalars (AdamW's step) are kept as they are; moments are laid out as their parameter is.
                 slot[key] = torch.empty_like(parameter) if value.shape == parameter.shape else value
                 if value.shape == parameter.shape:
-                    _copy_into(slot[key], value)
+                    copy_into(slot[key], value)
     return state
 
 

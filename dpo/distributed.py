@@ -3,10 +3,12 @@
 Read next: dpo/train.py. Launch: `torchrun --nproc-per-node=N -m dpo.train exp=...`.
 """
 
+import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,9 +47,19 @@ def join_ranks(device: str) -> Ranks:
 
 
 def leave_ranks(ranks: Ranks) -> None:
-    """End the process group, if there is one."""
+    """End the process group, if there is one, when every rank is done: none pulls the rug from under another."""
     if ranks.world > 1:
+        dist.barrier()
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit; as one of many at once, since gloo's threads may want an interpreter that is being taken down (SIGABRT)."""
+    if "WORLD_SIZE" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def shard(model: Decoder, ranks: Ranks) -> Decoder:
@@ -94,7 +106,25 @@ def broadcast_first(item: Item, ranks: Ranks) -> Item:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a parameter, gathered if it is sharded (a collective: all ranks must call)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local, ranks = tensor.to_local(), tensor.device_mesh.size()
+    rows = math.ceil(tensor.shape[0] / ranks)  # of every rank's shard; the last ones may hold fewer, or none
+    padded = local.new_zeros(rows, *tensor.shape[1:])
+    padded[: local.shape[0]] = local
+    whole = local.new_empty(rows * ranks, *tensor.shape[1:])
+    dist.all_gather_into_tensor(whole, padded)
+    return whole[: tensor.shape[0]]
+
+
+@torch.no_grad()
+def copy_into(parameter: Tensor, value: Tensor) -> None:
+    """Set a parameter, of which this process may hold a shard, to a whole value."""
+    if isinstance(parameter, DTensor):
+        rows = math.ceil(value.shape[0] / parameter.device_mesh.size())
+        begin = parameter.device_mesh.get_local_rank() * rows
+        parameter, value = parameter.to_local(), value[begin : begin + rows]
+    parameter.copy_(value)
 
 
 def full_parameters(model: Decoder) -> dict[str, Tensor]:
@@ -102,7 +132,13 @@ def full_parameters(model: Decoder) -> dict[str, Tensor]:
     return {name: full_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
-def clip_gradients(parameters: Sequence[Tensor], limit: float) -> float:
-    """Scale gradients so that their global norm is at most `limit` (0: leave them); the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
-    return float(full_tensor(norm))
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[Tensor], limit: float, ranks: Ranks) -> float:
+    """Scale gradients so that their global L2 norm is at most `limit` (0: leave them); the norm before."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norms = torch._foreach_norm(local, dtype=torch.float64)
+    norm = math.sqrt(total({"square": float(torch.stack(norms).square().sum())}, ranks)["square"])
+    if limit and norm > limit:
+        torch._foreach_mul_(local, limit / norm)
+    return norm

@@ -27,7 +27,16 @@ from dpo.checkpoint import (
     trained_parameters,
 )
 from dpo.config import Config, help_text, load_config
-from dpo.distributed import Ranks, broadcast_first, clip_gradients, gather, join_ranks, leave_ranks, shard
+from dpo.distributed import (
+    Ranks,
+    broadcast_first,
+    clip_gradients,
+    end_process,
+    gather,
+    join_ranks,
+    leave_ranks,
+    shard,
+)
 from dpo.inputs import Inputs, pick_device, read_inputs
 from dpo.judge.local import Score, evaluation, judge_results, verdicts, write_verdicts
 from dpo.judge.statistics import Verdict
@@ -116,7 +125,7 @@ def train(
             rate = learning_rate(done.step, len(steps), config.train)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            grad_norm = clip_gradients(parameters, config.train.clip_norm)
+            grad_norm = clip_gradients(parameters, config.train.clip_norm, ranks)
             if not math.isfinite(grad_norm):
                 raise UserError(
                     f"step {done.step}: the gradient's norm is {grad_norm}; the weights are left as they were. "
@@ -345,4 +354,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))
