@@ -49,6 +49,7 @@ def run_ours(rows: Path, folder: Path, options: list[str]) -> dict[str, float]:
         "train.select=last",
         "train.batch_pairs=4",
         "train.lr=1e-6",
+        "lora.rank=0",
         "pack.tokens=960",
         "judge.blind_control=false",
     ]

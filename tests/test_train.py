@@ -88,7 +88,7 @@ def test_loss_metrics_and_gradient_of_a_step_are_those_of_plain_sequences_and_a_
     (total / weight).backward()
     scale = max(abs(float(sum_)) for sum_ in torch.cat(references))
     tolerance = 1000 * EPS * scale  # sums over some hundred tokens and 2 layers, in another order
-    assert abs(figures["loss"] - float(total / weight)) <= tolerance
+    assert abs(figures["loss"] - total.item() / weight) <= tolerance
     for name in ("chosen", "rejected", "accuracies"):
         assert abs(figures[f"rewards/{name}"] - expected[name] / weight) <= tolerance, name
     assert abs(figures["rewards/margins"] - (figures["rewards/chosen"] - figures["rewards/rejected"])) <= tolerance
