@@ -28,7 +28,7 @@ def pack_logps(model: Decoder, pack: Pack, head_chunk: int) -> Tensor:
     return model(
         pack.tokens_T.to(device),
         pack.positions_T.to(device),
-        pack.shapes,
+        pack.layout,
         pack.rows_R.to(device),
         pack.targets_R.to(device),
         head_chunk,
@@ -63,7 +63,7 @@ def score_trees(model: Decoder, trees: Sequence[Tree], pack: PackConfig, ranks: 
                 for slot in one.completion_R.unique().tolist():
                     tree, completion = batch.completions[slot]
                     parts.append((begin + tree, completion, logp_R[one.completion_R == slot].numpy()))
-                bar.update(len(one.shapes) * ranks.world)
+                bar.update(len(one.layout.trees) * ranks.world)
             for _ in range(rounds - len(mine)):  # every rank must take part in every forward's all-gathers
                 pack_logps(model, empty_pack(pack.tokens), pack.head_chunk)
             for tree, completion, logps in gather(parts, ranks):

@@ -3,8 +3,9 @@
 Letters: `T` tokens of a pack, `R` scored tokens, `S` completions of a batch, `B` pairs. Read next: dpo/logprobs.py.
 
 Every pack has one fixed shape, filled by first-fit-decreasing bin packing and padded, so that a token's values do not
-depend on its neighbours. A tree larger than a pack is split between branches, its prompt repeated; packs that share a
-tree's pairs form one batch and are differentiated together.
+depend on its neighbours. Trees that begin with the same prefix lie in the same packs, which run it once. A tree larger
+than a pack is split between branches, its prompt repeated; packs that share a tree's pairs form one batch and are
+differentiated together.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo.trees import Tree
-from models.attention import TreeShape
+from models.attention import Layout, TreeShape
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Pack:
 
     tokens_T: Tensor
     positions_T: Tensor
-    shapes: tuple[TreeShape, ...]
+    layout: Layout
     rows_R: Tensor  # hidden row that predicts each scored token
     targets_R: Tensor
     completion_R: Tensor  # index in the batch of the completion it belongs to
@@ -46,32 +47,38 @@ class Batch:
 class _Piece:
     tree: int
     branches: tuple[int, ...]
-    tokens: int
+    tokens: int  # without the prefix
 
 
 def _pieces(index: int, tree: Tree, pack_tokens: int) -> list[_Piece]:
     """The tree whole, or cut between branches into pieces that fit a pack."""
     pieces: list[_Piece] = []
     taken: list[int] = []
-    size = len(tree.prompt)
+    prompt, room = len(tree.prompt) - tree.prefix, pack_tokens - tree.prefix
+    size = prompt
     for branch, tokens in enumerate(tree.branches):
-        assert len(tree.prompt) + len(tokens) <= pack_tokens, f"tree {tree.id}: a branch does not fit the pack"
-        if size + len(tokens) > pack_tokens:
+        assert prompt + len(tokens) <= room, f"tree {tree.id}: a branch does not fit the pack"
+        if size + len(tokens) > room:
             pieces.append(_Piece(index, tuple(taken), size))
-            taken, size = [], len(tree.prompt)
+            taken, size = [], prompt
         taken.append(branch)
         size += len(tokens)
     return [*pieces, _Piece(index, tuple(taken), size)]
 
 
-def _first_fit_decreasing(pieces: Sequence[_Piece], pack_tokens: int) -> list[list[_Piece]]:
+def _first_fit_decreasing(pieces: Sequence[_Piece], trees: Sequence[Tree], pack_tokens: int) -> list[list[_Piece]]:
+    """Bins of pieces with one prefix each: each piece goes to the first bin that has room, the largest first."""
     bins: list[list[_Piece]] = []
     room: list[int] = []
+    prefixes: list[tuple[int, ...]] = []
     for piece in sorted(pieces, key=lambda p: -p.tokens):
-        slot = next((i for i, free in enumerate(room) if free >= piece.tokens), len(bins))
+        prefix = trees[piece.tree].prompt[: trees[piece.tree].prefix]
+        fits = (i for i, free in enumerate(room) if free >= piece.tokens and prefixes[i] == prefix)
+        slot = next(fits, len(bins))
         if slot == len(bins):
             bins.append([])
-            room.append(pack_tokens)
+            room.append(pack_tokens - len(prefix))
+            prefixes.append(prefix)
         bins[slot].append(piece)
         room[slot] -= piece.tokens
     return bins
@@ -89,16 +96,17 @@ def _linked(bins: Sequence[Sequence[_Piece]]) -> list[list[int]]:
 
 
 def _pack(pieces: Sequence[_Piece], trees: Sequence[Tree], slots: dict[tuple[int, int], int], pack_tokens: int) -> Pack:
-    tokens: list[int] = []
-    positions: list[int] = []
+    prefix = trees[pieces[0].tree].prefix
+    tokens = list(trees[pieces[0].tree].prompt[:prefix])
+    positions = list(range(prefix))
     shapes: list[TreeShape] = []
     scored: list[tuple[int, int, int]] = []
     for piece in pieces:
         tree = trees[piece.tree]
         prompt = len(tree.prompt)
-        last_prompt_row = len(tokens) + prompt - 1
-        tokens += tree.prompt
-        positions += range(prompt)
+        tokens += tree.prompt[prefix:]
+        positions += range(prefix, prompt)
+        last_prompt_row = len(tokens) - 1
         for branch in piece.branches:
             begin = len(tokens)
             tokens += tree.branches[branch]
@@ -109,13 +117,13 @@ def _pack(pieces: Sequence[_Piece], trees: Sequence[Tree], slots: dict[tuple[int
                     rows = [r if r >= begin else last_prompt_row for r in range(row, row + len(completion.targets))]
                     slot = slots[piece.tree, index]
                     scored += [(r, target, slot) for r, target in zip(rows, completion.targets, strict=True)]
-        shapes.append((prompt, tuple(len(tree.branches[branch]) for branch in piece.branches)))
+        shapes.append((prompt - prefix, tuple(len(tree.branches[branch]) for branch in piece.branches)))
     padding = pack_tokens - len(tokens)
     rows_R, targets_R, completion_R = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3).T.contiguous()
     return Pack(
         torch.tensor(tokens + [0] * padding),
         torch.tensor(positions + [0] * padding),
-        tuple(shapes),
+        Layout(prefix, tuple(shapes)),
         rows_R,
         targets_R,
         completion_R,
@@ -135,7 +143,7 @@ def empty_pack(pack_tokens: int) -> Pack:
 def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:
     """Batches that together hold every tree once; each batch's packs are to be kept until its loss is taken."""
     pieces = [piece for index, tree in enumerate(trees) for piece in _pieces(index, tree, pack_tokens)]
-    bins = _first_fit_decreasing(pieces, pack_tokens)
+    bins = _first_fit_decreasing(pieces, trees, pack_tokens)
     batches = []
     for group in _linked(bins):
         members = sorted({piece.tree for i in group for piece in bins[i]})

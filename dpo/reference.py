@@ -49,7 +49,7 @@ def numerics_tag(device: torch.device, dtype: torch.dtype, pack: PackConfig) -> 
         "threads": str(torch.get_num_threads()),
         "dtype": str(dtype),
         "pack": f"{pack.tokens} tokens, head chunks of {pack.head_chunk}",
-        "path": "sdpa per branch, two-limb head, v2",
+        "path": "sdpa per branch, two-limb head, v3",
     }
 
 

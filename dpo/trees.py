@@ -40,23 +40,30 @@ class Pair:
 
 @dataclass(frozen=True)
 class Tree:
-    """One row's prompt, branches (input tokens after the prompt; may be empty), completions and pairs."""
+    """One row's prompt, branches (input tokens after the prompt; may be empty), completions and pairs.
+
+    The first `prefix` tokens of the prompt, fewer than all, are run once for all trees of a pack that begin with them.
+    """
 
     id: str
     prompt: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...]
     completions: tuple[Completion, ...]
     pairs: tuple[Pair, ...]
+    prefix: int = 0
 
     @property
     def tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.branches))
 
     def key(self, completion: int) -> bytes:
-        """Content address of a completion's log-probs: prompt, branch, and what of it is scored (16 bytes)."""
+        """Content address of a completion's log-probs: prompt, branch, and what of it is scored (16 bytes).
+
+        Where the prefix ends is part of it: it changes no value, but the shapes that the values' last bits come from.
+        """
         c = self.completions[completion]
         branch = self.branches[c.branch]
-        head = (len(self.prompt), len(branch), c.start, len(c.targets))
+        head = (self.prefix, len(self.prompt), len(branch), c.start, len(c.targets))
         ids = np.fromiter(chain(head, self.prompt, branch, c.targets), dtype="<i8")
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
@@ -88,12 +95,36 @@ def response_tree(row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int
     )
 
 
+def judge_prefix(tokenizer: Tokenizer, *, sighted: bool) -> tuple[int, ...]:
+    """The tokens that every judge's prompt begins with: what two prompts without a word in common share."""
+    one, other = (
+        tokenizer.prompt_ids(judge_messages(({"role": "user", "content": word},), word, word, sighted=sighted))
+        for word in ("0", "~")
+    )
+    return tuple(one[: _shared_tokens([one, other])])
+
+
+def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of them begin with, leaving each at least one."""
+    shared = 0
+    while all(tokens[shared] == prompts[0][shared] for tokens in prompts) and shared < min(map(len, prompts)) - 1:
+        shared += 1
+    return shared
+
+
 def verdict_tree(
-    row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int]], pair_weight: str, *, sighted: bool = True
+    row: Row,
+    tokenizer: Tokenizer,
+    pairs: Sequence[tuple[int, int]],
+    pair_weight: str,
+    *,
+    sighted: bool = True,
+    prefix: tuple[int, ...] = (),
 ) -> Tree:
     """Judge prompt -> "A" against "B": each pair in both orders, chosen first on even branches, second on odd ones.
 
-    Completions 2b and 2b + 1 are "A" and "B" on branch b. The tokens that all orders share are the tree's prompt.
+    Completions 2b and 2b + 1 are "A" and "B" on branch b. The tokens that all orders share are the tree's prompt;
+    `prefix` (of judge_prefix) is its prefix where it begins with it.
     """
     labels = [tokenizer.encode(label) for label in LABELS]
     assert all(len(label) == 1 for label in labels), f"{LABELS} must be one token each, are {labels}"
@@ -102,17 +133,16 @@ def verdict_tree(
         for i, j in pairs
         for first, second in ((row.chosen[i], row.rejected[j]), (row.rejected[j], row.chosen[i]))
     ]
-    shared = 0
-    while all(tokens[shared] == orders[0][shared] for tokens in orders) and shared < min(map(len, orders)) - 1:
-        shared += 1
-    branches = tuple(tokens[shared:] for tokens in orders)
+    prompt = orders[0][: _shared_tokens(orders)]
+    branches = tuple(tokens[len(prompt) :] for tokens in orders)
     weight = PAIR_WEIGHTS[pair_weight](len(branches))
     return Tree(
         row.id,
-        orders[0][:shared],
+        prompt,
         branches,
         tuple(Completion(b, len(tokens), tuple(label)) for b, tokens in enumerate(branches) for label in labels),
         tuple(Pair(2 * b + b % 2, 2 * b + 1 - b % 2, weight) for b in range(len(branches))),
+        len(prefix) if len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix else 0,
     )
 
 
@@ -131,9 +161,10 @@ def build_trees(
     sighted: bool = True,
 ) -> list[Tree]:
     """One tree a row, in order. UserError where a prompt and one branch do not fit a pack."""
+    prefix = judge_prefix(tokenizer, sighted=sighted)
     build = {
         "responses": response_tree,
-        "verdicts": lambda *arguments: verdict_tree(*arguments, sighted=sighted),
+        "verdicts": lambda *arguments: verdict_tree(*arguments, sighted=sighted, prefix=prefix),
     }[objective]
     return [
         _check_length(build(row, tokenizer, pairs_of(row, pairs_per_row), pair_weight), row, pack_tokens)

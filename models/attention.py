@@ -3,42 +3,56 @@
 Letters: `T` tokens of a pack, `P` of a prompt, `L` of a branch, `N` heads, `G` kv heads, `H` head width.
 Read next: models/decoder.py.
 
-A pack is a row of trees, each a prompt followed by its branches, then padding. A token sees its own tree's prompt and
-its own branch, up to its own position. Each prompt, and each branch over (prompt + itself), is one call of SDPA whose
-shape depends on nothing else in the pack: that is what makes alone = packed = shuffled exact. (On CUDA a flex_attention
-block mask will take this function's place.)
+A pack is a row of tokens: a prefix that all its trees begin with (often none), then the trees, each a prompt followed
+by its branches, then padding. A token sees the prefix, its tree's prompt and its own branch, up to its own position.
+Each prompt, and each branch over (prefix + prompt + itself), is one call of SDPA whose shape depends on nothing else in
+the pack: that is what makes alone = packed = shuffled exact. (On CUDA a flex_attention block mask will take this
+function's place.)
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TreeShape = tuple[int, tuple[int, ...]]  # (prompt tokens, tokens of each branch)
+TreeShape = tuple[int, tuple[int, ...]]  # (prompt tokens after the prefix, tokens of each branch)
+
+
+class Layout(NamedTuple):
+    """What stands where in a pack: tokens of the shared prefix, then the trees in order; the rest is padding."""
+
+    prefix: int
+    trees: tuple[TreeShape, ...]
 
 
 @lru_cache(maxsize=2048)
-def _branch_mask(prompt: int, branch: int, device: torch.device) -> Tensor:
-    """[L, P + L], True where seen. SDPA's own `is_causal` is top-left aligned: wrong for fewer queries than keys."""
-    return torch.ones(branch, prompt + branch, dtype=torch.bool, device=device).tril(prompt)
+def _mask(before: int, tokens: int, device: torch.device) -> Tensor:
+    """[L, P + L], True where `tokens` after `before` others see. SDPA's `is_causal` is top-left aligned: wrong here."""
+    return torch.ones(tokens, before + tokens, dtype=torch.bool, device=device).tril(before)
 
 
-def tree_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, shapes: tuple[TreeShape, ...]) -> Tensor:
-    """Scaled dot-product attention of every token over its prompt and branch, [T, N, H]; padding gives zeros."""
-    sizes = [size for prompt, branches in shapes for size in (prompt, *branches)]
+def tree_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout) -> Tensor:
+    """Scaled dot-product attention of every token over prefix, prompt and branch, [T, N, H]; padding gives zeros."""
+    sizes = [layout.prefix, *(size for prompt, branches in layout.trees for size in (prompt, *branches))]
     padding = len(q_TNH) - sum(sizes)
     assert padding >= 0, f"trees of {sum(sizes)} tokens in a pack of {len(q_TNH)}"
     # split, not slicing: its backward is one cat, where every slice would make a zero gradient of the whole pack.
     parts = zip(*(x.transpose(0, 1).split([*sizes, padding], dim=1) for x in (q_TNH, k_TGH, v_TGH)), strict=True)
-    outputs = []
-    for prompt, branches in shapes:
+    q, prefix_k, prefix_v = next(parts)
+    outputs = [_attend(q, prefix_k, prefix_v, None)] if layout.prefix else []
+    for prompt, branches in layout.trees:
         q, prompt_k, prompt_v = next(parts)
-        outputs.append(_attend(q, prompt_k, prompt_v, None))
+        mask = None
+        if layout.prefix:
+            prompt_k, prompt_v = torch.cat([prefix_k, prompt_k], 1), torch.cat([prefix_v, prompt_v], 1)
+            mask = _mask(layout.prefix, prompt, q.device)
+        outputs.append(_attend(q, prompt_k, prompt_v, mask))
         for branch in branches:
             q, k, v = next(parts)
             if branch:
-                mask = _branch_mask(prompt, branch, q.device)
+                mask = _mask(layout.prefix + prompt, branch, q.device)
                 outputs.append(_attend(q, torch.cat([prompt_k, k], 1), torch.cat([prompt_v, v], 1), mask))
     outputs.append(q_TNH.new_zeros(q_TNH.shape[1], padding, q_TNH.shape[2]))
     return torch.cat(outputs, 1).transpose(0, 1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprobs
-from models.attention import TreeShape, tree_attention
+from models.attention import Layout, tree_attention
 from models.checkpoint import load_weights
 from models.config import ModelConfig, read_model_config
 from models.rope import rope_tables, rotate
@@ -71,11 +71,11 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden, config.kv_heads * width, bias, dtype)
         self.o_proj = Linear(config.heads * width, config.hidden, bias, dtype)
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, shapes: tuple[TreeShape, ...]) -> Tensor:
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         q_TNH, k_TGH, v_TGH = (
             project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out_TNH = tree_attention(rotate(q_TNH, cos, sin), rotate(k_TGH, cos, sin), v_TGH, shapes)
+        out_TNH = tree_attention(rotate(q_TNH, cos, sin), rotate(k_TGH, cos, sin), v_TGH, layout)
         return self.o_proj(out_TNH.flatten(1))
 
 
@@ -100,8 +100,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype)
         self.mlp = MLP(config, dtype)
 
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, shapes: tuple[TreeShape, ...]) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, shapes)
+    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, layout)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -127,28 +127,28 @@ class Decoder(nn.Module):
         self.model = Trunk(config, weight_dtype)
         self.lm_head = None if config.tied else Linear(config.hidden, config.vocab, False, weight_dtype)
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, shapes: tuple[TreeShape, ...]) -> Tensor:
-        """Final-normed hidden states [T, D] of a pack laid out as `shapes` (see models/attention.py)."""
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
+        """Final-normed hidden states [T, D] of a pack laid out as `layout` (see models/attention.py)."""
         x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype)
         cos, sin = rope_tables(positions_T, self.config, self.compute_dtype)
         for layer in self.model.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x_TD = checkpoint(layer, x_TD, cos, sin, shapes, use_reentrant=False)
+                x_TD = checkpoint(layer, x_TD, cos, sin, layout, use_reentrant=False)
             else:
-                x_TD = layer(x_TD, cos, sin, shapes)
+                x_TD = layer(x_TD, cos, sin, layout)
         return self.model.norm(x_TD)
 
     def forward(
         self,
         tokens_T: Tensor,
         positions_T: Tensor,
-        shapes: tuple[TreeShape, ...],
+        layout: Layout,
         rows_R: Tensor,
         targets_R: Tensor,
         head_chunk: int,
     ) -> Tensor:
         """log p(targets_R[i] | everything that hidden row rows_R[i] sees), nats: fp32 [R] (fp64 in fp64)."""
-        hidden_TD = self.hidden(tokens_T, positions_T, shapes)
+        hidden_TD = self.hidden(tokens_T, positions_T, layout)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return linear_logprobs(hidden_TD[rows_R], head.weight, targets_R, chunk_tokens=head_chunk)
 
@@ -167,6 +167,6 @@ def load_decoder(
 def next_token_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
     """Logits [T, V] of one plain sequence, whole: for inspection and parity tests, never for training."""
     tokens_T = torch.tensor(tokens)
-    hidden_TD = model.hidden(tokens_T, torch.arange(len(tokens)), ((len(tokens), ()),))
+    hidden_TD = model.hidden(tokens_T, torch.arange(len(tokens)), Layout(0, ((len(tokens), ()),)))
     head = model.model.embed_tokens if model.lm_head is None else model.lm_head
     return F.linear(hidden_TD, head.weight.to(hidden_TD.dtype))

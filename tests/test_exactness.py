@@ -18,6 +18,8 @@ from models.decoder import Decoder, load_decoder, next_token_logits
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CONFIG = Config(exp="test", pack={"tokens": 256, "head_chunk": 16})
 
+PREFIXES = ((), tuple(range(1, 20)), tuple(range(2, 21)))  # trees with the same one share it in a pack
+
 
 def random_tree(seed: int) -> Tree:
     """A tree of 1 to 4 branches, one-token answers and answers scored only at their end among them."""
@@ -36,7 +38,9 @@ def random_tree(seed: int) -> Tree:
     while len(completions) < 2:
         completions.append(Completion(0, 0, tokens(1)))
     pairs = tuple(Pair(i, i + 1, draw.choice([1.0, 0.5])) for i in range(len(completions) - 1))
-    return Tree(f"t{seed}", tokens(draw.randint(1, 60)), branches, tuple(completions), pairs)
+    prompt = tokens(draw.randint(1, 60))
+    prefix = draw.choice(PREFIXES)
+    return Tree(f"t{seed}", prefix + prompt, branches, tuple(completions), pairs, len(prefix))
 
 
 def model(folder, dtype: torch.dtype, trains: bool = False) -> Decoder:

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from dpo.packing import pack_trees
 from dpo.rows import Row, pairs_of, read_rows, write_rows
 from dpo.trees import Completion, Pair, Tree, build_trees, response_tree, verdict_tree
 from models.errors import UserError
@@ -180,6 +181,7 @@ def test_a_pair_weighs_one_or_all_pairs_of_a_row_together_do(tokenizer, build, p
 
 BASE = Tree("t", (5, 6, 7), ((8, 9), (8,)), (Completion(0, 1, (9, 2)), Completion(1, 0, (8, 2))), (Pair(0, 1, 1.0),))
 CHANGED = {
+    "end of the prefix": dataclasses.replace(BASE, prefix=2),
     "prompt token": dataclasses.replace(BASE, prompt=(5, 6, 1)),
     "prompt longer by a token of the branch": dataclasses.replace(BASE, prompt=(5, 6, 7, 8), branches=((9,), (8,))),
     "prompt order": dataclasses.replace(BASE, prompt=(6, 5, 7)),
@@ -233,3 +235,36 @@ def test_trees_stand_in_the_order_of_their_rows(tokenizer):
             ROWS[::-1], tokenizer, objective=objective, pairs_per_row=1, pair_weight="row", pack_tokens=2048
         )
         assert [tree.id for tree in built] == ["r2", "r1"]
+
+
+# --- the prefix that judges' prompts share --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sighted", [True, False], ids=["sighted", "blind"])
+def test_every_judges_prompt_begins_with_the_same_prefix_up_to_the_first_word_of_its_row(tokenizer, sighted):
+    arguments = {"objective": "verdicts", "pairs_per_row": 1, "pair_weight": "pair", "pack_tokens": 2048}
+    trees = build_trees(ROWS, tokenizer, sighted=sighted, **arguments)
+    prefixes = {tree.prompt[: tree.prefix] for tree in trees}
+    assert len(prefixes) == 1
+    (prefix,) = prefixes
+    text = tokenizer.decode(prefix)
+    assert "You compare two answers" in text and text.rstrip().endswith("Request:" if sighted else "Answer A:")
+    assert ROW.prompt[0]["content"].split()[0] not in text
+
+
+def test_a_pack_runs_the_prefix_of_its_trees_once_and_keeps_other_prefixes_apart(tokenizer):
+    arguments = {"objective": "verdicts", "pairs_per_row": 1, "pair_weight": "pair", "pack_tokens": 2048}
+    sighted, blind = (build_trees(ROWS, tokenizer, sighted=sighted, **arguments) for sighted in (True, False))
+    (batch,) = pack_trees(sighted, 2048)
+    (pack,) = batch.packs
+    assert pack.layout.prefix == sighted[0].prefix > 0
+    assert pack.used_tokens == sum(tree.tokens for tree in sighted) - sighted[0].prefix
+    mixed = [pack for batch in pack_trees([*sighted, *blind], 2048) for pack in batch.packs]
+    assert sorted(pack.layout.prefix for pack in mixed) == sorted([sighted[0].prefix, blind[0].prefix])
+
+
+def test_a_prefix_that_a_prompt_does_not_begin_with_is_not_shared(tokenizer):
+    tree = verdict_tree(ROW, tokenizer, [(0, 0)], "pair", prefix=(1, 2, 3))
+    assert tree.prefix == 0
+    whole = verdict_tree(ROW, tokenizer, [(0, 0)], "pair", prefix=tree.prompt)  # a prompt keeps a token of its own
+    assert whole.prefix == 0 and whole.prompt == tree.prompt
