@@ -96,12 +96,15 @@ def response_tree(row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int
 
 
 def judge_prefix(tokenizer: Tokenizer, *, sighted: bool) -> tuple[int, ...]:
-    """The tokens that every judge's prompt begins with: what two prompts without a word in common share."""
+    """The tokens that every judge's prompt begins with: what two prompts without a word in common share.
+
+    Less one, so that a tree whose orders share nothing more still has a prompt token of its own.
+    """
     one, other = (
         tokenizer.prompt_ids(judge_messages(({"role": "user", "content": word},), word, word, sighted=sighted))
         for word in ("0", "~")
     )
-    return tuple(one[: _shared_tokens([one, other])])
+    return tuple(one[: _shared_tokens([one, other]) - 1])
 
 
 def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
