@@ -51,6 +51,7 @@ from dpo.step import accumulate_gradients, learning_rate, means, plan_steps, ref
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
+from models.files import read_json_object
 from models.lora import add_lora
 
 STEP0_TOLERANCE = 1e-5  # nats per completion on a CPU, where policy = reference is exact; on a GPU only reported so far
@@ -98,6 +99,10 @@ def train(
     )
     done = TrainState()
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
+    finished = checkpoints / "finished.json"
+    if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
+        load_weights_into(best, policy)
+        return TrainState(**read_json_object(finished))  # type: ignore[arg-type]
     if config.run.resume and (last := last_checkpoint(checkpoints)):
         done = TrainState(**load_checkpoint(last, policy, optimizer))  # type: ignore[arg-type]
 
@@ -164,6 +169,8 @@ def train(
                 raise KeyboardInterrupt("a checkpoint is written; the same command with run.resume=latest goes on")
     if done.best_step != done.step:
         load_weights_into(best, policy)
+    if ranks.first:
+        write_json(finished, asdict(done))
     return done
 
 
@@ -347,8 +354,8 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}; a full disk or a missing permission? What was there is whole", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        outside = "the same command starts anew, with the log-probs that are stored by now"
-        print(f"interrupted: {stop or outside}", file=sys.stderr)
+        outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"
+        print(f"interrupted: {str(stop) or outside}", file=sys.stderr)
         return 130
     return 0
 

@@ -192,10 +192,32 @@ def test_ctrl_c_in_the_reference_stage_exits_130_and_the_run_can_be_resumed(plac
     process.send_signal(signal.SIGINT)
     code, err = end(process)
     folder = run_folder(place)
-    assert code == 130 and err.startswith("interrupted") and err.count("\n") == 1
+    assert code == 130 and err.startswith("interrupted: run.resume=latest goes on") and err.count("\n") == 1
     assert not (folder / "metrics.jsonl").exists(), "it was past the reference stage"
     assert not litter(place)
     assert train.main(arguments(place, "run.resume=latest")) == 0
+    assert outcome(folder) == unstopped(FULL)
+
+
+@pytest.mark.parametrize("stage", ["judge_results", "export", "write_report"])
+def test_ctrl_c_after_training_loses_none_of_it(
+    place: Path, unstopped: Unstopped, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def trained_again(*_: object) -> None:
+        raise AssertionError("a step was trained again")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, stage, interrupted)
+        assert train.main(arguments(place)) == 130
+    signal.signal(signal.SIGINT, before)
+    folder = run_folder(place)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "accumulate_gradients", trained_again)
+        assert train.main(arguments(place, "run.resume=latest")) == 0
     assert outcome(folder) == unstopped(FULL)
 
 
