@@ -73,8 +73,10 @@ class CheckableConfig(Section):
 class PackConfig(Section):
     """The fixed shapes that everything is computed in."""
 
-    tokens: int = Field(2048, ge=64, multiple_of=64, description="tokens of a packed batch; a branch must fit in it")
-    head_chunk: int = Field(128, ge=1, description="scored tokens that the output head takes at once")
+    tokens: int = Field(
+        2048, ge=64, le=1_048_576, multiple_of=64, description="tokens of a packed batch; a branch must fit in it"
+    )
+    head_chunk: int = Field(128, ge=1, le=65_536, description="scored tokens that the output head takes at once")
 
 
 class LossConfig(Section):
@@ -157,7 +159,7 @@ class Config(Section):
 
     exp: str = Field(min_length=1, description="name of a file in experiments/ (without .toml), or a path to a .toml")
     objective: Literal["verdicts", "responses"] = Field("verdicts", description="train A/B verdicts, or the answers")
-    seed: int = Field(0, ge=0, description="seed of rows, order, initial adapters and bootstrap")
+    seed: int = Field(0, ge=0, le=1_000_000_000, description="seed of rows, order, initial adapters and bootstrap")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is a GPU")
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = Field("auto", description="auto = bf16 where native, else fp32")
     show: int = Field(0, ge=0, description="print so many trees with their scored tokens first")

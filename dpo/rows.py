@@ -114,7 +114,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = [name for name in file.schema_arrow.names if name in Row.__dataclass_fields__]
             records: list[object] = file.read(columns=columns).to_pylist()
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, UnicodeDecodeError) as error:
         raise UserError(f"data.path={path}: not a readable parquet file ({error})") from error
     yield from ((f"{path.name}:{number}", record) for number, record in enumerate(records, start=1))
 

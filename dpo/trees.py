@@ -130,7 +130,11 @@ def verdict_tree(
     `prefix` (of judge_prefix) is its prefix where it begins with it.
     """
     labels = [tokenizer.encode(label) for label in LABELS]
-    assert all(len(label) == 1 for label in labels), f"{LABELS} must be one token each, are {labels}"
+    if [len(label) for label in labels] != [1, 1] or labels[0] == labels[1]:
+        raise UserError(
+            f"the tokenizer of {tokenizer.folder} writes the verdicts {' and '.join(LABELS)} as the tokens {labels}, "
+            "but each must be one token of its own; take another model"
+        )
     orders = [
         tuple(tokenizer.prompt_ids(judge_messages(row.prompt, first, second, sighted=sighted)))
         for i, j in pairs

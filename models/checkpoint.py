@@ -35,9 +35,9 @@ def weight_files(folder: Path) -> list[Path]:
             "(pickled files such as pytorch_model.bin are never opened: convert them to safetensors)"
         )
     weight_map = read_json_object(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{folder / INDEX}: weight_map is missing; it must map tensor names to shard files")
-    files = [folder / str(name) for name in sorted(set(weight_map.values()))]
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{folder / INDEX}: weight_map is missing or no map from tensor names to shard files")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [path.name for path in files if not path.is_file()]:
         raise UserError(f"{folder}: shard missing that {INDEX} names: {_listed(missing)}; fetch the model again")
     return files

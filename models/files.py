@@ -67,16 +67,24 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json_object(path: Path) -> dict[str, object]:
-    """The JSON object in `path`; UserError if the file is missing, unreadable, broken or no object."""
+def read_text(path: Path) -> str:
+    """The UTF-8 text in `path`; UserError if the file is missing, unreadable or something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def read_json_object(path: Path) -> dict[str, object]:
+    """The JSON object in `path`; UserError if the file is missing, unreadable, broken or no object."""
+    try:
+        value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg}, column {error.colno})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: broken JSON (nested too deeply)") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold one JSON object {{...}}, holds a {type(value).__name__}")
     return value

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from models.errors import UserError
-from models.files import read_json_object, write_json
+from models.files import read_json_object, read_text, write_json
 
 FROZEN_DATE = datetime(2026, 1, 1)
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -75,7 +75,10 @@ class Tokenizer:
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """Tokens of the chat up to where the assistant's next turn begins."""
-        return self.encode(self.render(messages))
+        ids = self.encode(self.render(messages))
+        if not ids:
+            raise UserError(f"the chat template of {self.folder} writes nothing; put the model's own there")
+        return ids
 
     def completion_ids(self, messages: Messages, answer: str) -> list[int]:
         """Tokens of `answer` as the assistant's turn after `prompt_ids(messages)`, its end-of-turn token included.
@@ -178,12 +181,13 @@ def _read_optional(path: Path) -> dict[str, object]:
 
 
 def _find_template(folder: Path, config: Mapping[str, object]) -> str:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-    if not isinstance(template, str):
+    if (folder / "chat_template.jinja").is_file():
+        template = read_text(folder / "chat_template.jinja")
+    elif isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[0].get("template") if entries else None
+    if not isinstance(template, str) or not template.strip():
         raise UserError(
             f"{folder} has no chat template; it is looked for in chat_template.jinja, then chat_template of "
             "tokenizer_config.json (of a list, the one named default). Take the instruction-tuned model, or put a "

@@ -171,6 +171,7 @@ def test_a_corrupt_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes
     [
         ("{", f"{INDEX}:1: broken JSON"),
         ("{}", "weight_map is missing"),
+        ('{"weight_map": {"a": 1, "b": "x"}}', "weight_map is missing or no map"),
         ('{"weight_map": {"a": "b.safetensors"}}', "shard missing.*: b.safetensors"),
     ],
 )

@@ -75,6 +75,8 @@ def test_an_unknown_key_ends_the_real_command_with_the_nearest_key(tmp_path: Pat
         ("train.epochs=two", ['train.epochs = "two" (command line)', "a whole number >= 1", "train.epochs=1"]),
         ("train.activation_checkpointing=yes", ["activation_checkpointing", '"yes"', "true or false"]),
         ("loss.beta=-0.1", ["loss.beta = -0.1 (command line)", "a number > 0"]),
+        ("pack.tokens=64000000000", ["pack.tokens = 64000000000", "<= 1.04858e+06"]),
+        ("seed=99999999999999999999", ["seed = 99999999999999999999", "<= 1e+09"]),
         ("pack.tokens=100", ["pack.tokens = 100", "a multiple of 64"]),
         ("objective=verdict", ['objective = "verdict"', "verdicts, responses", "did you mean verdicts?"]),
         ("loss.name=sigmod", ['loss.name = "sigmod"', "sigmoid"]),
@@ -172,9 +174,15 @@ def test_too_few_rows_to_split_are_refused(refused: Refused, tmp_path: Path) -> 
 # --- model folders --------------------------------------------------------------------------------------------------
 
 
-def set_config(folder: Path, **changes: object) -> None:
-    fields = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(fields))
+def set_config(folder: Path, name: str = "config.json", **changes: object) -> None:
+    fields = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps(fields))
+
+
+def rename_token_a(folder: Path) -> None:
+    fields = json.loads((folder / "tokenizer.json").read_text())
+    fields["model"]["vocab"]["AA"] = fields["model"]["vocab"].pop("A")
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
 
 
 def truncate(folder: Path) -> None:
@@ -207,6 +215,21 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}"),
         ["chat template", "line 1"],
     ),
+    "template is empty": (lambda f: (f / "chat_template.jinja").touch(), ["no chat template"]),
+    "template writes nothing": (
+        lambda f: (f / "chat_template.jinja").write_text("{# none #}"),
+        ["chat template", "writes nothing"],
+    ),
+    "template is no text": (
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xff\xfe"),
+        ["chat_template.jinja", "not UTF-8"],
+    ),
+    "templates without a name": (
+        lambda f: set_config(f, "tokenizer_config.json", chat_template=[{"template": "x"}]),
+        ["no chat template"],
+    ),
+    "endless brackets": (lambda f: (f / "config.json").write_text("[" * 100_000), ["config.json", "nested"]),
+    "no token for a verdict": (rename_token_a, ["tokenizer", "A and B", "one token"]),
 }
 
 
