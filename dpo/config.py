@@ -48,7 +48,7 @@ class DataConfig(Section):
     """The preference rows and their split."""
 
     path: Place = Field("checkable", min_length=1, description="checkable (made here), or a .jsonl or .parquet file")
-    rows: int = Field(0, ge=0, description="most training rows, drawn with the seed after the split; 0 = all")
+    rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
     pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")
     split: Literal["group", "study"] = Field("group", description="by group without leaks, or the study's leaky way")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the groups kept for validation")
@@ -133,7 +133,7 @@ class JudgeConfig(Section):
     """The judging of the held-out rows, before and after training."""
 
     sighted: bool = Field(True, description="the judge sees the request; false = only the two answers (blind)")
-    rows: int = Field(0, ge=0, description="most test rows judged, drawn with the seed; 0 = all")
+    rows: int = Field(0, ge=0, description="most test rows judged, whole groups drawn; 0 = all")
     pairs_per_row: int = Field(1, ge=0, description="first so many (chosen, rejected) pairs of a test row; 0 = all")
     blind_control: bool = Field(True, description="also judge blind, as one of the controls")
 
@@ -388,3 +388,7 @@ def _check_together(config: Config, settings: Settings) -> None:
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         fractions = f"{said('data.validation_fraction')} and {said('data.test_fraction')}"
         raise UserError(f"{fractions}: leave no rows for training; together they must be < 1")
+    for name in ("data.validation_fraction", "data.test_fraction"):
+        if name in settings and config.data.path == "checkable":
+            rows = name.replace("data.", "checkable.").replace("fraction", "rows")
+            raise UserError(f"{said(name)}: checkable rows come split; set {rows} instead, or data.path to a file")

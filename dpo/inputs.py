@@ -5,6 +5,7 @@ A user's mistake ends here, with the run folder not yet made. Read next: dpo/tra
 
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,10 +85,19 @@ def load_splits(config: Config) -> Splits:
 
 
 def sample(rows: Sequence[Row], most: int, seed: int) -> tuple[Row, ...]:
-    """`most` rows drawn with the seed, in their old order; all of them where most = 0 or there are fewer."""
+    """At most `most` rows (0: all), in their old order: whole groups drawn with the seed, as long as they fit."""
     if not most or most >= len(rows):
         return tuple(rows)
-    return tuple(rows[i] for i in sorted(random.Random(f"sample {seed}").sample(range(len(rows)), most)))
+    sizes = Counter(row.group for row in rows)
+    groups = sorted(sizes)
+    random.Random(f"sample {seed}").shuffle(groups)
+    taken: set[str] = set()
+    room = most
+    for group in groups:
+        if sizes[group] <= room:
+            taken.add(group)
+            room -= sizes[group]
+    return tuple(row for row in rows if row.group in taken)
 
 
 def check_place(key: str, path: Path) -> None:

@@ -28,7 +28,6 @@ class Pack:
     rows_R: Tensor  # hidden row that predicts each scored token
     targets_R: Tensor
     completion_R: Tensor  # index in the batch of the completion it belongs to
-    used_tokens: int
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,6 @@ def _pack(pieces: Sequence[_Piece], trees: Sequence[Tree], slots: dict[tuple[int
         rows_R,
         targets_R,
         completion_R,
-        len(tokens),
     )
 
 
@@ -137,7 +135,7 @@ def empty_pack(pack_tokens: int) -> Pack:
     It holds one token, so that every weight takes part and gets a gradient (of zeros): sharded ranks must send alike.
     """
     one_token = Tree("", (0,), (), (), ())
-    return replace(_pack([_Piece(0, (), 1)], [one_token], {}, pack_tokens), used_tokens=0)
+    return _pack([_Piece(0, (), 1)], [one_token], {}, pack_tokens)
 
 
 def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:

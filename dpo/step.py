@@ -86,7 +86,7 @@ def accumulate_gradients(
     """
     weight = sum(pair.weight for tree in trees for pair in tree.pairs)
     mine = range(ranks.rank, len(trees), ranks.world)
-    sums: dict[str, float] = {}
+    sums = {"tokens": float(sum(trees[i].tokens for i in mine))}
     differences = [torch.zeros(1, dtype=torch.float64)]
     for batch in pack_share(trees, config.pack.tokens, ranks.rank, ranks.world):
         sums_S = batch_sums(policy, batch, config.pack.head_chunk).cpu()
@@ -99,7 +99,6 @@ def accumulate_gradients(
         ((losses_B * batch.weight_B).sum() / weight).backward()
         for name, value in reward_metrics(logps, losses_B, batch.weight_B, config.loss.beta).items():
             sums[name] = sums.get(name, 0.0) + value
-        sums["tokens"] = sums.get("tokens", 0.0) + sum(pack.used_tokens for pack in batch.packs)
     return {**total(sums, ranks), "difference": float(torch.cat(differences).max())}
 
 

@@ -48,6 +48,7 @@ from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, write_json
 from dpo.show import render_tree
 from dpo.step import accumulate_gradients, learning_rate, means, plan_steps, reference_sums
+from dpo.trees import trees_digest
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
@@ -61,6 +62,7 @@ STEP0_TOLERANCE = 1e-5  # nats per completion on a CPU, where policy = reference
 class TrainState:
     """What a checkpoint remembers besides weights and moments."""
 
+    data: str  # trees_digest of the training trees
     step: int = 0
     pairs: int = 0
     tokens: int = 0
@@ -97,14 +99,14 @@ def train(
         weight_decay=config.train.weight_decay,
         fused=True,
     )
-    done = TrainState()
+    done = TrainState(trees_digest(inputs.train_trees))
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
     if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
         load_weights_into(best, policy)
-        return TrainState(**read_json_object(finished))  # type: ignore[arg-type]
+        return _same_data(TrainState(**read_json_object(finished)), done, folder)  # type: ignore[arg-type]
     if config.run.resume and (last := last_checkpoint(checkpoints)):
-        done = TrainState(**load_checkpoint(last, policy, optimizer))  # type: ignore[arg-type]
+        done = _same_data(TrainState(**load_checkpoint(last, policy, optimizer)), done, folder)  # type: ignore[arg-type]
 
     # Go!
     with (
@@ -134,7 +136,7 @@ def train(
             if not math.isfinite(grad_norm):
                 raise UserError(
                     f"step {done.step}: the gradient's norm is {grad_norm}; the weights are left as they were. "
-                    "Lower train.lr or raise loss.beta; the last checkpoint is whole"
+                    "Lower train.lr or raise loss.beta; checkpoints written so far are whole"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -172,6 +174,15 @@ def train(
     if ranks.first:
         write_json(finished, asdict(done))
     return done
+
+
+def _same_data(saved: TrainState, fresh: TrainState, folder: Path) -> TrainState:
+    if saved.data != fresh.data:
+        raise UserError(
+            f"run.resume: {folder} was begun on other training rows than are read now (their tokens, pairs or weights "
+            "differ): give it the file that it had, or start a new run"
+        )
+    return saved
 
 
 def due(step: int, every: int) -> bool:

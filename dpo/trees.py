@@ -10,6 +10,7 @@ at all: the two orders of the answers are two branches, and the last row of each
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -140,6 +141,11 @@ def verdict_tree(
         for i, j in pairs
         for first, second in ((row.chosen[i], row.rejected[j]), (row.rejected[j], row.chosen[i]))
     ]
+    if orders[0] == orders[1]:
+        raise UserError(
+            "the judge's prompt is the same in both orders of the answers, so its chat template shows no user message; "
+            f"mend the template of {tokenizer.folder}"
+        )
     prompt = orders[0][: _shared_tokens(orders)]
     branches = tuple(tokens[len(prompt) :] for tokens in orders)
     weight = PAIR_WEIGHTS[pair_weight](len(branches))
@@ -168,12 +174,26 @@ def build_trees(
     sighted: bool = True,
 ) -> list[Tree]:
     """One tree a row, in order. UserError where a prompt and one branch do not fit a pack."""
-    prefix = judge_prefix(tokenizer, sighted=sighted)
-    build = {
-        "responses": response_tree,
-        "verdicts": lambda *arguments: verdict_tree(*arguments, sighted=sighted, prefix=prefix),
-    }[objective]
-    return [
-        _check_length(build(row, tokenizer, pairs_of(row, pairs_per_row), pair_weight), row, pack_tokens)
-        for row in rows
-    ]
+    builders: dict[str, Callable[[], Callable[..., Tree]]] = {
+        "responses": lambda: response_tree,
+        "verdicts": lambda: partial(verdict_tree, sighted=sighted, prefix=judge_prefix(tokenizer, sighted=sighted)),
+    }
+    build = builders[objective]()
+    trees = []
+    for row in rows:
+        try:
+            tree = build(row, tokenizer, pairs_of(row, pairs_per_row), pair_weight)
+        except UserError as error:  # of the chat template, which knows no rows
+            raise UserError(f"{row.where or row.id}: {error}") from error
+        trees.append(_check_length(tree, row, pack_tokens))
+    return trees
+
+
+def trees_digest(trees: Sequence[Tree]) -> str:
+    """16 hex digits that change with any token, scored span, pair or weight, and with the order of the trees."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tree in trees:
+        for completion in range(len(tree.completions)):
+            digest.update(tree.key(completion))
+        digest.update(repr(tree.pairs).encode())
+    return digest.hexdigest()

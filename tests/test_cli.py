@@ -84,6 +84,7 @@ def test_an_unknown_key_ends_the_real_command_with_the_nearest_key(tmp_path: Pat
         ("exp=smok", ['no experiment "smok"', "did you mean smoke?"]),
         ("lora.rank", ['"lora.rank" (command line)', "key=value"]),
         ("data.test_fraction=0.95", ["data.test_fraction = 0.95", "together they must be < 1"]),
+        ("data.test_fraction=0.5", ["data.test_fraction = 0.5", "checkable rows come split", "checkable.test_rows"]),
         ("run.resume=latest", ["run.resume=latest", "no run folder"]),
         ("model.path=smollm2", ["model.path = 'smollm2'", "smollm2-135m-instruct, tiny-random"]),
         ("reference.path=nowhere", ["reference.path = 'nowhere'", "smollm2-135m-instruct, tiny-random"]),
@@ -210,6 +211,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "template raises": (
         lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('only one turn') }}"),
         ["chat template", "only one turn", "user"],
+    ),
+    "template drops the user": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ messages[0]['content'] }} ..."),
+        ["the same in both orders", "shows no user message", "checkable-validation-"],
     ),
     "template is broken": (
         lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}"),

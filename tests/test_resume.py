@@ -307,6 +307,26 @@ def test_resuming_under_another_configuration_is_refused_and_the_keys_are_named(
     assert contents(folder) == before and len(list(folder.parent.iterdir())) == 2
 
 
+def test_resuming_on_rows_that_have_changed_since_is_refused(
+    place: Path, ctrl_c_in_step: CtrlC, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file's name is in the configuration, what it holds is not."""
+    file = place / "rows.jsonl"
+    rows = [
+        {"id": f"r{n}", "subset": "s", "prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": f"{n}."}
+        for n in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = arguments(place, f"data.path={file}", "train.checkpoint_every_steps=1")
+    ctrl_c_in_step(2)
+    assert train.main(given) == 130
+    rows = [row | {"chosen": row["chosen"].replace("It is", "That is")} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert train.main([*given, "run.resume=latest"]) == 2
+    assert "begun on other training rows" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_was_damaged_is_named(
     place: Path, ctrl_c_in_step: CtrlC, capsys: pytest.CaptureFixture[str]
 ) -> None:

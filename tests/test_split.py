@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.inputs import sample
 from dpo.rows import SPLITS, Row, normalise, pairs_of, read_rows
 from dpo.split import Splits, find_leaks, split_rows
 from models.errors import UserError
@@ -227,3 +228,15 @@ def test_real_rows_split_by_group_do_not_leak_and_keep_the_fractions(name: str) 
 def test_real_rows_split_like_the_study_leak_and_say_so() -> None:
     leaks = split_of(read_rows(DATA / "rb2_shaped.jsonl"), split="study").report["leaks"]
     assert isinstance(leaks, dict) and min(leaks.values()) > 100
+
+
+@pytest.mark.parametrize("most", [1, 7, 8, 50])
+def test_a_sample_takes_whole_groups_and_as_many_rows_as_fit(most: int) -> None:
+    rows = [make_row(f"{n}-{i}", group=f"g{n}") for n in range(10) for i in range(4 if n < 7 else 1)]
+    taken = sample(rows, most, seed=3)
+    groups = {row.group for row in taken}
+    assert taken == tuple(row for row in rows if row.group in groups)
+    assert len(taken) <= most and all(
+        len(taken) + (4 if n < 7 else 1) > most for n in range(10) if f"g{n}" not in groups
+    )
+    assert sample(rows, most, seed=3) == taken and sample(rows, 0, seed=3) == tuple(rows)
