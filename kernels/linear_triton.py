@@ -163,7 +163,7 @@ def linear_target_rows(Y, ORDER, COEFFICIENT, H, DW, T, D, h_stride, BN: tl.cons
 
 
 class Kept(NamedTuple):
-    """What the products of the backward pass need of a chunk of rows: e [T, V], its scales [P, T], the rows' own [T]."""
+    """What the products need of a chunk of rows: e [T, V], k of its tiles [P, T], k of the rows [T]."""
 
     e_TV: Tensor
     k_PT: Tensor
@@ -171,7 +171,7 @@ class Kept(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """Per row: k fp32 and s fp64 with logsumexp = k ln 2 + log s; the target's logit; u = sum exp(z - k ln 2) (z - k ln 2)."""
+    """Per row: k and s (fp64), logsumexp = k ln 2 + log s; the target's logit; u = sum exp(z - k ln 2) (z - k ln 2)."""
 
     k_T: Tensor
     s_T: Tensor
@@ -179,9 +179,9 @@ class Softmax(NamedTuple):
     u_T: Tensor | None
 
 
-def dense_rows(x: Tensor, rows: int) -> Tensor:
-    """x itself where its rows are dense and `rows` of them lie within 2^31 elements, else a copy that is so."""
-    return x if x.stride(1) == 1 and x.stride(0) * rows < 2**31 else x.contiguous()
+def dense_rows(x: Tensor) -> Tensor:
+    """x itself where its rows are dense and offsets inside a tile fit 32 bits, else a copy of which that is true."""
+    return x if x.stride(1) == 1 and 0 < x.stride(0) < 2**31 // 256 else x.contiguous()
 
 
 def _operand(x: Tensor, rows: int, columns: int, tile: dict[str, int]) -> Tensor | TensorDescriptor:
@@ -197,8 +197,8 @@ def _described(tile: dict[str, int], *operands: Tensor) -> dict[str, int]:
 def forward(
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    targets_T: Tensor,
     bias_V: Tensor | None,
+    targets_T: Tensor,
     temperature: float,
     softcap: float | None,
     entropy: bool,
@@ -227,17 +227,15 @@ def forward(
     return Softmax(k_T, s_T, z_T, u_T), None if e_TV is None else Kept(e_TV, k_PT, k_T)
 
 
-def hidden_grad(kept: Kept, weight_VD: Tensor, arch: str) -> Tensor:
-    """sum over the words but the target of exp(z - k_row ln 2) W_v: fp32 [T, D]."""
+def hidden_grad(kept: Kept, weight_VD: Tensor, out_TD: Tensor, arch: str) -> None:
+    """out (fp32, dense) = sum over the words but the target of exp(z - k_row ln 2) W_v."""
     (T, V), D = kept.e_TV.shape, weight_VD.shape[1]
     tile = _described(tile_of(arch, "linear_hidden_grad"), kept.e_TV, weight_VD)
-    out_TD = torch.empty(T, D, dtype=torch.float32, device=weight_VD.device)
     linear_hidden_grad[(triton.cdiv(T, tile["BT"]) * triton.cdiv(D, tile["BN"]),)](
         _operand(kept.e_TV, tile["BT"], tile["BK"], tile), _operand(weight_VD, tile["BK"], tile["BN"], tile),
         kept.k_PT, kept.k_T, out_TD, T, V, D, kept.e_TV.stride(0), weight_VD.stride(0),
         BV=tile_of(arch, "linear_forward")["BV"], INTERPRET=INTERPRETED, **tile,
     )  # fmt: skip
-    return out_TD
 
 
 def add_weight_grad(grad_VD: Tensor, kept: Kept, scaled_TD: Tensor, add: bool, arch: str) -> None:
@@ -251,9 +249,7 @@ def add_weight_grad(grad_VD: Tensor, kept: Kept, scaled_TD: Tensor, add: bool, a
     )  # fmt: skip
 
 
-def add_target_rows(
-    grad_VD: Tensor, targets_T: Tensor, coefficient_T: Tensor, hidden_TD: Tensor, arch: str
-) -> None:
+def add_target_rows(grad_VD: Tensor, targets_T: Tensor, coefficient_T: Tensor, hidden_TD: Tensor, arch: str) -> None:
     """grad_VD[y_t] += coefficient_t hidden_t, equal targets in the order of their rows; targets of -1 are left out."""
     (T, D), tile = hidden_TD.shape, tile_of(arch, "linear_target_rows")
     sorted_T, order_T = torch.sort(targets_T, stable=True)

@@ -55,12 +55,12 @@ TILES: dict[str, dict[str, Tile]] = {
         "combine_parts": {"BT": 16},
         "row_forward": {"BV": 64},
         "row_backward": {"BV": 64},
-        "linear_target_rows": {"BN": 32},
+        "linear_target_rows": {"BN": 64},
         "pair_forward": {"BT": 8},
         "pair_backward": {"BT": 8},
-        "linear_forward": {"BT": 16, "BV": 64, "BD": 32, "GROUP": 2, "DESC": 0},
-        "linear_hidden_grad": {"BT": 16, "BN": 32, "BK": 32, "DESC": 0},
-        "linear_weight_grad": {"BM": 32, "BN": 32, "BK": 16, "DESC": 0},
+        "linear_forward": {"BT": 16, "BV": 128, "BD": 64, "GROUP": 3, "DESC": 0},
+        "linear_hidden_grad": {"BT": 32, "BN": 64, "BK": 64, "DESC": 0},
+        "linear_weight_grad": {"BM": 64, "BN": 64, "BK": 32, "DESC": 0},
     },
 }
 

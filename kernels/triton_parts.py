@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tiles with masked tails, products, scaled exponentials, and the sum of partial softmaxes.
+"""What the Triton kernels share: tiles with masked tails, products, scaled exponentials, sums of partial softmaxes.
 
 Letters: `T` rows, `V` vocabulary. Read next: kernels/linear_triton.py, kernels/row_triton.py.
 
@@ -27,7 +27,7 @@ LN2 = 0.6931471805599453
 
 @triton.jit
 def load_tile(A, row, column, rows, columns, stride, BR: tl.constexpr, BC: tl.constexpr, DESC: tl.constexpr):
-    """[BR, BC] of a row-major matrix from (row, column) on, zeros outside; A is a pointer, or with DESC a descriptor."""
+    """[BR, BC] of a row-major matrix from (row, column) on, zeros outside; A is a pointer, with DESC a descriptor."""
     if DESC:
         return A.load([row, column])
     r = tl.arange(0, BR)[:, None]
