@@ -30,10 +30,11 @@ def load_tile(A, row, column, rows, columns, stride, BR: tl.constexpr, BC: tl.co
     """[BR, BC] of a row-major matrix from (row, column) on, zeros outside; A is a pointer, with DESC a descriptor."""
     if DESC:
         return A.load([row, column])
-    r = tl.arange(0, BR)[:, None]
-    c = tl.arange(0, BC)[None, :]
-    corner = A + tl.cast(row, tl.int64) * stride + column
-    return tl.load(corner + r * stride + c, mask=(r < rows - row) & (c < columns - column), other=0.0)
+    else:  # of a branch that returns, Triton compiles what follows too
+        r = tl.arange(0, BR)[:, None]
+        c = tl.arange(0, BC)[None, :]
+        corner = A + tl.cast(row, tl.int64) * stride + column
+        return tl.load(corner + r * stride + c, mask=(r < rows - row) & (c < columns - column), other=0.0)
 
 
 @triton.jit
