@@ -215,11 +215,12 @@ def forward(
     z_T = torch.empty_like(k_PT[0])
     padded = triton.cdiv(V, 64) * 64  # a row of e begins at a multiple of 128 bytes
     e_TV = hidden_TD.new_empty(T, padded)[:, :V] if keep else None
+    e_stride = 0 if e_TV is None else e_TV.stride(0)
     linear_forward[(triton.cdiv(T, tile["BT"]) * parts,)](
         _operand(hidden_TD, tile["BT"], tile["BD"], tile),
         _operand(weight_VD, tile["BV"], tile["BD"], tile),
         bias_V, targets_T, k_PT, s_PT, u_PT, z_T, e_TV, T, V, D,
-        hidden_TD.stride(0), weight_VD.stride(0), padded, 1.0 / temperature, softcap or 1.0,
+        hidden_TD.stride(0), weight_VD.stride(0), e_stride, 1.0 / temperature, softcap or 1.0,
         HAS_BIAS=bias_V is not None, SOFTCAP=softcap is not None, ENTROPY=entropy, STORE_E=keep,
         INTERPRET=INTERPRETED, **tile,
     )  # fmt: skip

@@ -106,7 +106,7 @@ def forward(
     interleaved: bool,
     arch: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(losses, chosen rewards, rejected rewards, d loss / d chosen log-ratio) fp64 [B]; reference [T], [2B, 1], None."""
+    """(losses, chosen rewards, rejected rewards, d loss / d chosen log-ratio), fp64 [B]; reference [T] or [2B, 1]."""
     B = (len(cu_seqlens) - 1) // 2
     per_sequence = reference is not None and reference.dim() == 2  # told apart from [T] by its form
     out = [torch.empty(B, dtype=torch.float64, device=policy_T.device) for _ in range(4)]

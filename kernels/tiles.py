@@ -35,14 +35,14 @@ TILES: dict[str, dict[str, Tile]] = {
         {"BT": 128, "BN": 128, "BK": 64, "DESC": 0, "num_warps": 8, "num_stages": 3},
         {"BM": 128, "BN": 128, "BK": 64, "DESC": 0, "num_warps": 8, "num_stages": 3},
     ),
-    "sm_90": _products(
+    "sm_90": _products(  # 256 words spill with softcap or entropy, 256 columns of dW where it adds
         {"BT": 128, "BV": 128, "BD": 64, "GROUP": 16, "DESC": 1, "num_warps": 8, "num_stages": 3},
-        {"BT": 128, "BN": 128, "BK": 64, "DESC": 1, "num_warps": 8, "num_stages": 3},
+        {"BT": 128, "BN": 256, "BK": 64, "DESC": 1, "num_warps": 8, "num_stages": 3},
         {"BM": 128, "BN": 128, "BK": 64, "DESC": 1, "num_warps": 8, "num_stages": 3},
     ),
-    "sm_100": _products(
+    "sm_100": _products(  # 256 words spill with softcap or entropy, 256 columns of dW where it adds
         {"BT": 128, "BV": 128, "BD": 64, "GROUP": 16, "DESC": 1, "num_warps": 8, "num_stages": 3},
-        {"BT": 128, "BN": 128, "BK": 64, "DESC": 1, "num_warps": 8, "num_stages": 3},
+        {"BT": 128, "BN": 256, "BK": 64, "DESC": 1, "num_warps": 8, "num_stages": 3},
         {"BM": 128, "BN": 128, "BK": 64, "DESC": 1, "num_warps": 8, "num_stages": 3},
     ),
     "gfx942": _products(
