@@ -115,7 +115,7 @@ def _say(line: str) -> None:
 def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int, trainable: bool) -> str:
     """The path of linear_logprobs: "torch", "chunked" or "fused".
 
-    "triton" is the fused kernels, or the row kernel between library products where a GPU has no tile for a fused one;
+    "triton" is the fused kernels, or the row kernel between library products where a fused one has no tile (fp32 too);
     ValueError says what is missing. "auto" on a GPU that Triton cannot serve says so once, and why.
     """
     if backend not in BACKENDS:
@@ -123,15 +123,16 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: i
     if backend == "torch" or (backend == "auto" and device.type == "cpu"):
         return "torch"
     missing, arch = why_not_triton(device, dtype), arch_of(device)
+    tiled = dtype != torch.float32 or arch == "interpret"  # fp32 has no matrix units to feed, and its tiles spill
     if backend == "triton":
         if missing is not None:
             raise ValueError(f"backend='triton' cannot be had: {missing}")
         needed = ["linear_forward", "linear_hidden_grad"] + ["linear_weight_grad"] * trainable
-        return "fused" if all(has_tile(arch, kernel) for kernel in needed) else "chunked"
+        return "fused" if tiled and all(has_tile(arch, kernel) for kernel in needed) else "chunked"
     if missing is not None:
         _say(f"kernels: the torch path is used, because {missing}")
         return "torch"
-    return choose(arch, T, D, V, trainable)
+    return choose(arch, T, D, V, trainable) if tiled else "chunked"
 
 
 PATH_KERNELS = {
