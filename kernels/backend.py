@@ -1,0 +1,156 @@
+"""Which code computes the log-probs: what can be had on a device, what is the faster, and how to say it in a line.
+
+Letters: `T` rows, `D` model width, `V` vocabulary. Read next: kernels/tiles.py, kernels/linear_logprobs.py.
+
+Three paths give the same numbers to fp32's accuracy:
+
+    torch     plain torch, chunk by chunk: the CPU's, and whatever Triton cannot do
+    chunked   the vendor's matrix product with fp32 output, our Triton row kernel, the vendor's product
+    fused     our Triton kernels alone: no logits in memory, and a row's bits do not depend on the batch
+"""
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from kernels.tiles import TILES, has_tile, tile_of
+
+BACKENDS = ("auto", "torch", "triton")
+OLDEST_TRITON = (3, 6)  # the oldest that the kernels were compiled with
+log = logging.getLogger("kernels")
+
+
+class Rates(NamedTuple):
+    """What a GPU is assumed to reach: bf16 matrix products of the vendor's library and of ours, and its memory."""
+
+    vendor_tflops: float
+    fused_tflops: float
+    memory_tbps: float
+
+
+# Assumed, not measured by us: the H100's are others' published figures (library products 800, pure Triton 370-470, on
+# memory 3.0 of 3.35); the other GPUs' keep those shares of their peaks.
+RATES = {
+    "sm_80": Rates(250, 130, 1.8),
+    "sm_90": Rates(800, 420, 3.0),
+    "sm_100": Rates(1700, 800, 7.0),
+    "gfx942": Rates(650, 400, 4.2),
+}
+
+
+def arch_of(device: torch.device) -> str:
+    """The name of a device in the tile table: sm_80, gfx942, ...; "interpret" is Triton's interpreter, on the CPU.
+
+    GPUs run what was tuned for the nearest older one of their kind: sm_86 and sm_89 as sm_80, sm_103 as sm_100.
+    """
+    if device.type == "cpu":
+        return "interpret" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return next(
+        (name for name in ("sm_100", "sm_90", "sm_80") if int(name[3:]) <= 10 * major + minor), f"sm_{major}{minor}"
+    )
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why this installation has no Triton to use, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} (pip install -U triton)"
+    return None
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is missing to run the Triton kernels on a device in a dtype, in words, or None."""
+    arch = arch_of(device)
+    if arch == "cpu":
+        return "the tensors are on the CPU, where Triton runs only in its interpreter (TRITON_INTERPRET=1)"
+    if (missing := triton_missing()) is not None:
+        return missing
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the Triton kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if arch not in TILES:
+        return f"no tile is shipped for {arch}: the Triton kernels need one of {', '.join(TILES)}, or a newer GPU"
+    return None
+
+
+def seconds(arch: str, path: str, T: int, D: int, V: int, trainable: bool) -> float:
+    """The model behind `choose`: matrix products at the assumed rate, and the row kernels' passes over the logits.
+
+    A product is 2TVD FLOP; there are two, three with a trained head. The chunked path's row kernels read fp32 logits
+    twice and write bf16 probabilities, 10 bytes a logit that no product hides; the fused path's hides in its own.
+    """
+    rates = RATES[arch]
+    flop = (6 if trainable else 4) * T * V * D
+    if path == "fused":
+        return flop / (rates.fused_tflops * 1e12)
+    return flop / (rates.vendor_tflops * 1e12) + 10 * T * V / (rates.memory_tbps * 1e12)
+
+
+def choose(arch: str, T: int, D: int, V: int, trainable: bool) -> str:
+    """The path of backend "auto": torch on an arch not in RATES, else the faster of chunked and fused by `seconds`."""
+    if arch not in RATES:
+        return "torch"
+    needed = ["linear_forward", "linear_hidden_grad"] + ["linear_weight_grad"] * trainable
+    paths = ["chunked"] + ["fused"] * all(has_tile(arch, kernel) for kernel in needed)
+    return min(paths, key=lambda path: seconds(arch, path, T, D, V, trainable))
+
+
+@cache
+def _say(line: str) -> None:
+    log.warning(line)
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int, trainable: bool) -> str:
+    """The path of linear_logprobs: "torch", "chunked" or "fused".
+
+    "triton" is the fused kernels, or the row kernel between library products where a fused one has no tile (fp32 too);
+    ValueError says what is missing. "auto" on a GPU that Triton cannot serve says so once, and why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, BACKENDS))}")
+    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+        return "torch"
+    missing, arch = why_not_triton(device, dtype), arch_of(device)
+    tiled = dtype != torch.float32 or arch == "interpret"  # fp32 has no matrix units to feed, and its tiles spill
+    if backend == "triton":
+        if missing is not None:
+            raise ValueError(f"backend='triton' cannot be had: {missing}")
+        needed = ["linear_forward", "linear_hidden_grad"] + ["linear_weight_grad"] * trainable
+        return "fused" if tiled and all(has_tile(arch, kernel) for kernel in needed) else "chunked"
+    if missing is not None:
+        _say(f"kernels: the torch path is used, because {missing}")
+        return "torch"
+    return choose(arch, T, D, V, trainable) if tiled else "chunked"
+
+
+PATH_KERNELS = {
+    "torch": (),
+    "chunked": ("row_forward", "row_backward", "combine_parts"),
+    "fused": ("linear_forward", "linear_hidden_grad", "combine_parts"),
+}
+
+
+def describe(
+    backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int, trainable: bool
+) -> dict[str, str]:
+    """What `resolve` picks, for a run's record: the path, why it is torch's, or the tile of each kernel in use."""
+    path, arch = resolve(backend, device, dtype, T, D, V, trainable), arch_of(device)
+    said = {"asked": backend, "path": path, "arch": arch}
+    if path == "torch":
+        return said | {"why": why_not_triton(device, dtype) or "asked for" if backend != "torch" else "asked for"}
+    kernels = list(PATH_KERNELS[path])
+    if trainable:
+        kernels += ["linear_weight_grad"] * (path == "fused") + ["linear_target_rows"]
+    return said | {k: " ".join(f"{key}={value}" for key, value in tile_of(arch, k).items()) for k in kernels}

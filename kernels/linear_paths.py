@@ -1,0 +1,268 @@
+"""The paths of linear_logprobs: torch chunk by chunk, with the Triton row kernels in it, or the fused kernels.
+
+Letters: `T` scored rows, `C` rows of one chunk, `D` model width, `V` vocabulary (of this shard). c = dz / da is the
+slope of softcap, 1 without one. Read next: kernels/linear_triton.py, kernels/row_triton.py.
+
+A path (`run_chunks`, `run_fused`) gives scores and the sum of c_v p_v W_v over the words but the target; its weight
+gradient gives the sum over rows. What the target itself adds is kept apart in fp32, by kernels/linear_logprobs.py: as
+p_y -> 1, W_y - p_y W_y would cancel in bf16.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.backend import log
+
+if TYPE_CHECKING:
+    from kernels.linear_triton import Softmax
+
+LN2 = 0.6931471805599453
+FUSED_CHUNK_BYTES = 2**30  # scaled exponentials of one chunk of rows of the fused kernels
+
+Gather = Callable[[Tensor], Sequence[Tensor]]
+"""A collective: one rank's tensor in, every rank's out, in rank order."""
+
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
+"""hidden_TD, weight_VD in the hidden's dtype, bias_V, and targets_T as words of this shard, -1 where it has none."""
+
+
+class Options(NamedTuple):
+    """What the paths need to know beside the tensors."""
+
+    temperature: float
+    softcap: float | None
+    chunk: int  # rows to a product of the torch and chunked paths
+    path: str
+    arch: str
+    entropy: bool
+    saved_bytes: int  # of probabilities kept for the weight's gradient
+
+
+# --- logits and softmax of a chunk, in torch ----------------------------------------------------------------------
+
+
+def _two_limbs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Fp32-grade logits from two bf16 products.
+
+    The CPU's product accumulates in fp32 but rounds its result to bf16. The second product subtracts the first result
+    inside the accumulator, so what is rounded is the small remainder.
+    """
+    high_CV = hidden_CD @ weight_VD.T
+    low_CV = torch.addmm(high_CV, hidden_CD, weight_VD.T, beta=-1)
+    return high_CV.float().add_(low_CV)
+
+
+@cache
+def two_limbs_hold(dtype: torch.dtype) -> bool:
+    """Whether two limbs are as good as they should be on this CPU, tried once; where not, the log says so."""
+    random = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 256, generator=random).to(dtype) for rows in (16, 64))
+    exact = hidden.double() @ weight.double().T
+    # Each limb rounds to half an ulp of what the one before left; fp32 sums of 256 terms add a few of its own.
+    allowed = ((torch.finfo(dtype).eps / 2) ** 2 + 16 * torch.finfo(torch.float32).eps) * float(exact.abs().max())
+    holds = bool((_two_limbs(hidden, weight) - exact).abs().max() <= allowed)
+    if not holds:
+        log.warning("kernels: %s products keep no fp32 remainder on this CPU; logits are computed in fp32", dtype)
+    return holds
+
+
+class Scores(NamedTuple):
+    """Per row, over this shard's words: log p of the target; logsumexp and the target's logit (fp64); entropy."""
+
+    logp_T: Tensor
+    lse_T: Tensor
+    target_T: Tensor
+    entropy_T: Tensor | None
+
+
+class Run(NamedTuple):
+    """What a path gives back: sum_{v != y} c_v p_v W_v times scale_T [T, D], and per kept chunk what dW needs."""
+
+    scores: Scores
+    others_TD: Tensor
+    scale_T: Tensor | None
+    kept: list[tuple[Tensor, ...]]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; a GPU returns its fp32 sums of half-precision products, which a CPU cannot."""
+    half = a.dtype in (torch.bfloat16, torch.float16)
+    return torch.mm(a, b, out_dtype=torch.float32) if half and a.is_cuda else a @ b
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
+    """Logits with fp32's accuracy (fp64's from fp64) from one or two products in the inputs' own dtype."""
+    if hidden_CD.dtype not in (torch.bfloat16, torch.float16) or hidden_CD.is_cuda:
+        return _product(hidden_CD, weight_VD.T)
+    if two_limbs_hold(hidden_CD.dtype):
+        return _two_limbs(hidden_CD, weight_VD)
+    return hidden_CD.float() @ weight_VD.float().T
+
+
+def _softmax_in_torch(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Scores, Tensor]:
+    """(scores, probabilities, made in the logits' place)."""
+    top_C1 = logits_CV.amax(-1, keepdim=True)
+    top_C1 = top_C1.where(top_C1 > -torch.inf, 0)
+    here_C1 = targets_C[:, None].clamp(min=0)
+    target_C1 = logits_CV.gather(1, here_C1)
+    logits_CV -= top_C1
+    shifted_CV = logits_CV.clone() if entropy else None
+    probs_CV = logits_CV.exp_()
+    sum_C1 = probs_CV.sum(-1, keepdim=True)
+    probs_CV /= sum_C1.where(sum_C1 > 0, 1)  # a shard may hold nothing but -inf
+    logp_C1, lse_C1 = target_C1 - top_C1 - sum_C1.log(), top_C1.double() + sum_C1.double().log()
+    entropy_C = None
+    if shifted_CV is not None:
+        entropy_C = sum_C1[:, 0].log() - shifted_CV.clamp_(min=-1e30).mul_(probs_CV).sum(-1)  # 0 * -inf counts 0
+    return Scores(logp_C1[:, 0], lse_C1[:, 0], target_C1[:, 0].double(), entropy_C), probs_CV
+
+
+def _softmax_in_kernels(logits_CV: Tensor, targets_C: Tensor, dtype: torch.dtype, o: Options) -> tuple[Scores, Tensor]:
+    """(scores, probabilities in dtype) by the Triton row kernels."""
+    from kernels import row_triton
+
+    softmax = row_triton.forward(logits_CV, targets_C, 1.0, o.entropy, o.arch)
+    probs_CV = torch.empty_like(logits_CV, dtype=dtype)
+    scale_C = softmax.s_T.reciprocal().where(softmax.s_T > 0, 0).float()
+    row_triton.backward(logits_CV, probs_CV, targets_C, softmax.k_T, scale_C, torch.zeros_like(scale_C), 1.0, o.arch)
+    return scores_of(softmax), probs_CV
+
+
+def scores_of(softmax: "Softmax") -> Scores:
+    """The kernels' (k, s, target, u) as scores."""
+    log_s_T = softmax.s_T.log()
+    target_T = softmax.target_T.double()
+    lse_T = softmax.k_T.double().clamp(min=-1e30) * LN2 + log_s_T
+    entropy_T = None if softmax.u_T is None else (log_s_T - softmax.u_T / softmax.s_T).float()
+    return Scores((target_T - lse_T).float(), lse_T, target_T, entropy_T)
+
+
+def _softmax(
+    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, o: Options
+) -> tuple[Scores, Tensor]:
+    """(scores, c_v p_v with the target's own entry zero) of a chunk of rows; a target of -1 is not on this shard."""
+    logits_CV = _logits(hidden_CD, weight_VD)
+    slope_CV = None
+    if bias_V is not None:
+        logits_CV += bias_V
+    if o.softcap is not None:
+        logits_CV.div_(o.softcap).tanh_()
+        slope_CV = 1 - logits_CV * logits_CV
+        logits_CV *= o.softcap
+    if o.temperature != 1.0:
+        logits_CV /= o.temperature
+    if o.path == "chunked":
+        scores, probs_CV = _softmax_in_kernels(logits_CV, targets_C, hidden_CD.dtype, o)
+    else:
+        scores, probs_CV = _softmax_in_torch(logits_CV, targets_C, o.entropy)
+        here_C1 = targets_C[:, None].clamp(min=0)
+        probs_CV.scatter_(1, here_C1, probs_CV.gather(1, here_C1).where(targets_C[:, None] < 0, 0.0))
+    return scores, probs_CV if slope_CV is None else probs_CV.mul_(slope_CV)
+
+
+# --- the paths ----------------------------------------------------------------------------------------------------
+
+
+def _pad_rows(x_T: Tensor, rows: int, fill: int = 0) -> Tensor:
+    return x_T if len(x_T) == rows else torch.cat([x_T, x_T.new_full((rows - len(x_T), *x_T.shape[1:]), fill)])
+
+
+def _concatenated(scores: list[Scores], like: Tensor, entropy: bool) -> Scores:
+    """Scores of all rows from those of chunks; empty ones of no chunk."""
+    if not scores:
+        empty, empty64 = like.new_empty(0, dtype=_exact(like.dtype)), like.new_empty(0, dtype=torch.float64)
+        return Scores(empty, empty64, empty64, empty if entropy else None)
+    logp, lse, target, entropies = zip(*scores, strict=True)
+    return Scores(torch.cat(logp), torch.cat(lse), torch.cat(target), torch.cat(entropies) if entropy else None)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
+    """The torch and chunked paths, for the gradients (hidden, weight): every product has the shape of a whole chunk."""
+    hidden_TD, weight_VD, bias_V, targets_T = inputs
+    (T, D), V = hidden_TD.shape, len(weight_VD)
+    keep = needs[1] and T * V * hidden_TD.element_size() <= o.saved_bytes
+    others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=_exact(hidden_TD.dtype))
+    probs_TV = hidden_TD.new_empty((T, V) if keep else (0, V))
+    scores = []
+    for start in range(0, T, o.chunk):
+        rows = slice(start, min(start + o.chunk, T))
+        n = rows.stop - start
+        hidden_CD, targets_C = _pad_rows(hidden_TD[rows], o.chunk), _pad_rows(targets_T[rows], o.chunk)
+        scores_C, probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o)
+        scores.append(Scores(*(None if x is None else x[:n] for x in scores_C)))  # type: ignore[arg-type]
+        if needs[0] or keep:
+            probs_CV = probs_CV.to(hidden_TD.dtype)
+        if needs[0]:
+            others_TD[rows] = _product(probs_CV, weight_VD)[:n]
+        if keep:
+            probs_TV[rows] = probs_CV[:n]
+    return Run(_concatenated(scores, hidden_TD, o.entropy), others_TD, None, [(probs_TV,)] if keep else [])
+
+
+def run_fused(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
+    """The fused path: its chunks of rows only bound the memory of the scaled exponentials, and change no bits."""
+    from kernels import linear_triton
+
+    hidden_TD, weight_VD, bias_V, targets_T = inputs
+    (T, D), row_bytes = hidden_TD.shape, len(weight_VD) * hidden_TD.element_size()
+    others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=torch.float32)
+    scores, scales, kept = [], [hidden_TD.new_empty(0, dtype=torch.float32)], []
+    for rows in _fused_chunks(T, row_bytes):
+        keep = needs[1] and rows.stop * row_bytes <= o.saved_bytes
+        hidden_CD, targets_C, e_too = hidden_TD[rows], targets_T[rows], needs[0] or keep
+        softmax, chunk = linear_triton.forward(
+            hidden_CD, weight_VD, bias_V, targets_C, o.temperature, o.softcap, o.entropy, e_too, o.arch
+        )
+        if chunk is not None and needs[0]:
+            linear_triton.hidden_grad(chunk, weight_VD, others_TD[rows], o.arch)
+        if chunk is not None and keep:
+            kept.append(tuple(chunk))
+        scores.append(scores_of(softmax))
+        scales.append(softmax.s_T.reciprocal().where(softmax.s_T > 0, 0).float())
+    return Run(_concatenated(scores, hidden_TD, o.entropy), others_TD, torch.cat(scales), kept)
+
+
+def _fused_chunks(T: int, row_bytes: int) -> list[slice]:
+    chunk = max(FUSED_CHUNK_BYTES // row_bytes // 128 * 128, 128)
+    return [slice(start, min(start + chunk, T)) for start in range(0, T, chunk)]
+
+
+def weight_grad_chunks(scaled_TD: Tensor, inputs: Inputs, kept: list[tuple[Tensor, ...]], o: Options) -> Tensor:
+    """-sum_t c_v p_tv scaled_t over the words but the targets, [V, D] in the exact dtype: torch and chunked paths."""
+    hidden_TD, weight_VD, bias_V, targets_T = inputs
+    if kept:
+        return _product(kept[0][0].T, scaled_TD).to(_exact(hidden_TD.dtype)).neg_()
+    grad_VD = torch.zeros_like(weight_VD, dtype=_exact(hidden_TD.dtype))
+    chunks = (x.split(o.chunk) for x in (hidden_TD, scaled_TD, targets_T))
+    for hidden_CD, scaled_CD, targets_C in zip(*chunks, strict=True):
+        probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o)[1].to(hidden_TD.dtype)
+        grad_VD -= _product(probs_CV.T, scaled_CD)
+    return grad_VD
+
+
+def weight_grad_fused(scaled_TD: Tensor, inputs: Inputs, kept: list[tuple[Tensor, ...]], o: Options) -> Tensor:
+    """The same by the fused kernels; chunks beyond those kept are computed again, to the same bits."""
+    from kernels import linear_triton
+
+    hidden_TD, weight_VD, bias_V, targets_T = inputs
+    grad_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+    for i, rows in enumerate(_fused_chunks(len(hidden_TD), len(weight_VD) * hidden_TD.element_size())):
+        if i < len(kept):
+            chunk = linear_triton.Kept(*kept[i])
+        else:
+            hidden_CD, targets_C = hidden_TD[rows], targets_T[rows]
+            again = linear_triton.forward(
+                hidden_CD, weight_VD, bias_V, targets_C, o.temperature, o.softcap, False, True, o.arch
+            )[1]
+            assert again is not None, "asked for"
+            chunk = again
+        linear_triton.add_weight_grad(grad_VD, chunk, scaled_TD[rows], i > 0, o.arch)
+    return grad_VD.neg_()

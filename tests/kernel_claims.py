@@ -1,0 +1,655 @@
+"""What the Triton kernels claim, as functions of the package under test: the tests run them on kernels/ itself, and
+tests/test_kernel_mutations.py on broken copies, each of which must fail one. They run in Triton's interpreter.
+
+A claim takes the package `k` (k.linear_logprobs, k.tiles, ...) and asserts. Truth is fp64, the yardstick plain torch.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+GUARD = 2**16  # elements of NaN on either side of every buffer that the kernels write
+EPS = torch.finfo(torch.float32).eps
+
+Claim = Callable[[ModuleType], None]
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def words(T: int, V: int, seed: int = 0) -> Tensor:
+    return torch.randint(V, (T,), generator=torch.Generator().manual_seed(seed))
+
+
+def poisoned(x: Tensor, rows: int = 40, columns: int = 72) -> Tensor:
+    """x as a view into a larger matrix of NaN."""
+    if x.dim() == 1:
+        return torch.cat([x, x.new_full((rows,), torch.nan)])[: len(x)]
+    whole = x.new_full((len(x) + rows, x.shape[1] + columns), torch.nan)
+    whole[: len(x), : x.shape[1]] = x
+    return whole[: len(x), : x.shape[1]]
+
+
+@contextmanager
+def guarded_buffers() -> Iterator[None]:
+    """Every buffer made inside is NaN, between guards that nothing may write to (checked at the end)."""
+    made: list[tuple[Tensor, int]] = []
+    real = torch.empty, torch.empty_like, torch.Tensor.new_empty, torch.zeros
+
+    def buffer(shape: tuple[int, ...], dtype: torch.dtype | None, fill: float) -> Tensor:
+        n, dtype = math.prod(shape), dtype or torch.float32
+        if not dtype.is_floating_point:
+            return real[0](shape, dtype=dtype)
+        flat = torch.full((n + 2 * GUARD,), torch.nan, dtype=dtype)
+        flat[GUARD : GUARD + n] = fill
+        made.append((flat, n))
+        return flat[GUARD : GUARD + n].view(shape)
+
+    def shape_of(size: tuple) -> tuple[int, ...]:
+        return tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+
+    torch.empty = lambda *size, dtype=None, device=None: buffer(shape_of(size), dtype, torch.nan)
+    torch.zeros = lambda *size, dtype=None, device=None: buffer(shape_of(size), dtype, 0.0)
+    torch.empty_like = lambda x, dtype=None: buffer(tuple(x.shape), dtype or x.dtype, torch.nan)
+    torch.Tensor.new_empty = lambda x, *size, dtype=None, device=None: (  # the interpreter's own come with a device
+        buffer(shape_of(size), dtype or x.dtype, torch.nan) if device is None else real[2](x, *size, dtype=dtype)
+    )
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like, torch.Tensor.new_empty, torch.zeros = real
+    for flat, n in made:
+        assert bool(flat[:GUARD].isnan().all() and flat[GUARD + n :].isnan().all()), "written outside of a buffer"
+
+
+def huge_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix whose last rows lie more than 2^31 elements from its first; its untouched pages take no memory."""
+    stride = 2**23 - 64
+    assert rows * stride > 2**31
+    return torch.empty(rows * stride, dtype=dtype).as_strided((rows, columns), (stride, 1))
+
+
+def at_most_twice(got: Tensor, yardstick: Tensor, truth: Tensor, floor: float = 0.0) -> None:
+    """The error is at most twice the yardstick's, in the root mean square; `floor` where the yardstick may be exact."""
+    got, yardstick, truth = got.detach().double(), yardstick.detach().double(), truth.detach().double()
+    assert not got.isnan().any()
+    assert (got - truth).norm() <= 2 * (yardstick - truth).norm() + floor * truth.norm()
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor, upstream: Tensor) -> list[Tensor]:
+    """[value, gradient of (value * upstream).sum() in each of the inputs]."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    value = function(*leaves)
+    return [value.detach(), *torch.autograd.grad((value * upstream.to(value.dtype)).sum(), leaves)]
+
+
+def plain_logp(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return (h @ w.T).log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+
+# --- linear_logprobs ----------------------------------------------------------------------------------------------
+
+
+def compare_linear(k: ModuleType, T: int, D: int, V: int, dtype: torch.dtype, y: Tensor | None = None) -> None:
+    h, w = random(T, D).to(dtype), random(V, D, seed=1, scale=0.3).to(dtype)
+    y = words(T, V) if y is None else y
+    up = random(T, seed=2)
+    ours = gradients(lambda h, w: k.linear_logprobs(h, w, y, backend="triton"), h, w, upstream=up)
+    truth = gradients(lambda h, w: plain_logp(h, w, y), h.double(), w.double(), upstream=up)
+    fp32 = gradients(lambda h, w: plain_logp(h, w, y), h.float(), w.float(), upstream=up)
+    same = gradients(lambda h, w: plain_logp(h, w, y), h, w, upstream=up)
+    at_most_twice(ours[0], fp32[0], truth[0])
+    assert (ours[0] - truth[0]).square().mean().sqrt() <= 5e-6
+    at_most_twice(ours[1], same[1], truth[1])
+    at_most_twice(ours[2], same[2], truth[2])
+
+
+def linear_error_is_at_most_twice_torchs_in_fp32_at_odd_sizes(k: ModuleType) -> None:
+    compare_linear(k, 37, 100, 333, torch.float32)
+
+
+def linear_error_is_at_most_twice_torchs_in_bf16_at_odd_sizes(k: ModuleType) -> None:
+    compare_linear(k, 61, 100, 997, torch.bfloat16)
+
+
+def linear_error_is_at_most_twice_torchs_in_fp16(k: ModuleType) -> None:
+    compare_linear(k, 17, 72, 130, torch.float16)
+
+
+def targets_in_the_last_partial_tile_and_repeated_targets_are_scored(k: ModuleType) -> None:
+    compare_linear(k, 20, 66, 130, torch.float32, torch.tensor([129, 128, 0, 127] * 5))
+
+
+def zero_hidden_rows_give_exactly_uniform_log_probs(k: ModuleType) -> None:
+    for V in (97, 130):
+        logp = k.linear_logprobs(torch.zeros(2, 8), torch.ones(V, 8), torch.tensor([0, V - 1]), backend="triton")
+        assert torch.allclose(logp, torch.tensor(-math.log(V)), rtol=2 * EPS, atol=0)
+
+
+def logits_all_of_minus_128_or_1e4_give_exactly_uniform_log_probs(k: ModuleType) -> None:
+    for shift in (-128.0, 1e4):
+        h = torch.full((2, 1), shift)
+        logp = k.linear_logprobs(h, torch.ones(130, 1), torch.tensor([0, 129]), backend="triton")
+        assert torch.allclose(logp, torch.tensor(-math.log(130)), rtol=2 * EPS, atol=0)
+
+
+def logits_far_from_zero_keep_their_differences(k: ModuleType) -> None:
+    """To a few of fp32's steps at that size, which the logits themselves are rounded to."""
+    h, w = torch.tensor([[1e4, 1.0]]).repeat(3, 1), torch.stack([torch.ones(200), torch.arange(200) / 50], 1)
+    y = torch.tensor([0, 100, 199])
+    at_most_twice(
+        k.linear_logprobs(h, w, y, backend="triton"), plain_logp(h, w, y), plain_logp(h.double(), w.double(), y)
+    )
+
+
+def sentinels_are_refused_or_ignored(k: ModuleType) -> None:
+    V = 130
+    h, w = random(4, 16).float(), random(V, 16, seed=1).float().requires_grad_()
+    h.requires_grad_()
+    y = torch.tensor([3, -100, 129, -100])
+    logp = k.linear_logprobs(h, w, y, backend="triton")
+    logp.sum().backward()
+    assert logp[1] == 0 and logp[3] == 0 and not h.grad[[1, 3]].any() and bool(h.grad[[0, 2]].any(1).all())
+    kept = torch.tensor([0, 2])
+    alone = gradients(
+        lambda h, w: k.linear_logprobs(h, w, y[kept], backend="triton"), h[kept], w, upstream=torch.ones(2)
+    )
+    assert torch.equal(logp[kept], alone[0]) and torch.allclose(w.grad, alone[2], rtol=4 * EPS, atol=4 * EPS)
+    for wrong in (-1, V, V + 1):
+        y[0] = wrong
+        try:
+            k.linear_logprobs(h, w, y, backend="triton")
+        except IndexError:
+            continue
+        raise AssertionError(f"target {wrong} was scored")
+
+
+def padding_is_inert_and_nothing_is_written_beyond_a_buffer(k: ModuleType) -> None:
+    T, D, V = 19, 70, 131
+    h, w, b = random(T, D).float(), random(V, D, seed=1, scale=0.3).float(), random(V, seed=3).float()
+    y, up = words(T, V), random(T, seed=2)
+
+    def run(h: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (h, w)]
+        out = k.linear_logprobs(*leaves, y, bias=bias, backend="triton", return_lse=True, return_entropy=True)
+        total = ((out.logp_T + out.lse_T) * up.float()).sum()
+        return [*(x.detach() for x in out), *torch.autograd.grad(total, leaves)]
+
+    clean = run(h, w, b)
+    with guarded_buffers():
+        dirty = run(poisoned(h), poisoned(w), poisoned(b))
+    assert all(torch.equal(*pair) for pair in zip(clean, dirty, strict=True))
+
+
+def words_and_whole_tiles_of_minus_infinity_have_no_probability(k: ModuleType) -> None:
+    T, D, V = 5, 16, 300
+    h, w, y = random(T, D).float(), random(V, D, seed=1).float(), torch.tensor([130, 299, 140, 200, 3])
+    b = torch.zeros(V)
+    b[:128] = b[256:298] = -torch.inf  # the first tile whole, and a part of the last
+    inside = torch.tensor([0, 1, 2, 3])
+    alive = b > -torch.inf
+    index = torch.cumsum(alive, 0) - 1
+
+    def full(h: Tensor, w: Tensor) -> Tensor:
+        return k.linear_logprobs(h, w, y, bias=b, backend="triton")[inside]
+
+    ours = gradients(full, h, w, upstream=torch.ones(4))
+    truth = gradients(
+        lambda h, w: plain_logp(h[inside], w[alive], index[y[inside]]), h.double(), w.double(), upstream=torch.ones(4)
+    )
+    same = gradients(lambda h, w: plain_logp(h[inside], w[alive], index[y[inside]]), h, w, upstream=torch.ones(4))
+    for three in zip(ours, same, truth, strict=True):
+        at_most_twice(*three)
+    out = k.linear_logprobs(h, w, y, bias=b, backend="triton", return_entropy=True)
+    assert out.logp_T[4] == -torch.inf and not out.entropy_T.isnan().any()
+    assert k.linear_logprobs(h, w, y, bias=b.fill_(-torch.inf), backend="triton").isnan().all()
+
+
+def no_row_one_row_and_only_ignored_rows_are_fine(k: ModuleType) -> None:
+    w = random(50, 16, seed=1).float()
+    for T in (0, 1, 3):
+        h, y = random(T, 16).float(), torch.full((T,), -100)
+        value, dh, dw = gradients(
+            lambda h, w, y=y: k.linear_logprobs(h, w, y, backend="triton"), h, w, upstream=torch.ones(T)
+        )
+        assert value.shape == (T,) and not value.any() and not dh.any() and not dw.any()
+
+
+def hidden_and_weight_may_lie_in_memory_as_they_like(k: ModuleType) -> None:
+    h, w, y = random(18, 66).float(), random(130, 66, seed=1, scale=0.3).float(), words(18, 130)
+    up = torch.ones(18)
+
+    def run(h: Tensor, w: Tensor) -> list[Tensor]:
+        return gradients(lambda h, w: k.linear_logprobs(h, w, y, backend="triton"), h, w, upstream=up)
+
+    dense = run(h, w)
+    wide = torch.full((36, 200), torch.nan)
+    wide[::2, 1:133:2] = h
+    for hidden, weight in ((h.T.contiguous().T, w.T.contiguous().T), (wide[::2, 1:133:2], poisoned(w, 7, 9))):
+        assert not hidden.is_contiguous() and not weight.is_contiguous()
+        assert all(torch.equal(*pair) for pair in zip(dense, run(hidden, weight), strict=True))
+
+
+def offsets_beyond_two_to_the_31_are_reached(k: ModuleType) -> None:
+    rows, D = 270, 8
+    big, small = huge_rows(rows, D, torch.bfloat16), random(16, D).bfloat16()
+    big.copy_(random(rows, D, seed=1))
+    compact, y, all_y = big.clone(), words(16, rows), words(rows, 16)
+
+    def run(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return k.linear_logprobs(h, w, y, backend="triton")
+
+    assert torch.equal(run(small, big, y), run(small, compact, y))
+    assert torch.equal(run(big, small, all_y), run(compact, small, all_y))
+    wanted = gradients(lambda h, w: run(h, w, all_y), compact, small, upstream=torch.ones(rows))
+    real = torch.Tensor.new_empty
+
+    def far(x: Tensor, *size: int, **more: torch.dtype) -> Tensor:  # the scaled exponentials [T, V]
+        return huge_rows(rows, 64, x.dtype) if size == (rows, 64) else real(x, *size, **more)
+
+    torch.Tensor.new_empty = far
+    try:
+        got = gradients(lambda h, w: run(h, w, all_y), compact, small, upstream=torch.ones(rows))
+    finally:
+        torch.Tensor.new_empty = real
+    assert all(torch.equal(*pair) for pair in zip(wanted, got, strict=True))
+
+
+def two_runs_and_a_row_alone_give_the_same_bits(k: ModuleType) -> None:
+    T, D, V = 40, 70, 200
+    h, w, y, up = random(T, D).bfloat16(), random(V, D, seed=1).bfloat16(), words(T, V), torch.ones(T)
+
+    def run(rows: slice | list[int]) -> list[Tensor]:
+        return gradients(lambda h, w: k.linear_logprobs(h, w, y[rows], backend="triton"), h[rows], w, upstream=up[rows])
+
+    whole, again = run(slice(None)), run(slice(None))
+    assert all(torch.equal(*pair) for pair in zip(whole, again, strict=True))
+    for rows in ([0], [17], [39], [38, 3]):
+        logp, dh, _ = run(rows)
+        assert torch.equal(logp, whole[0][rows]) and torch.equal(dh, whole[1][rows])
+
+
+def chunks_of_rows_and_recomputing_change_no_bits(k: ModuleType) -> None:
+    """dW is summed chunk by chunk: its bits depend on the chunks, not on what was kept of them."""
+    T, D, V = 150, 16, 200
+    h, w, y, up = random(T, D).float(), random(V, D, seed=1).float(), words(T, V), random(T, seed=2)
+
+    def run(w_trains: bool = True) -> list[Tensor]:
+        leaves = [h.clone().requires_grad_(), w.clone().requires_grad_(w_trains)]
+        logp = k.linear_logprobs(*leaves, y, backend="triton")
+        wanted = leaves if w_trains else leaves[:1]
+        return [logp.detach(), *torch.autograd.grad((logp * up.float()).sum(), wanted)]
+
+    whole, frozen = run(), run(w_trains=False)
+    assert torch.equal(whole[0], frozen[0]) and torch.equal(whole[1], frozen[1])
+    real_chunk, real_saved = k.linear_paths.FUSED_CHUNK_BYTES, k.linear_logprobs_module.SAVED_PROBS_BYTES
+    try:
+        k.linear_paths.FUSED_CHUNK_BYTES = 0  # chunks of 128 rows: two here
+        kept = run()
+        k.linear_logprobs_module.SAVED_PROBS_BYTES = 0
+        recomputed = run()
+        k.linear_logprobs_module.SAVED_PROBS_BYTES = 128 * V * 4
+        half_kept = run()
+    finally:
+        k.linear_paths.FUSED_CHUNK_BYTES, k.linear_logprobs_module.SAVED_PROBS_BYTES = real_chunk, real_saved
+    for other in (kept, recomputed, half_kept):
+        assert torch.equal(other[0], whole[0]) and torch.equal(other[1], whole[1])
+        assert torch.equal(other[2], kept[2])
+    truth = gradients(lambda h, w: plain_logp(h, w, y), h.double(), w.double(), upstream=up)
+    same = gradients(lambda h, w: plain_logp(h, w, y), h, w, upstream=up)
+    at_most_twice(kept[2], same[2], truth[2])
+
+
+def probabilities_of_all_words_sum_to_one(k: ModuleType) -> None:
+    V = 131
+    h = random(1, 16).float().expand(V, 16)
+    logp = k.linear_logprobs(h, random(V, 16, seed=1).float(), torch.arange(V), backend="triton")
+    assert (logp <= 0).all() and abs(float(logp.double().exp().sum()) - 1) <= 4 * EPS
+
+
+def bias_softcap_temperature_logsumexp_and_entropy_are_as_good_as_torchs(k: ModuleType) -> None:
+    T, D, V = 18, 66, 200
+    h, w, b = random(T, D).float(), random(V, D, seed=1).float(), random(V, seed=3).float()
+    y, up, up_lse = words(T, V), random(T, seed=4), random(T, seed=5)
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        z = 15.0 * torch.tanh((h @ w.T + b.to(h.dtype)) / 15.0) / 1.7
+        logp = z.log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1).detach()
+        return torch.stack([logp.gather(1, y[:, None])[:, 0], z.logsumexp(-1), entropy])
+
+    def fused(h: Tensor, w: Tensor) -> Tensor:
+        more = {"bias": b, "softcap": 15.0, "temperature": 1.7, "return_lse": True, "return_entropy": True}
+        return torch.stack(tuple(k.linear_logprobs(h, w, y, backend="triton", **more)))
+
+    upstream = torch.stack([up, up_lse, torch.zeros(T)])
+    ours, same = (gradients(f, h, w, upstream=upstream) for f in (fused, plain))
+    truth = gradients(plain, h.double(), w.double(), upstream=upstream)
+    for i in range(3):
+        at_most_twice(ours[0][i], same[0][i], truth[0][i])
+    at_most_twice(ours[1], same[1], truth[1])
+    at_most_twice(ours[2], same[2], truth[2])
+
+
+def in_shards(ranks: int, work: Callable[[int, Callable[[Tensor], list[Tensor]]], list[Tensor]]) -> list[list[Tensor]]:
+    """work(rank, all-gather) on every rank at once, a thread each; every rank's results."""
+    slots: list[Tensor | None] = [None] * ranks
+    results: list[list[Tensor]] = [[] for _ in range(ranks)]
+    failures: list[BaseException] = []
+    barrier, one = threading.Barrier(ranks, timeout=60), threading.Lock()  # the interpreter patches triton: one at a time
+
+    def run(rank: int) -> None:
+        def gather(x: Tensor) -> list[Tensor]:
+            slots[rank] = x.clone()
+            one.release()
+            barrier.wait()
+            everyone = [slot for slot in slots if slot is not None]
+            barrier.wait()
+            one.acquire()
+            return everyone
+
+        try:
+            with one:
+                results[rank] = work(rank, gather)
+        except BaseException as failure:
+            failures.append(failure)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise AssertionError("a rank failed") from failures[0]
+    return results
+
+
+def vocabulary_shards_give_every_rank_the_same_bits_and_the_whole_result(k: ModuleType) -> None:
+    T, D, V = 9, 34, 300
+    h, w, y, up, up_lse = random(T, D).float(), random(V, D, seed=1).float(), words(T, V), random(T), random(T, seed=6)
+    y[2] = -100
+    bias = torch.zeros(V)
+    bias[200:] = -torch.inf  # the last shard of three has nothing to say
+    y[0], y[1] = 0, 199
+    y[3:] %= 200
+
+    def run(h: Tensor, w: Tensor, b: Tensor, **shard: object) -> list[Tensor]:
+        h, w = h.clone().requires_grad_(), w.clone().requires_grad_()
+        out = k.linear_logprobs(h, w, y, bias=b, backend="triton", return_lse=True, return_entropy=True, **shard)
+        scalar = (out.logp_T * up.float() + out.lse_T * up_lse.float()).sum()
+        dh, dw = torch.autograd.grad(scalar, (h, w))
+        return [*(x.detach() for x in out), dh, dw]
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        logp = (h @ w.T + bias.to(h.dtype)).log_softmax(-1)
+        entropy = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1).detach()
+        scored = logp.gather(1, y.clamp(min=0)[:, None])[:, 0].where(y >= 0, 0)
+        return torch.stack([scored, (h @ w.T + bias.to(h.dtype)).logsumexp(-1), entropy])
+
+    upstream = torch.stack([up, up_lse, torch.zeros(T)])
+    truth = gradients(plain, h.double(), w.double(), upstream=upstream)
+    same = gradients(plain, h, w, upstream=upstream)
+    whole = run(h, w, bias)
+    for bounds in ([0, 300], [0, 150, 300], [0, 100, 200, 300]):
+        ends = list(zip(bounds, bounds[1:], strict=False))
+
+        def work(rank: int, gather: Callable, ends: list = ends) -> list[Tensor]:
+            begin, end = ends[rank]
+            return run(h, w[begin:end], bias[begin:end], vocab_start=begin, vocab_group=gather)
+
+        ranks = in_shards(len(ends), work)
+        for rank in ranks[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(rank[:4], ranks[0][:4], strict=True))
+        if len(ends) == 1:
+            assert torch.equal(ranks[0][0], whole[0])
+        for i in range(3):
+            at_most_twice(ranks[0][i], same[0][i], truth[0][i])
+        at_most_twice(ranks[0][3], same[1], truth[1])
+        at_most_twice(torch.cat([rank[4] for rank in ranks]), same[2], truth[2])
+
+
+LINEAR: list[Claim] = [
+    zero_hidden_rows_give_exactly_uniform_log_probs,
+    logits_all_of_minus_128_or_1e4_give_exactly_uniform_log_probs,
+    logits_far_from_zero_keep_their_differences,
+    padding_is_inert_and_nothing_is_written_beyond_a_buffer,
+    targets_in_the_last_partial_tile_and_repeated_targets_are_scored,
+    sentinels_are_refused_or_ignored,
+    words_and_whole_tiles_of_minus_infinity_have_no_probability,
+    no_row_one_row_and_only_ignored_rows_are_fine,
+    hidden_and_weight_may_lie_in_memory_as_they_like,
+    probabilities_of_all_words_sum_to_one,
+    bias_softcap_temperature_logsumexp_and_entropy_are_as_good_as_torchs,
+    linear_error_is_at_most_twice_torchs_in_fp32_at_odd_sizes,
+    linear_error_is_at_most_twice_torchs_in_fp16,
+    linear_error_is_at_most_twice_torchs_in_bf16_at_odd_sizes,
+    vocabulary_shards_give_every_rank_the_same_bits_and_the_whole_result,
+    two_runs_and_a_row_alone_give_the_same_bits,
+    chunks_of_rows_and_recomputing_change_no_bits,
+    offsets_beyond_two_to_the_31_are_reached,
+]
+
+
+# --- selective_log_softmax ----------------------------------------------------------------------------------------
+
+
+def index_logp(z: Tensor, y: Tensor) -> Tensor:
+    return z.log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+
+def compare_rows(k: ModuleType, z: Tensor, y: Tensor, temperature: float = 1.0) -> None:
+    """Value, logsumexp, entropy and gradient, the last also in place, to the same bits."""
+    T = len(z)
+    up, up_lse = random(T, seed=2), random(T, seed=3)
+    upstream = torch.stack([up, up_lse, torch.zeros(T)])
+
+    def plain(z: Tensor) -> Tensor:
+        z = z / temperature
+        logp = z.log_softmax(-1)
+        entropy = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1).detach()
+        return torch.stack([logp.gather(1, y[:, None])[:, 0], z.logsumexp(-1), entropy])
+
+    def ours(z: Tensor, inplace: bool = False) -> Tensor:
+        return torch.stack(
+            tuple(
+                k.selective_log_softmax(
+                    z, y, temperature=temperature, inplace_backward=inplace,
+                    return_lse=True, return_entropy=True, backend="triton",
+                )
+            )
+        )  # fmt: skip
+
+    value, grad = gradients(ours, z, upstream=upstream)
+    truth, fp32 = (gradients(plain, z.to(dtype), upstream=upstream) for dtype in (torch.float64, torch.float32))
+    for i in range(3):
+        at_most_twice(value[i], fp32[0][i], truth[0][i])
+    at_most_twice(grad, fp32[1].to(z.dtype), truth[1])  # the gradient is rounded once, to the logits' dtype
+    taken = z.clone()
+    in_place = gradients(lambda z: ours(z, inplace=True), taken, upstream=upstream)
+    assert torch.equal(in_place[1], grad) and in_place[1].data_ptr() == taken.data_ptr()
+
+
+def rows_are_as_good_as_torchs_in_fp32_and_bf16_over_several_spans(k: ModuleType) -> None:
+    compare_rows(k, random(7, 997, scale=3.0).float(), words(7, 997))
+    compare_rows(k, random(6, 600, scale=3.0).bfloat16(), torch.tensor([599, 0, 511, 512, 63, 64]), 1.3)
+
+
+def rows_of_equal_logits_are_exactly_uniform(k: ModuleType) -> None:
+    for shift in (0.0, -128.0, 1e4):
+        logp = k.selective_log_softmax(torch.full((2, 579), shift), torch.tensor([0, 578]), backend="triton")
+        assert torch.allclose(logp, torch.tensor(-math.log(579)), rtol=2 * EPS, atol=0)
+
+
+def rows_with_minus_infinity_and_rows_of_nothing_else(k: ModuleType) -> None:
+    z = random(3, 600).float()
+    z[:, :512] = -torch.inf  # the first span whole
+    z[1, 540:] = -torch.inf
+    compare_rows(k, z[:2], torch.tensor([599, 520]))
+    assert k.selective_log_softmax(z[:1], torch.tensor([4]), backend="triton") == -torch.inf
+    assert k.selective_log_softmax(z[2:].fill_(-torch.inf), torch.tensor([4]), backend="triton").isnan().all()
+
+
+def rows_ignore_their_padding_and_write_nothing_beyond_a_buffer(k: ModuleType) -> None:
+    z, y, up = random(5, 579).float(), words(5, 579), torch.ones(5)
+
+    def run(z: Tensor) -> list[Tensor]:
+        return gradients(lambda z: k.selective_log_softmax(z, y, backend="triton"), z, upstream=up)
+
+    clean = run(z)
+    with guarded_buffers():
+        dirty = run(poisoned(z))
+    taken = poisoned(z)
+    whole = taken.as_strided((len(taken) + 40, taken.stride(0)), (taken.stride(0), 1))
+    value = k.selective_log_softmax(taken.requires_grad_(), y, inplace_backward=True, backend="triton")
+    value.sum().backward()
+    assert all(torch.equal(*pair) for pair in zip(clean, dirty, strict=True))
+    assert torch.equal(whole[:5, :579], clean[1]) and whole[:, 579:].isnan().all() and whole[5:].isnan().all()
+
+
+def rows_sentinels_no_rows_and_ignored_rows_of_nan(k: ModuleType) -> None:
+    z = random(3, 70).float()
+    z[1] = torch.nan
+    value, grad = gradients(
+        lambda z: k.selective_log_softmax(z, torch.tensor([69, -100, 0]), backend="triton"), z, upstream=torch.ones(3)
+    )
+    assert value[1] == 0 and not grad[1].any() and not value.isnan().any() and not grad.isnan().any()
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert k.selective_log_softmax(z[:0].requires_grad_(), empty, backend="triton").sum().backward() is None
+    for wrong in (-1, 70, 71):
+        try:
+            k.selective_log_softmax(z, torch.tensor([0, wrong, 0]), backend="triton")
+        except IndexError:
+            continue
+        raise AssertionError(f"index {wrong} was scored")
+
+
+def rows_may_lie_far_apart_transposed_or_alone(k: ModuleType) -> None:
+    big = huge_rows(270, 66, torch.bfloat16)
+    big[[0, 135, 269]] = random(3, 66).bfloat16()
+    some, y, up = big[::134], torch.tensor([5, 65, 0]), torch.ones(3)
+    some[1] = random(66, seed=5)
+
+    def run(z: Tensor, y: Tensor, up: Tensor, inplace: bool = False) -> list[Tensor]:
+        function = k.selective_log_softmax
+        return gradients(lambda z: function(z, y, inplace_backward=inplace, backend="triton"), z, upstream=up)
+
+    tall = big.as_strided((270, 66), big.stride())
+    tall.copy_(random(270, 66, seed=4))
+    compact, all_y, all_up = tall.clone(), words(270, 66), torch.ones(270)
+    wanted = run(compact, all_y, all_up)
+    assert all(torch.equal(*p) for p in zip(wanted, run(tall, all_y, all_up, inplace=True), strict=True))
+    few = slice(3, 6)
+    assert all(
+        torch.equal(a[few], b)
+        for a, b in zip(wanted, run(compact[few].T.contiguous().T, all_y[few], all_up[few]), strict=True)
+    )
+    assert torch.equal(run(compact[9:10], all_y[9:10], all_up[:1])[0], wanted[0][9:10])
+
+
+def rows_used_elsewhere_in_the_backward_pass_are_not_taken_silently(k: ModuleType) -> None:
+    z = random(3, 70).float().requires_grad_()
+    other = z.square().sum()  # needs z again
+    logp = k.selective_log_softmax(z, torch.tensor([0, 1, 2]), inplace_backward=True, backend="triton")
+    logp.sum().backward()
+    try:
+        other.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        return
+    raise AssertionError("a gradient was computed from overwritten logits")
+
+
+ROWS: list[Claim] = [
+    rows_of_equal_logits_are_exactly_uniform,
+    rows_are_as_good_as_torchs_in_fp32_and_bf16_over_several_spans,
+    rows_with_minus_infinity_and_rows_of_nothing_else,
+    rows_ignore_their_padding_and_write_nothing_beyond_a_buffer,
+    rows_sentinels_no_rows_and_ignored_rows_of_nan,
+    rows_used_elsewhere_in_the_backward_pass_are_not_taken_silently,
+    rows_may_lie_far_apart_transposed_or_alone,
+]
+
+# --- preference_loss ----------------------------------------------------------------------------------------------
+
+BOUNDS = torch.tensor([0, 5, 5, 28, 40, 49, 61])  # three pairs; one completion is empty, one longer than a block
+
+
+def compare_pairs(k: ModuleType, dtype: torch.dtype, **more: object) -> None:
+    policy, up = random(64).to(dtype), random(3, seed=2)
+    plain = dict(more)
+    reference_T, reference_S = plain.pop("reference_T", None), plain.pop("reference_S", None)
+    reference = reference_T if reference_S is None else reference_S[:, None]
+    interleaved = plain.pop("pairing", "interleaved") == "interleaved"
+
+    def truth(p: Tensor) -> Tensor:
+        module = k.preference_loss_module
+        return torch.stack(
+            tuple(module.reference_preference_loss(p, reference, BOUNDS, interleaved=interleaved, **plain))
+        )
+
+    def ours(p: Tensor) -> Tensor:
+        return torch.stack(tuple(k.preference_loss(p, BOUNDS, backend="triton", **more)))
+
+    upstream = torch.stack([up, torch.zeros(3), torch.zeros(3)])
+    wanted, grad = gradients(truth, policy.double(), upstream=upstream)
+    got, got_grad = gradients(ours, policy, upstream=upstream)
+    assert torch.allclose(got.double(), wanted, rtol=2 * EPS, atol=0)  # computed in fp64, rounded once
+    assert torch.allclose(got_grad.double(), grad, rtol=2 * float(torch.finfo(dtype).eps), atol=0)
+    assert not got_grad[61:].any()  # tokens of no completion
+
+
+def pairs_agree_with_the_definition_in_every_form(k: ModuleType) -> None:
+    reference = random(64, seed=1)
+    sums = random(6, seed=4, scale=5.0)
+    compare_pairs(k, torch.float32, beta=0.3, reference_T=reference.float())
+    compare_pairs(k, torch.float32, beta=0.3, reference_S=sums, label_smoothing=0.2)
+    compare_pairs(k, torch.bfloat16, beta=0.05, loss="ipo", pairing="halves", reference_T=reference.float())
+    compare_pairs(k, torch.float32, beta=0.6, loss="hinge", pairing="halves")
+
+
+def pairs_at_step_0_lose_exactly_ln_2(k: ModuleType) -> None:
+    policy = random(64, scale=30.0).float()
+    result = k.preference_loss(policy, BOUNDS, reference_T=policy.clone(), beta=0.1, backend="triton")
+    assert torch.equal(result.losses_B, torch.full((3,), math.log(2)))
+    assert not result.chosen_rewards_B.any() and not result.rejected_rewards_B.any()
+
+
+def pairs_swapped_negate_the_margin(k: ModuleType) -> None:
+    policy, bounds = random(40).float(), torch.tensor([0, 10, 40])
+    swapped = torch.cat([policy[10:], policy[:10]])
+    straight = k.preference_loss(policy, bounds, backend="triton")
+    turned = k.preference_loss(swapped, torch.tensor([0, 30, 40]), backend="triton")
+    margin = straight.chosen_rewards_B - straight.rejected_rewards_B
+    assert torch.equal(margin, -(turned.chosen_rewards_B - turned.rejected_rewards_B)) and margin.item() != 0
+    assert torch.allclose(straight.losses_B - turned.losses_B, -margin, rtol=8 * EPS, atol=0)
+
+
+def pairs_ignore_padding_write_nothing_beyond_and_bear_extreme_margins(k: ModuleType) -> None:
+    policy = random(61).float()
+    clean = gradients(lambda p: k.preference_loss(p, BOUNDS, backend="triton").losses_B, policy, upstream=torch.ones(3))
+    with guarded_buffers():
+        dirty = gradients(
+            lambda p: k.preference_loss(p, BOUNDS, backend="triton").losses_B, poisoned(policy), upstream=torch.ones(3)
+        )
+    assert all(torch.equal(*pair) for pair in zip(clean, dirty, strict=True))
+    for sign in (1, -1):
+        losses, grad = gradients(
+            lambda p: k.preference_loss(p, torch.tensor([0, 1, 2]), beta=1.0, backend="triton").losses_B,
+            torch.tensor([1e4, -1e4]) * sign, upstream=torch.ones(1),
+        )  # fmt: skip
+        assert losses.item() == (0 if sign > 0 else 2e4) and grad[0].item() == (0 if sign > 0 else -1)
+
+
+PAIRS: list[Claim] = [
+    pairs_at_step_0_lose_exactly_ln_2,
+    pairs_agree_with_the_definition_in_every_form,
+    pairs_swapped_negate_the_margin,
+    pairs_ignore_padding_write_nothing_beyond_and_bear_extreme_margins,
+]
