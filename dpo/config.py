@@ -79,6 +79,14 @@ class PackConfig(Section):
     head_chunk: int = Field(128, ge=1, le=65_536, description="scored tokens that the output head takes at once")
 
 
+class KernelsConfig(Section):
+    """Which code computes the log-probs and the pairs' losses."""
+
+    backend: Literal["auto", "torch", "triton"] = Field(
+        "auto", description="auto = the fastest there is; triton on a CPU needs TRITON_INTERPRET=1 (for tests)"
+    )
+
+
 class LossConfig(Section):
     """The preference loss."""
 
@@ -167,6 +175,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     checkable: CheckableConfig = CheckableConfig()
     pack: PackConfig = PackConfig()
+    kernels: KernelsConfig = KernelsConfig()
     loss: LossConfig = LossConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()

@@ -19,6 +19,7 @@ from dpo.losses import LOSSES
 from dpo.rows import Row, read_rows
 from dpo.split import Splits, split_rows
 from dpo.trees import Tree, build_trees
+from kernels.backend import why_not_triton
 from models.config import read_model_config
 from models.errors import UserError
 from models.gguf_import import resolve_model_path
@@ -64,6 +65,13 @@ def _cpu_multiplies_bf16() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
     return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
+
+
+def check_kernels(config: Config, device: str, dtype: torch.dtype) -> None:
+    """UserError where kernels.backend=triton asks for what this machine does not have."""
+    missing = why_not_triton(torch.device(device), dtype) if config.kernels.backend == "triton" else None
+    if missing is not None:
+        raise UserError(f"kernels.backend=triton: {missing}; or set kernels.backend=auto, which takes what there is")
 
 
 def cache_folder(config: Config) -> Path:
@@ -136,6 +144,8 @@ def read_inputs(config: Config, device: str) -> Inputs:
     """Read and check all that the configuration names. UserError with what, where and what to do."""
     if config.loss.name not in LOSSES:
         raise UserError(f'loss.name = "{config.loss.name}": there is no such loss; allowed are {", ".join(LOSSES)}')
+    dtype = pick_dtype(config, device)
+    check_kernels(config, device, dtype)
     cache = cache_folder(config)
     check_place("run.root", Path(config.run.root))
     check_place("run.cache", cache)
@@ -158,7 +168,7 @@ def read_inputs(config: Config, device: str) -> Inputs:
     for rows in (splits.validation, splits.test):  # built again when they are judged: a row too long is to be told now
         trees(rows, objective="verdicts", pairs_per_row=judged)
     return Inputs(
-        pick_dtype(config, device),
+        dtype,
         cache,
         model_folder,
         reference_folder,

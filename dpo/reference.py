@@ -39,8 +39,13 @@ class Usage:
     misses: int = 0
 
 
-def numerics_tag(device: torch.device, dtype: torch.dtype, pack: PackConfig) -> dict[str, str]:
-    """Everything that the bits of a log-prob depend on besides weights and tokens."""
+def numerics_tag(
+    device: torch.device, dtype: torch.dtype, pack: PackConfig, head_kernels: dict[str, str]
+) -> dict[str, str]:
+    """Everything that the bits of a log-prob depend on besides weights and tokens.
+
+    `head_kernels`: what kernels.backend.describe says of the head's path; how it came to be chosen is left out.
+    """
     units = f"{torch.backends.cpu.get_cpu_capability()}, amx={torch.cpu._is_amx_tile_supported()}"
     cpu = f"{cpu_name()}, {units}"  # the libraries pick their kernels by both
     return {
@@ -49,7 +54,8 @@ def numerics_tag(device: torch.device, dtype: torch.dtype, pack: PackConfig) -> 
         "threads": str(torch.get_num_threads()),
         "dtype": str(dtype),
         "pack": f"{pack.tokens} tokens, head chunks of {pack.head_chunk}",
-        "path": "sdpa per branch, two-limb head, v3",
+        "attention": "flex_attention" if device.type == "cuda" else "sdpa per branch, v3",
+        "head": ", ".join(f"{key}: {value}" for key, value in head_kernels.items() if key not in ("asked", "why")),
     }
 
 

@@ -49,6 +49,7 @@ from dpo.runs import new_folder, resumed_folder, write_json
 from dpo.show import render_tree
 from dpo.step import accumulate_gradients, learning_rate, means, plan_steps, reference_sums
 from dpo.trees import trees_digest
+from kernels.backend import describe
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
@@ -225,7 +226,11 @@ def load_policy(config: Config, inputs: Inputs, ranks: Ranks) -> Decoder:
     exact = torch.promote_types(inputs.dtype, torch.float32)
     weight_dtype = inputs.dtype if config.lora.rank else exact
     policy = load_decoder(
-        inputs.model_folder, weight_dtype=weight_dtype, compute_dtype=inputs.dtype, device=ranks.device
+        inputs.model_folder,
+        weight_dtype=weight_dtype,
+        compute_dtype=inputs.dtype,
+        device=ranks.device,
+        backend=config.kernels.backend,
     )
     if config.lora.rank:
         alpha = config.lora.alpha or 2.0 * config.lora.rank
@@ -250,6 +255,13 @@ def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ran
             print(render_tree(trees[i], scored[i], inputs.tokenizer))
     nothing = [torch.zeros(len(tree.completions), dtype=torch.float64) for tree in trees]
     return [reference_sums(scored[i]) if i in scored else nothing[i] for i in range(len(trees))]
+
+
+def used_kernels(policy: Decoder, inputs: Inputs, config: Config, ranks: Ranks) -> dict[str, dict[str, str]]:
+    """results.json's `kernels`: the path that each public kernel takes in this run, and the tiles of its kernels."""
+    shape = (config.pack.head_chunk, policy.config.hidden, policy.config.vocab)
+    trainable = not config.lora.rank
+    return {"linear_logprobs": describe(config.kernels.backend, ranks.device, inputs.dtype, *shape, trainable)}
 
 
 def train_results(done: TrainState, dtype: torch.dtype) -> dict[str, object]:
@@ -284,7 +296,8 @@ def run(config: Config) -> Path:
 
     usage = Usage()
     root = Path(config.reference.store) if config.reference.store else inputs.cache / "reference"
-    tag = numerics_tag(ranks.device, inputs.dtype, config.pack)
+    used = used_kernels(policy, inputs, config, ranks)
+    tag = numerics_tag(ranks.device, inputs.dtype, config.pack, used["linear_logprobs"])
 
     def live(model: Decoder, label: str) -> Score:
         return lambda trees: score_trees(model, trees, config.pack, ranks, label)
@@ -300,7 +313,13 @@ def run(config: Config) -> Path:
         reference = (
             policy
             if same
-            else load_decoder(inputs.reference_folder, weight_dtype=dtype, compute_dtype=dtype, device=ranks.device)
+            else load_decoder(
+                inputs.reference_folder,
+                weight_dtype=dtype,
+                compute_dtype=dtype,
+                device=ranks.device,
+                backend=config.kernels.backend,
+            )
         )
         score = stored(reference, reference_fingerprint, "reference")
         train_references = training_references(inputs, config, score, ranks)
@@ -341,6 +360,7 @@ def run(config: Config) -> Path:
             "reference": asdict(usage),
             "judge": judgement,
             "train": train_results(done, inputs.dtype),
+            "kernels": used,
             "data": inputs.splits.report,
             "time_s": times,
         }

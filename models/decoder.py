@@ -116,13 +116,15 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A causal language model that answers one question: the log-prob of given tokens at given rows of a pack.
 
-    `weight_dtype` is how weights are kept, `compute_dtype` how they are multiplied. Weights are uninitialised until
-    `load_weights`. A tied model has no lm_head parameter: its head is the embedding.
+    `weight_dtype` is how weights are kept, `compute_dtype` how they are multiplied, `backend` that of linear_logprobs.
+    Weights are uninitialised until `load_weights`. A tied model has no lm_head parameter: its head is the embedding.
     """
 
-    def __init__(self, config: ModelConfig, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype, backend: str = "auto"
+    ) -> None:
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config, self.compute_dtype, self.backend = config, compute_dtype, backend
         self.checkpoint_activations = False
         self.model = Trunk(config, weight_dtype)
         self.lm_head = None if config.tied else Linear(config.hidden, config.vocab, False, weight_dtype)
@@ -150,16 +152,21 @@ class Decoder(nn.Module):
         """log p(targets_R[i] | everything that hidden row rows_R[i] sees), nats: fp32 [R] (fp64 in fp64)."""
         hidden_TD = self.hidden(tokens_T, positions_T, layout)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return linear_logprobs(hidden_TD[rows_R], head.weight, targets_R, chunk_tokens=head_chunk)
+        return linear_logprobs(hidden_TD[rows_R], head.weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
 
 
 def load_decoder(
-    folder: Path, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    weight_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
 ) -> Decoder:
     """A decoder with a Hugging Face folder's weights, frozen (nothing requires a gradient), in eval mode."""
     config = read_model_config(folder)
     with torch.device(device):
-        model = Decoder(config, weight_dtype=weight_dtype, compute_dtype=compute_dtype)
+        model = Decoder(config, weight_dtype=weight_dtype, compute_dtype=compute_dtype, backend=backend)
     load_weights(folder, dict(model.named_parameters()))
     return model.requires_grad_(False).eval()
 

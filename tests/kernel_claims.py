@@ -342,7 +342,10 @@ def in_shards(ranks: int, work: Callable[[int, Callable[[Tensor], list[Tensor]]]
     slots: list[Tensor | None] = [None] * ranks
     results: list[list[Tensor]] = [[] for _ in range(ranks)]
     failures: list[BaseException] = []
-    barrier, one = threading.Barrier(ranks, timeout=60), threading.Lock()  # the interpreter patches triton: one at a time
+    barrier, one = (
+        threading.Barrier(ranks, timeout=60),
+        threading.Lock(),
+    )  # the interpreter patches triton: one at a time
 
     def run(rank: int) -> None:
         def gather(x: Tensor) -> list[Tensor]:

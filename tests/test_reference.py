@@ -33,7 +33,7 @@ Score = Callable[[Sequence[Tree]], list[TreeLogps]]
 
 
 def tag(dtype: torch.dtype = torch.float32, pack: PackConfig = CONFIG.pack) -> dict[str, str]:
-    return numerics_tag(CPU, dtype, pack)
+    return numerics_tag(CPU, dtype, pack, {"path": "torch"})
 
 
 def made_up(trees: Sequence[Tree]) -> list[TreeLogps]:
