@@ -31,7 +31,7 @@ def row_forward(
     top = tl.full([], float("-inf"), tl.float32)
     s = tl.zeros([], tl.float32)
     u = tl.zeros([], tl.float32)
-    for i in range(0, BLOCKS):
+    for i in range(0, tl.minimum(BLOCKS, tl.cdiv(V - p * BLOCKS * BV, BV))):
         v = (p * BLOCKS + i) * BV + tl.arange(0, BV)
         z = tl.load(L + v, mask=v < V, other=float("-inf")).to(tl.float32) * inv_temperature
         k_block = tl.ceil(tl.max(z, 0) * LOG2E)
@@ -69,7 +69,7 @@ def row_backward(
     y, factor = tl.load(Y + t), tl.load(FACTOR + t)
     k = finite(tl.load(K_ROW + t))
     at_target = tl.load(AT_TARGET + t)
-    for i in range(0, BLOCKS):
+    for i in range(0, tl.minimum(BLOCKS, tl.cdiv(V - p * BLOCKS * BV, BV))):
         v = (p * BLOCKS + i) * BV + tl.arange(0, BV)
         z = tl.load(L + v, mask=v < V, other=float("-inf")).to(tl.float32) * inv_temperature
         out = tl.where(factor == 0, 0.0, factor * tl.exp2(above(z, k) * LOG2E))
