@@ -8,7 +8,7 @@ gradient gives the sum over rows. What the target itself adds is kept apart in f
 p_y -> 1, W_y - p_y W_y would cancel in bf16.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +20,8 @@ from kernels.backend import log
 if TYPE_CHECKING:
     from kernels.linear_triton import Softmax
 
+HALF = (torch.bfloat16, torch.float16)
+BLOCK = 512  # words (or rows) of a weight in fp32 at a time, on CPUs; larger ones leave holes in the heap
 LN2 = 0.6931471805599453
 FUSED_CHUNK_BYTES = 2**30  # scaled exponentials of one chunk of rows of the fused kernels
 
@@ -58,16 +60,46 @@ def _two_limbs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
 
 @cache
 def two_limbs_hold(dtype: torch.dtype) -> bool:
-    """Whether two limbs are as good as they should be on this CPU, tried once; where not, the log says so."""
+    """Whether this CPU multiplies bf16 itself, two limbs as exactly as they should; tried once, logged where not.
+
+    Without such units a bf16 product is emulated, measured (AVX2) at 6 to 100 times an fp32 product's time.
+    """
+    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     random = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 256, generator=random).to(dtype) for rows in (16, 64))
     exact = hidden.double() @ weight.double().T
     # Each limb rounds to half an ulp of what the one before left; fp32 sums of 256 terms add a few of its own.
     allowed = ((torch.finfo(dtype).eps / 2) ** 2 + 16 * torch.finfo(torch.float32).eps) * float(exact.abs().max())
-    holds = bool((_two_limbs(hidden, weight) - exact).abs().max() <= allowed)
+    holds = native and dtype == torch.bfloat16 and bool((_two_limbs(hidden, weight) - exact).abs().max() <= allowed)
     if not holds:
-        log.warning("kernels: %s products keep no fp32 remainder on this CPU; logits are computed in fp32", dtype)
+        log.warning("kernels: this CPU has no exact products of two %s limbs; the head is computed in fp32", dtype)
     return holds
+
+
+def _blocks_in_fp32(x: Tensor) -> Iterator[Tensor]:
+    """BLOCK rows at a time in fp32, each block in the place of the one before."""
+    place = x.new_empty(min(BLOCK, len(x)), x.shape[1], dtype=torch.float32)
+    for block in x.split(BLOCK):
+        yield place[: len(block)].copy_(block)
+
+
+def widened_product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor | None = None) -> Tensor:
+    """a @ b in fp32 from half precision, a block at a time along the longest side: no fp32 copy of a whole weight."""
+    (M, K), N = a_MK.shape, b_KN.shape[1]
+    out_MN = a_MK.new_empty(M, N, dtype=torch.float32) if out_MN is None else out_MN
+    if max(M, N) < K:
+        out_MN.zero_()
+        for a_MB, b_BN in zip(a_MK.split(BLOCK, 1), _blocks_in_fp32(b_KN), strict=True):
+            out_MN.addmm_(a_MB.float(), b_BN)
+    elif M > N:
+        b_KN = b_KN.float()
+        for a_BK, out_BN in zip(_blocks_in_fp32(a_MK), out_MN.split(BLOCK), strict=True):
+            torch.mm(a_BK, b_KN, out=out_BN)
+    else:
+        a_MK = a_MK.float()
+        for b_BK, out_MB in zip(_blocks_in_fp32(b_KN.T), out_MN.split(BLOCK, 1), strict=True):
+            torch.mm(a_MK, b_BK.T, out=out_MB)
+    return out_MN
 
 
 class Scores(NamedTuple):
@@ -88,19 +120,29 @@ class Run(NamedTuple):
     kept: list[tuple[Tensor, ...]]
 
 
+def _widens(like: Tensor) -> bool:
+    """Whether products of tensors like this one are computed in fp32 for want of something better."""
+    return like.dtype in HALF and not like.is_cuda and not two_limbs_hold(like.dtype)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b; a GPU returns its fp32 sums of half-precision products, which a CPU cannot."""
-    half = a.dtype in (torch.bfloat16, torch.float16)
-    return torch.mm(a, b, out_dtype=torch.float32) if half and a.is_cuda else a @ b
+    """a @ b, in b's dtype; of half-precision products the fp32 sums, where the device has them."""
+    if b.dtype in HALF and b.is_cuda:
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    return widened_product(a, b) if _widens(b) else a.to(b.dtype) @ b
 
 
-def _logits(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Logits with fp32's accuracy (fp64's from fp64) from one or two products in the inputs' own dtype."""
-    if hidden_CD.dtype not in (torch.bfloat16, torch.float16) or hidden_CD.is_cuda:
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> Tensor:
+    """Logits with fp32's accuracy (fp64's from fp64), in `out_CV`; on a GPU from half precision in a new tensor."""
+    if hidden_CD.dtype not in HALF:
+        return torch.mm(hidden_CD, weight_VD.T, out=out_CV)
+    if hidden_CD.is_cuda:
         return _product(hidden_CD, weight_VD.T)
-    if two_limbs_hold(hidden_CD.dtype):
-        return _two_limbs(hidden_CD, weight_VD)
-    return hidden_CD.float() @ weight_VD.float().T
+    if _widens(hidden_CD):
+        return widened_product(hidden_CD, weight_VD.T, out_CV)
+    for weight_BD, out_CB in zip(weight_VD.split(BLOCK), out_CV.split(BLOCK, 1), strict=True):
+        out_CB.copy_(_two_limbs(hidden_CD, weight_BD))
+    return out_CV
 
 
 def _softmax_in_torch(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Scores, Tensor]:
@@ -142,10 +184,10 @@ def scores_of(softmax: "Softmax") -> Scores:
 
 
 def _softmax(
-    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, o: Options
+    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, o: Options, place_CV: Tensor
 ) -> tuple[Scores, Tensor]:
     """(scores, c_v p_v with the target's own entry zero) of a chunk of rows; a target of -1 is not on this shard."""
-    logits_CV = _logits(hidden_CD, weight_VD)
+    logits_CV = _logits(hidden_CD, weight_VD, place_CV[: len(hidden_CD)])
     slope_CV = None
     if bias_V is not None:
         logits_CV += bias_V
@@ -180,6 +222,12 @@ def _concatenated(scores: list[Scores], like: Tensor, entropy: bool) -> Scores:
     return Scores(torch.cat(logp), torch.cat(lse), torch.cat(target), torch.cat(entropies) if entropy else None)
 
 
+def _place(hidden_TD: Tensor, V: int, o: Options) -> Tensor:
+    """Where every chunk's logits, then probabilities, go in turn: allocating each anew would hold two at a time."""
+    elsewhere = hidden_TD.is_cuda and hidden_TD.dtype in HALF  # a GPU's product makes its own
+    return hidden_TD.new_empty(0 if elsewhere else o.chunk, V, dtype=_exact(hidden_TD.dtype))
+
+
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -191,15 +239,14 @@ def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
     keep = needs[1] and T * V * hidden_TD.element_size() <= o.saved_bytes
     others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=_exact(hidden_TD.dtype))
     probs_TV = hidden_TD.new_empty((T, V) if keep else (0, V))
+    place_CV = _place(hidden_TD, V, o)
     scores = []
     for start in range(0, T, o.chunk):
         rows = slice(start, min(start + o.chunk, T))
         n = rows.stop - start
         hidden_CD, targets_C = _pad_rows(hidden_TD[rows], o.chunk), _pad_rows(targets_T[rows], o.chunk)
-        scores_C, probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o)
+        scores_C, probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o, place_CV)
         scores.append(Scores(*(None if x is None else x[:n] for x in scores_C)))  # type: ignore[arg-type]
-        if needs[0] or keep:
-            probs_CV = probs_CV.to(hidden_TD.dtype)
         if needs[0]:
             others_TD[rows] = _product(probs_CV, weight_VD)[:n]
         if keep:
@@ -241,9 +288,10 @@ def weight_grad_chunks(scaled_TD: Tensor, inputs: Inputs, kept: list[tuple[Tenso
     if kept:
         return _product(kept[0][0].T, scaled_TD).to(_exact(hidden_TD.dtype)).neg_()
     grad_VD = torch.zeros_like(weight_VD, dtype=_exact(hidden_TD.dtype))
+    place_CV = _place(hidden_TD, len(weight_VD), o)
     chunks = (x.split(o.chunk) for x in (hidden_TD, scaled_TD, targets_T))
     for hidden_CD, scaled_CD, targets_C in zip(*chunks, strict=True):
-        probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o)[1].to(hidden_TD.dtype)
+        probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o, place_CV)[1]
         grad_VD -= _product(probs_CV.T, scaled_CD)
     return grad_VD
 

@@ -145,7 +145,7 @@ def linear_target_rows(Y, ORDER, COEFFICIENT, H, DW, T, D, h_stride, BN: tl.cons
     i = tl.program_id(0)
     y = tl.load(Y + i)
     before = tl.load(Y + i - 1, mask=i > 0, other=-1)
-    if (y >= 0) & (y != before):
+    if y != before:  # rows without a target, -1, come first, and equal the -1 before the beginning
         n = tl.program_id(1) * BN + tl.arange(0, BN)
         out = DW + tl.cast(y, tl.int64) * D + n
         acc = tl.load(out, mask=n < D, other=0.0)
@@ -212,7 +212,7 @@ def forward(
     k_PT = torch.empty(parts, T, dtype=torch.float32, device=hidden_TD.device)
     s_PT = torch.empty_like(k_PT)
     u_PT = torch.empty_like(k_PT) if entropy else None
-    z_T = torch.empty_like(k_PT[0])
+    z_T = torch.zeros(T, dtype=torch.float32, device=hidden_TD.device)  # no tile writes where there is no target
     padded = triton.cdiv(V, 64) * 64  # a row of e begins at a multiple of 128 bytes
     e_TV = hidden_TD.new_empty(T, padded)[:, :V] if keep else None
     e_stride = 0 if e_TV is None else e_TV.stride(0)

@@ -92,7 +92,8 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         elif len(index_T):
             from kernels import row_triton
 
-            row_triton.backward(logits_TV, out_TV, index_T, k_T, (factor_T / s_T).float(), at_index_T, tau, ctx.arch)
+            scale_T = (factor_T / s_T).where(factor_T != 0, 0).float()  # an ignored row may hold anything
+            row_triton.backward(logits_TV, out_TV, index_T, k_T, scale_T, at_index_T, tau, ctx.arch)
             torch.autograd.graph.increment_version(out_TV)
         return out_TV, None, None, None, None, None
 

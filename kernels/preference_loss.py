@@ -103,9 +103,9 @@ class _PreferenceLoss(torch.autograd.Function):
 
         slope_B, cu_seqlens = ctx.saved_tensors
         shape, dtype = ctx.like
-        grad_T = torch.zeros(shape, dtype=dtype, device=grad_B.device)  # tokens of no completion keep 0
+        grad_T = torch.zeros(shape, dtype=torch.float32, device=grad_B.device)  # tokens of no completion keep 0
         preference_triton.backward(grad_B.contiguous(), slope_B, cu_seqlens, grad_T, ctx.interleaved, ctx.arch)
-        return (grad_T, *(None,) * 7)
+        return (grad_T.to(dtype), *(None,) * 7)
 
 
 # --- public -------------------------------------------------------------------------------------------------------

@@ -392,7 +392,7 @@ def h100_report() -> tuple[list[str], float]:
         f"  chunked, auto's: {ms:.1f} ms = {ms / floor:.2f} x: products {floor:.1f}, row passes {rows:.1f}, the rest "
         f"{ms - floor - rows:.1f}",
         f"      within 1.35 x as long as the library reaches {enough:.0f} TFLOP/s",
-        f"  fused: {ours:.1f} ms = {ours / floor:.2f} x at {rates.fused_tflops:g} TFLOP/s (others' pure Triton: 370-470)",
+        f"  fused: {ours:.1f} ms = {ours / floor:.2f} x at {rates.fused_tflops:g} TFLOP/s (others' Triton: 370-470)",
         f"      at that rate linear_forward's tiles ask the L2 for {demand:.1f} TB/s (estimates of what it gives: "
         f"{H100_L2_TBPS[0]}-{H100_L2_TBPS[1]})",
         f"  what would bring it to 1.1 x = {1.1 * floor:.1f} ms",

@@ -24,14 +24,14 @@ def row_forward(
     L, Y, K, S, U, Z, T, V, l_stride, inv_temperature,
     ENTROPY: tl.constexpr, BLOCKS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Row t, span p: K, S, U [P, T] of the span; Z [T] by the span that holds the target Y (-1: none does)."""
+    """Row t, span p: K, S, U [P, T] of the span; Z [T], the logit of the target Y (-1: none), by the first."""
     t, p = tl.program_id(0), tl.program_id(1)
     L += tl.cast(t, tl.int64) * l_stride
     y = tl.load(Y + t)
     top = tl.full([], float("-inf"), tl.float32)
     s = tl.zeros([], tl.float32)
     u = tl.zeros([], tl.float32)
-    for i in range(0, BLOCKS):
+    for i in range(0, tl.minimum(BLOCKS, tl.cdiv(V - p * BLOCKS * BV, BV))):
         v = (p * BLOCKS + i) * BV + tl.arange(0, BV)
         z = tl.load(L + v, mask=v < V, other=float("-inf")).to(tl.float32) * inv_temperature
         k_block = tl.ceil(tl.max(z, 0) * LOG2E)
@@ -49,8 +49,7 @@ def row_forward(
     tl.store(S + part, s)
     if ENTROPY:
         tl.store(U + part, u)
-    first = p * BLOCKS * BV
-    if (y >= first) & (y < first + BLOCKS * BV):
+    if (p == 0) & (y >= 0):
         tl.store(Z + t, tl.load(L + y).to(tl.float32) * inv_temperature)
 
 
@@ -69,7 +68,7 @@ def row_backward(
     y, factor = tl.load(Y + t), tl.load(FACTOR + t)
     k = finite(tl.load(K_ROW + t))
     at_target = tl.load(AT_TARGET + t)
-    for i in range(0, BLOCKS):
+    for i in range(0, tl.minimum(BLOCKS, tl.cdiv(V - p * BLOCKS * BV, BV))):
         v = (p * BLOCKS + i) * BV + tl.arange(0, BV)
         z = tl.load(L + v, mask=v < V, other=float("-inf")).to(tl.float32) * inv_temperature
         out = tl.where(factor == 0, 0.0, factor * tl.exp2(above(z, k) * LOG2E))
@@ -87,7 +86,7 @@ def forward(logits_TV: Tensor, targets_T: Tensor, temperature: float, entropy: b
     k_PT = torch.empty(parts, T, dtype=torch.float32, device=logits_TV.device)
     s_PT = torch.empty_like(k_PT)
     u_PT = torch.empty_like(k_PT) if entropy else None
-    z_T = torch.empty_like(k_PT[0])
+    z_T = torch.zeros(T, dtype=torch.float32, device=logits_TV.device)  # stays where there is no target
     row_forward[(T, parts)](
         logits_TV, targets_T, k_PT, s_PT, u_PT, z_T, T, V, logits_TV.stride(0), 1.0 / temperature,
         ENTROPY=entropy, BLOCKS=SPAN_BLOCKS, **tile,

@@ -68,10 +68,9 @@ def guarded_buffers() -> Iterator[None]:
         assert bool(flat[:GUARD].isnan().all() and flat[GUARD + n :].isnan().all()), "written outside of a buffer"
 
 
-def huge_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def huge_rows(rows: int, columns: int, dtype: torch.dtype, stride: int = 2**23 - 64) -> Tensor:
     """A matrix whose last rows lie more than 2^31 elements from its first; its untouched pages take no memory."""
-    stride = 2**23 - 64
-    assert rows * stride > 2**31
+    assert (rows - 1) * stride > 2**31
     return torch.empty(rows * stride, dtype=dtype).as_strided((rows, columns), (stride, 1))
 
 
@@ -174,6 +173,7 @@ def padding_is_inert_and_nothing_is_written_beyond_a_buffer(k: ModuleType) -> No
     T, D, V = 19, 70, 131
     h, w, b = random(T, D).float(), random(V, D, seed=1, scale=0.3).float(), random(V, seed=3).float()
     y, up = words(T, V), random(T, seed=2)
+    y[3] = -100
 
     def run(h: Tensor, w: Tensor, bias: Tensor) -> list[Tensor]:
         leaves = [x.detach().requires_grad_() for x in (h, w)]
@@ -237,28 +237,28 @@ def hidden_and_weight_may_lie_in_memory_as_they_like(k: ModuleType) -> None:
 
 
 def offsets_beyond_two_to_the_31_are_reached(k: ModuleType) -> None:
-    rows, D = 270, 8
-    big, small = huge_rows(rows, D, torch.bfloat16), random(16, D).bfloat16()
-    big.copy_(random(rows, D, seed=1))
-    compact, y, all_y = big.clone(), words(16, rows), words(rows, 16)
+    """In the weight (a tile of 128 words ends at word 384), the hidden rows and the scaled exponentials [T, V]."""
 
-    def run(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-        return k.linear_logprobs(h, w, y, backend="triton")
+    def run(h: Tensor, w: Tensor, y: Tensor) -> list[Tensor]:
+        return gradients(lambda h, w: k.linear_logprobs(h, w, y, backend="triton"), h, w, upstream=torch.ones(len(h)))
 
-    assert torch.equal(run(small, big, y), run(small, compact, y))
-    assert torch.equal(run(big, small, all_y), run(compact, small, all_y))
-    wanted = gradients(lambda h, w: run(h, w, all_y), compact, small, upstream=torch.ones(rows))
+    def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+        return all(torch.equal(*pair) for pair in zip(some, others, strict=True))
+
+    far = huge_rows(390, 8, torch.bfloat16)
+    far.copy_(random(390, 8, seed=1))
+    near, small, y = far.clone(), random(1, 8).bfloat16(), torch.tensor([389])
+    assert equal(run(small, far, y), run(small, near, y))
+    far, near, small, y = far[:290], near[:290], random(16, 8, seed=2).bfloat16(), words(290, 16)
+    wanted = run(near, small, y)
+    assert equal(run(far, small, y), wanted)
     real = torch.Tensor.new_empty
-
-    def far(x: Tensor, *size: int, **more: torch.dtype) -> Tensor:  # the scaled exponentials [T, V]
-        return huge_rows(rows, 64, x.dtype) if size == (rows, 64) else real(x, *size, **more)
-
-    torch.Tensor.new_empty = far
+    exponentials = huge_rows(290, 64, torch.bfloat16)
+    torch.Tensor.new_empty = lambda x, *size, **more: exponentials if size == (290, 64) else real(x, *size, **more)
     try:
-        got = gradients(lambda h, w: run(h, w, all_y), compact, small, upstream=torch.ones(rows))
+        assert equal(run(near, small, y), wanted)
     finally:
         torch.Tensor.new_empty = real
-    assert all(torch.equal(*pair) for pair in zip(wanted, got, strict=True))
 
 
 def two_runs_and_a_row_alone_give_the_same_bits(k: ModuleType) -> None:
@@ -484,6 +484,15 @@ def rows_are_as_good_as_torchs_in_fp32_and_bf16_over_several_spans(k: ModuleType
     compare_rows(k, random(6, 600, scale=3.0).bfloat16(), torch.tensor([599, 0, 511, 512, 63, 64]), 1.3)
 
 
+def rows_of_gradients_are_rounded_to_nearest(k: ModuleType) -> None:
+    z, y = random(3, 200).bfloat16(), words(3, 200)
+    fine, coarse = (
+        gradients(lambda z: k.selective_log_softmax(z, y, backend="triton"), x, upstream=random(3, seed=2))
+        for x in (z.float(), z)
+    )
+    assert torch.equal(fine[0], coarse[0]) and torch.equal(fine[1].bfloat16(), coarse[1])
+
+
 def rows_of_equal_logits_are_exactly_uniform(k: ModuleType) -> None:
     for shift in (0.0, -128.0, 1e4):
         logp = k.selective_log_softmax(torch.full((2, 579), shift), torch.tensor([0, 578]), backend="triton")
@@ -534,26 +543,19 @@ def rows_sentinels_no_rows_and_ignored_rows_of_nan(k: ModuleType) -> None:
 
 
 def rows_may_lie_far_apart_transposed_or_alone(k: ModuleType) -> None:
-    big = huge_rows(270, 66, torch.bfloat16)
-    big[[0, 135, 269]] = random(3, 66).bfloat16()
-    some, y, up = big[::134], torch.tensor([5, 65, 0]), torch.ones(3)
-    some[1] = random(66, seed=5)
+    far = huge_rows(3, 66, torch.bfloat16, stride=2**30 + 64)
+    far.copy_(random(3, 66))
+    near, y, up = far.clone(), torch.tensor([5, 65, 0]), torch.ones(3)
 
-    def run(z: Tensor, y: Tensor, up: Tensor, inplace: bool = False) -> list[Tensor]:
-        function = k.selective_log_softmax
-        return gradients(lambda z: function(z, y, inplace_backward=inplace, backend="triton"), z, upstream=up)
+    def run(z: Tensor, rows: slice = slice(None), inplace: bool = False) -> list[Tensor]:
+        more = {"inplace_backward": inplace, "backend": "triton"}
+        return gradients(lambda z: k.selective_log_softmax(z, y[rows], **more), z[rows], upstream=up[rows])
 
-    tall = big.as_strided((270, 66), big.stride())
-    tall.copy_(random(270, 66, seed=4))
-    compact, all_y, all_up = tall.clone(), words(270, 66), torch.ones(270)
-    wanted = run(compact, all_y, all_up)
-    assert all(torch.equal(*p) for p in zip(wanted, run(tall, all_y, all_up, inplace=True), strict=True))
-    few = slice(3, 6)
-    assert all(
-        torch.equal(a[few], b)
-        for a, b in zip(wanted, run(compact[few].T.contiguous().T, all_y[few], all_up[few]), strict=True)
-    )
-    assert torch.equal(run(compact[9:10], all_y[9:10], all_up[:1])[0], wanted[0][9:10])
+    wanted, taken = run(near), run(far, inplace=True)
+    assert torch.equal(wanted[0], taken[0]) and torch.equal(wanted[1], far)
+    assert all(torch.equal(*pair) for pair in zip(wanted, run(near.T.contiguous().T), strict=True))
+    alone = run(near, slice(2, 3))
+    assert torch.equal(alone[0], wanted[0][2:]) and torch.equal(alone[1], wanted[1][2:])
 
 
 def rows_used_elsewhere_in_the_backward_pass_are_not_taken_silently(k: ModuleType) -> None:
@@ -571,6 +573,7 @@ def rows_used_elsewhere_in_the_backward_pass_are_not_taken_silently(k: ModuleTyp
 
 ROWS: list[Claim] = [
     rows_of_equal_logits_are_exactly_uniform,
+    rows_of_gradients_are_rounded_to_nearest,
     rows_are_as_good_as_torchs_in_fp32_and_bf16_over_several_spans,
     rows_with_minus_infinity_and_rows_of_nothing_else,
     rows_ignore_their_padding_and_write_nothing_beyond_a_buffer,

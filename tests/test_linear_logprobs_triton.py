@@ -1,5 +1,6 @@
 """kernels/linear_logprobs.py by its Triton kernels, in the interpreter: the claims of tests/kernel_claims.py."""
 
+import functools
 import importlib
 
 import pytest
@@ -37,6 +38,9 @@ def chunked(monkeypatch):
     """The path of library products around the row kernels, in chunks small enough to meet their edges."""
     monkeypatch.setattr("kernels.backend.resolve", lambda *asked: "chunked")
     monkeypatch.setattr(kernels.linear_logprobs_module, "CHUNKED_TOKENS", 16)
+    monkeypatch.setattr(kernels, "linear_logprobs", functools.partial(kernels.linear_logprobs, chunk_tokens=16))
+    whole_rows = {name: {"BV": 512} for name in ("row_forward", "row_backward")}  # in blocks: tests/test_log_softmax.py
+    monkeypatch.setitem(tiles.TILES, "interpret", tiles.TILES["interpret"] | whole_rows)
 
 
 NOT_CHUNKED = (  # dW is summed in other chunks, and only the fused path's scaled exponentials can be moved
