@@ -9,7 +9,8 @@ import torch
 from test_exactness import random_tree
 
 from dpo.config import Config, LossConfig, TrainConfig
-from dpo.losses import LOSSES, PairLogps, chosen_nll, pair_losses, reward_metrics
+from dpo.losses import LOSSES, chosen_nll, pair_losses, reward_metrics
+from dpo.pairs import PairLogps
 from dpo.step import SCHEDULES, learning_rate, plan_steps
 
 EPS = torch.finfo(torch.float64).eps
