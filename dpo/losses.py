@@ -28,14 +28,13 @@ SURE_NATS = -1e-6  # a mean log-prob above this (odds of a million) is where ORP
 
 def _exp(x_B: Tensor) -> Tensor:
     """exp(x), beyond EXP_NATS its tangent."""
-    small_B = x_B.clamp(max=EXP_NATS)
-    return small_B.exp() + math.exp(EXP_NATS) * (x_B - small_B)
+    return x_B.clamp(max=EXP_NATS).exp() + math.exp(EXP_NATS) * F.relu(x_B - EXP_NATS)
 
 
 def _log_odds(logp_B: Tensor) -> Tensor:
-    """log p - log(1 - p) of log p <= 0, beyond SURE_NATS its tangent."""
-    small_B = logp_B.clamp(max=SURE_NATS)
-    return logp_B - (-small_B.expm1()).log() + (logp_B - small_B) / math.expm1(-SURE_NATS)
+    """log p - log(1 - p) of log p, beyond SURE_NATS its tangent."""
+    below_B = -logp_B.clamp(max=SURE_NATS).expm1()
+    return logp_B - below_B.log() + F.relu(logp_B - SURE_NATS) / math.expm1(-SURE_NATS)
 
 
 def _per_token(sum_B: Tensor, length_B: Tensor) -> Tensor:
@@ -86,7 +85,7 @@ def _logistic(logits_B: Tensor, logps: PairLogps, config: LossConfig) -> Tensor:
 
 
 def sigmoid(logps: PairLogps, config: LossConfig) -> Tensor:
-    """-(1 - e) log sigma(beta d) - e log sigma(-beta d) (Rafailov et al. 2023, eq. 7; e: Mitchell 2023, cDPO eq. 3)."""
+    """-(1 - e) log sigma(beta d) - e log sigma(-beta d) (Rafailov et al. 2023, eq. 7; e: cDPO, Mitchell 2023)."""
     return _logistic(config.beta * _gap(logps, config), logps, config)
 
 
@@ -155,7 +154,7 @@ def exo_pair(logps: PairLogps, config: LossConfig) -> Tensor:
 
 
 def sppo_hard(logps: PairLogps, config: LossConfig) -> Tensor:
-    """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2 (Wu et al. 2024, eq. 4.7 with P of 1 and 0, eta = 1 / beta)."""
+    """(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2 (Wu et al. 2024, eq. 4.7, P of 1 and 0, beta = 1 / eta)."""
     aim = 1 / (2 * config.beta)
     return (logps.chosen_ratio_B - aim) ** 2 + (logps.rejected_ratio_B + aim) ** 2
 
