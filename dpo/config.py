@@ -90,11 +90,27 @@ class KernelsConfig(Section):
 class LossConfig(Section):
     """The preference loss."""
 
-    name: str = Field("sigmoid", min_length=1, description="which loss: a key of LOSSES in dpo/losses.py")
-    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference, 1/nat")
+    name: str = Field("sigmoid", min_length=1, description="which loss: one of those listed at the end of --help")
+    mix: list[str] = Field([], description="losses added to it, NAME:WEIGHT each, e.g. sft:0.1,ipo:0.5")
+    beta: float = Field(0.1, gt=0, description="strength of the pull to the reference, 1/nat; ORPO's lambda, IPO's tau")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="assumed share of wrong labels")
     reference_free: bool = Field(False, description="take the reference's log-ratio as 0")
     rpo_alpha: float = Field(0.0, ge=0, description="weight of the chosen answer's likelihood per token; 0 = off")
+    ld_alpha: float = Field(1.0, ge=0, le=1, description="weight of tokens beyond the shorter answer's length; 1 = off")
+    wpo: bool = Field(False, description="weigh a pair by its answers' probability per token under the policy (WPO)")
+    swap_consistency: float = Field(
+        0.0, ge=0, description="weight of (difference of a verdict's margins in both orders)^2, 1/nat^2; 0 = off"
+    )
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = Field(
+        "reverse_kl", description="from the reference, that shapes the log-ratios; reverse_kl = plain DPO"
+    )
+    divergence_alpha: float = Field(0.5, ge=0, le=2, description="order of alpha: 1 = reverse_kl, 0 = forward_kl")
+    simpo_gamma: float = Field(0.5, ge=0, description="SimPO's target margin, reward units (beta * nats per token)")
+    discopop_tau: float = Field(0.05, gt=0, description="DiscoPOP's temperature between its two halves")
+    dpop_lambda: float = Field(50.0, ge=0, description="DPOP's weight of a fall of the chosen answer's log-prob")
+    rdpo_alpha: float = Field(
+        0.01, ge=0, description="R-DPO's reward for length to be taken off, reward units per token"
+    )
 
 
 class LoraConfig(Section):
@@ -392,6 +408,11 @@ def _check_together(config: Config, settings: Settings) -> None:
         value, source = settings.get(name, (keys()[name].default, "default"))
         return f"{name} = {_written(value)} ({source})"
 
+    if config.loss.swap_consistency and config.objective != "verdicts":
+        raise UserError(
+            f"{said('loss.swap_consistency')}: compares a verdict with its twin in the other order, and "
+            f"{said('objective')} has no twins; set objective=verdicts, or loss.swap_consistency=0"
+        )
     if config.lora.alpha > 0 and config.lora.rank == 0:
         raise UserError(f"{said('lora.alpha')}: has no adapter to scale, for {said('lora.rank')}; e.g. lora.rank=16")
     if config.data.validation_fraction + config.data.test_fraction >= 1:

@@ -15,8 +15,8 @@ import torch
 
 from dpo.checkable import make_rows
 from dpo.config import Config
-from dpo.losses import LOSSES
-from dpo.rows import Row, read_rows
+from dpo.losses import check_loss
+from dpo.rows import Row, columns_of, read_rows
 from dpo.split import Splits, split_rows
 from dpo.trees import Tree, build_trees
 from kernels.backend import why_not_triton
@@ -142,8 +142,6 @@ def _reference_folder(config: Config, cache: Path, tokenizer: Tokenizer) -> Path
 
 def read_inputs(config: Config, device: str) -> Inputs:
     """Read and check all that the configuration names. UserError with what, where and what to do."""
-    if config.loss.name not in LOSSES:
-        raise UserError(f'loss.name = "{config.loss.name}": there is no such loss; allowed are {", ".join(LOSSES)}')
     dtype = pick_dtype(config, device)
     check_kernels(config, device, dtype)
     cache = cache_folder(config)
@@ -151,6 +149,7 @@ def read_inputs(config: Config, device: str) -> Inputs:
     check_place("run.cache", cache)
     check_place("reference.store", Path(config.reference.store))
     splits = load_splits(config)
+    check_loss(config.loss, columns_of(splits.train + splits.validation))
     if not splits.test:
         raise UserError("no test rows: a run ends with judging held-out rows; set data.test_fraction above 0")
     model_folder = resolve_model_path(config.model.path, cache)

@@ -1,6 +1,6 @@
 """Log-probs of packed trees: per scored token, and summed per completion.
 
-Letters: `R` scored tokens, `S` completions. Read next: dpo/reference.py, dpo/losses.py.
+Letters: `R` scored tokens, `S` completions, `B` pairs. Read next: dpo/reference.py, dpo/pairs.py.
 """
 
 from collections.abc import Sequence
@@ -41,10 +41,33 @@ def completion_sums(logp_R: Tensor, completion_R: Tensor, completions: int) -> T
     return sums_S.index_add(0, completion_R.to(logp_R.device), logp_R.double())
 
 
-def batch_sums(model: Decoder, batch: Batch, head_chunk: int) -> Tensor:
-    """Sum of log p per completion of a batch [S], differentiable; its packs' graphs are all alive until backward."""
+def tail_sums(logp_R: Tensor, completion_R: Tensor, sides_2B: Tensor, completions: int) -> Tensor:
+    """Sum of log p of each side of each pair beyond the other side's length [2B], nats; 0 for the shorter side.
+
+    `sides_2B` are completions, the pairs' winners then their losers. A completion's tokens lie together, in order.
+    """
+    tokens_S = completion_R.bincount(minlength=completions)
+    end_S = torch.zeros_like(tokens_S).scatter_reduce(0, completion_R, torch.arange(len(completion_R)) + 1, "amax")
+    winner_B, loser_B = tokens_S[sides_2B].chunk(2)
+    tail_2B = tokens_S[sides_2B] - torch.minimum(winner_B, loser_B).repeat(2)
+    side_R = torch.arange(len(sides_2B)).repeat_interleave(tail_2B)
+    # The last tail_2B tokens of each side, one side after the other.
+    token_R = torch.arange(len(side_R)) + (end_S[sides_2B] - tail_2B.cumsum(0))[side_R]
+    return completion_sums(logp_R[token_R.to(logp_R.device)], side_R, len(sides_2B))
+
+
+def batch_sums(model: Decoder, batch: Batch, head_chunk: int, *, tails: bool = False) -> Tensor:
+    """Sum of log p per completion of a batch [S], with `tails` those of its pairs behind them [S + 2B].
+
+    Differentiable; the graphs of its packs are all alive until backward.
+    """
     logp_R = torch.cat([pack_logps(model, pack, head_chunk) for pack in batch.packs])
-    return completion_sums(logp_R, torch.cat([pack.completion_R for pack in batch.packs]), len(batch.completions))
+    completion_R = torch.cat([pack.completion_R for pack in batch.packs])
+    sums_S = completion_sums(logp_R, completion_R, len(batch.completions))
+    if not tails:
+        return sums_S
+    sides_2B = torch.cat([batch.winner_B, batch.loser_B])
+    return torch.cat([sums_S, tail_sums(logp_R, completion_R, sides_2B, len(batch.completions))])
 
 
 @torch.no_grad()

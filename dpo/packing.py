@@ -8,7 +8,7 @@ than a pack is split between branches, its prompt repeated; packs that share a t
 differentiated together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +40,9 @@ class Batch:
     winner_B: Tensor  # indices into S
     loser_B: Tensor
     weight_B: Tensor
+    margin_B: Tensor
+    soft_label_B: Tensor
+    twin_B: Tensor  # index into B of the same pair in the other order; its own where there is none
 
 
 @dataclass(frozen=True)
@@ -144,26 +147,34 @@ def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:
     bins = _first_fit_decreasing(pieces, trees, pack_tokens)
     batches = []
     for group in _linked(bins):
-        members = sorted({piece.tree for i in group for piece in bins[i]})
-        completions = tuple((tree, c) for tree in members for c in range(len(trees[tree].completions)))
-        slots = {completion: slot for slot, completion in enumerate(completions)}
-        pairs = [
-            (slots[tree, pair.winner], slots[tree, pair.loser], pair.weight)
-            for tree in members
-            for pair in trees[tree].pairs
-        ]
-        winner, loser, weight = zip(*pairs, strict=True) if pairs else ((), (), ())
-        batches.append(
-            Batch(
-                tuple(_pack(bins[i], trees, slots, pack_tokens) for i in group),
-                completions,
-                torch.tensor([len(trees[tree].completions[c].targets) for tree, c in completions]),
-                torch.tensor(winner, dtype=torch.int64),
-                torch.tensor(loser, dtype=torch.int64),
-                torch.tensor(weight, dtype=torch.float64),
-            )
-        )
+        members = {tree: trees[tree] for tree in sorted({piece.tree for i in group for piece in bins[i]})}
+        batch = bare_batch(members)
+        slots = {completion: slot for slot, completion in enumerate(batch.completions)}
+        batches.append(replace(batch, packs=tuple(_pack(bins[i], trees, slots, pack_tokens) for i in group)))
     return batches
+
+
+def bare_batch(members: Mapping[int, Tree]) -> Batch:
+    """The batch of some trees, by their index, without its packs: what a loss needs besides log-probs."""
+    completions = tuple((index, c) for index, tree in members.items() for c in range(len(tree.completions)))
+    slots = {completion: slot for slot, completion in enumerate(completions)}
+    pairs = [(index, place, pair) for index, tree in members.items() for place, pair in enumerate(tree.pairs)]
+    twins = [(p.twin - place if p.twin is not None else 0) for _, place, p in pairs]
+
+    def each(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype)
+
+    return Batch(
+        (),
+        completions,
+        each((len(members[index].completions[c].targets) for index, c in completions), torch.int64),
+        each((slots[index, pair.winner] for index, _, pair in pairs), torch.int64),
+        each((slots[index, pair.loser] for index, _, pair in pairs), torch.int64),
+        each(pair.weight for _, _, pair in pairs),
+        each(pair.margin for _, _, pair in pairs),
+        each(pair.soft_label for _, _, pair in pairs),
+        each(twins, torch.int64) + torch.arange(len(pairs)),
+    )
 
 
 def pack_share(trees: Sequence[Tree], pack_tokens: int, rank: int, world: int) -> list[Batch]:
@@ -172,8 +183,7 @@ def pack_share(trees: Sequence[Tree], pack_tokens: int, rank: int, world: int) -
     Ranks must run equally many forwards and backwards in the same order; each can work out what the others have.
     """
     shares = [pack_trees(trees[r::world], pack_tokens) for r in range(world)]
-    nothing = torch.zeros(0, dtype=torch.int64)
-    idle = Batch((), (), nothing, nothing, nothing, nothing.double())
+    idle = bare_batch({})
     batches = []
     for i in range(max(map(len, shares))):
         row = [share[i] if i < len(share) else idle for share in shares]

@@ -115,8 +115,9 @@ def _summary(judge: Judgement, config: Config, folder_name: str) -> list[Text]:
         "judge that always says A has 0 %. In the order-averaged accuracy the preferred place cancels, and both have "
         "50 %."
     )
+    losses = " + ".join((loss.name, *loss.mix))
     setup = (
-        f"Run {folder_name}: {config.model.path}, objective {config.objective}, {loss.name} loss with beta "
+        f"Run {folder_name}: {config.model.path}, objective {config.objective}, {losses} loss with beta "
         f"{loss.beta:g}, {how}, learning rate {train.lr:g} ({train.schedule}), {epochs}, seed {config.seed}; rows: "
         f"{config.data.path}. The judge {'sees the request' if config.judge.sighted else 'does not see the request'}, "
         "and is asked in both orders."

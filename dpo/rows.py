@@ -7,9 +7,10 @@ rejected j). Rows come from files (`read_rows`) or from the generator (dpo/check
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from models.errors import UserError
 from models.files import atomic_write_text
@@ -17,11 +18,30 @@ from models.files import atomic_write_text
 Message = dict[str, str]
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "validation", "test")
+COLUMNS = ("id", "subset", "prompt", "chosen", "rejected", "group", "split")
+
+
+class PairValues(NamedTuple):
+    """What a row may say of one of its pairs."""
+
+    weight: float = 1.0  # how much the pair counts in the loss's mean
+    margin: float = 0.0  # by how much the chosen answer's reward is to lead, reward units (beta * nats)
+    soft_label: float = 1.0  # probability that the chosen answer is the better one
+
+
+ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "weight": ("above 0 and below 1e9 (to leave a pair out, leave its answer out)", lambda value: 0 < value < 1e9),
+    "margin": ("between -1e9 and 1e9", lambda value: abs(value) < 1e9),
+    "soft_label": ("from 0.5 to 1 (below 0.5, exchange the answers)", lambda value: 0.5 <= value <= 1),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request with its right and wrong answers. `where` (file:line) serves messages only and is not compared."""
+    """One request with its right and wrong answers. `where` (file:line) serves messages only and is not compared.
+
+    `pair_values` holds one entry a pair in the order of pairs_of(row, 0), or nothing where the row says nothing.
+    """
 
     id: str
     subset: str
@@ -31,6 +51,7 @@ class Row:
     group: str
     split: str | None = None
     where: str = field(default="", compare=False)
+    pair_values: tuple[PairValues, ...] = ()
 
 
 def normalise(text: str) -> str:
@@ -49,6 +70,22 @@ def pairs_of(row: Row, pairs_per_row: int) -> list[tuple[int, int]]:
     return pairs[:pairs_per_row] if pairs_per_row else pairs
 
 
+def values_of(row: Row, i: int, j: int) -> PairValues:
+    """What the row says of the pair (chosen i, rejected j)."""
+    return row.pair_values[i * len(row.rejected) + j] if row.pair_values else PairValues()
+
+
+def columns_of(rows: Iterable[Row]) -> set[str]:
+    """Which of PairValues' columns say something somewhere in the rows."""
+    return {
+        key
+        for row in rows
+        for values in row.pair_values
+        for key, value in values._asdict().items()
+        if value != PairValues._field_defaults[key]
+    }
+
+
 # Files: a reader yields (where, raw row); _row checks one of them.
 
 
@@ -56,7 +93,8 @@ def read_rows(path: Path) -> list[Row]:
     """All rows of a .jsonl or a .parquet file (RewardBench 2's columns); keys beyond Row's are ignored.
 
     `chosen` and `rejected` may be one text or a list of texts, `prompt` a text or a list of messages, `group` (default:
-    the normalised prompt) and `split` absent or null. A UserError names file and line of the first row that is not so.
+    the normalised prompt), `split`, `weight`, `margin` and `soft_label` absent or null; the last three are a number for
+    all pairs or a list of one each, chosen-major. A UserError names file and line of the first row that is not so.
     """
     if path.is_dir():
         raise UserError(f"data.path={path}: is a folder; name a file in it that ends in {' or '.join(READERS)}")
@@ -83,7 +121,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes JSONL that `read_rows` reads back equal; the file appears whole or not at all."""
     lines = []
     for row in rows:
-        record = {key: value for key, value in vars(row).items() if key != "where" and value is not None}
+        record = {key: value for key, value in vars(row).items() if key in COLUMNS and value is not None}
+        if row.pair_values:
+            record |= dict(zip(PairValues._fields, zip(*row.pair_values, strict=True), strict=True))
         if len(row.prompt) == 1:
             record["prompt"] = row.prompt[0]["content"]
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
@@ -112,7 +152,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in Row.__dataclass_fields__]
+            columns = [name for name in file.schema_arrow.names if name in (*COLUMNS, *PairValues._fields)]
             records: list[object] = file.read(columns=columns).to_pylist()
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, UnicodeDecodeError) as error:
         raise UserError(f"data.path={path}: not a readable parquet file ({error})") from error
@@ -143,7 +183,30 @@ def _row(raw: object, where: str) -> Row:
     else:
         group = _text(raw["group"], "group", where)
     identity, subset = (_text(raw[key], key, where) for key in ("id", "subset"))
-    return Row(identity, subset, prompt, chosen, rejected, group, split, where)
+    values = _pair_values(raw, len(chosen) * len(rejected), where)
+    return Row(identity, subset, prompt, chosen, rejected, group, split, where, values)
+
+
+def _pair_values(raw: Mapping[str, object], pairs: int, where: str) -> tuple[PairValues, ...]:
+    columns: dict[str, list[float]] = {}
+    for key in PairValues._fields:
+        value = raw.get(key)
+        if value is not None:
+            values = value if isinstance(value, list) else [value] * pairs
+            columns[key] = [_number(number, key, where) for number in values]
+            if len(values) != pairs:
+                raise UserError(
+                    f"{where}: {key} has {len(values)} numbers for {pairs} pairs; give one a pair or one for all"
+                )
+    each = (PairValues(**{key: column[pair] for key, column in columns.items()}) for pair in range(pairs))
+    return tuple(each) if columns else ()
+
+
+def _number(value: object, name: str, where: str) -> float:
+    allowed, sound = ALLOWED[name]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not sound(value):
+        raise UserError(f"{where}: {name} is {show(value)}; it must be a number {allowed}")
+    return float(value)
 
 
 def _answers(value: object, key: str, where: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dpo.rows import SPLITS, Row, normalise, pairs_of, prompt_key, show
+from dpo.rows import SPLITS, Row, normalise, pairs_of, prompt_key, show, values_of
 from models.errors import UserError
 
 LONG_ANSWER_CHARACTERS = 20  # "yes" may be met in two splits, a sentence may not
@@ -111,7 +111,13 @@ def _split_like_the_study(rows: list[Row], fraction: dict[str, float], seed: int
         train += drawn[:train_rows]
         test += drawn[train_rows : train_rows + test_rows]
     pairs = [
-        replace(row, id=f"{row.id}#{i}-{j}", chosen=(row.chosen[i],), rejected=(row.rejected[j],))
+        replace(
+            row,
+            id=f"{row.id}#{i}-{j}",
+            chosen=(row.chosen[i],),
+            rejected=(row.rejected[j],),
+            pair_values=(values_of(row, i, j),) if row.pair_values else (),
+        )
         for row in train
         for i, j in pairs_of(row, 0)
     ]

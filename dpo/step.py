@@ -1,6 +1,6 @@
 """One optimizer step: which rows it takes, at what rate, and the gradient of its loss, exact in pairs.
 
-Letters: `S` completions, `B` pairs. Read next: dpo/losses.py, dpo/packing.py.
+Letters: `B` pairs. Read next: dpo/losses.py, dpo/packing.py.
 """
 
 import math
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dpo.config import Config, TrainConfig
 from dpo.distributed import Ranks, total
-from dpo.logprobs import TreeLogps, batch_sums, completion_sums
-from dpo.losses import PairLogps, pair_losses, reward_metrics
-from dpo.packing import Batch, pack_share
+from dpo.logprobs import batch_sums
+from dpo.losses import pair_losses, reads, reward_metrics
+from dpo.packing import pack_share
+from dpo.pairs import batch_references, pair_logps
 from dpo.trees import Tree
 from models.decoder import Decoder
 
@@ -53,34 +54,12 @@ def plan_steps(trees: Sequence[Tree], config: Config) -> list[list[int]]:
     return steps[: config.train.max_steps or None]
 
 
-def pair_logps(sums_S: Tensor, reference_S: Tensor, batch: Batch) -> PairLogps:
-    """The two completions' sums of every pair of a batch."""
-    chosen_B, rejected_B = batch.winner_B, batch.loser_B
-    return PairLogps(
-        sums_S[chosen_B],
-        sums_S[rejected_B],
-        reference_S[chosen_B],
-        reference_S[rejected_B],
-        batch.lengths_S[chosen_B],
-        batch.lengths_S[rejected_B],
-    )
-
-
-def reference_sums(logps: TreeLogps) -> Tensor:
-    """Sum of each completion's log-probs [S], added in the same order as the policy's: equal values, equal bits."""
-    lengths = torch.tensor([len(value) for value in logps])
-    return completion_sums(
-        torch.cat([torch.from_numpy(value) for value in logps]),
-        torch.arange(len(logps)).repeat_interleave(lengths),
-        len(logps),
-    )
-
-
 def accumulate_gradients(
     policy: Decoder, trees: Sequence[Tree], references: Sequence[Tensor], config: Config, ranks: Ranks
 ) -> dict[str, float]:
     """Backward through every pair of one optimizer step: the gradient is the mean over all ranks' pairs, exactly.
 
+    `references` holds the sums of each tree (of reference_sums; with the tails of its pairs where ld_alpha is not 1).
     Returns sums over all pairs for the log, `weight` to divide them by, and `difference`: this rank's largest
     |policy - reference| of a completion, nats (NaN if any is).
     """
@@ -89,12 +68,10 @@ def accumulate_gradients(
     sums = {"tokens": float(sum(trees[i].tokens for i in mine))}
     differences = [torch.zeros(1, dtype=torch.float64)]
     for batch in pack_share(trees, config.pack.tokens, ranks.rank, ranks.world):
-        sums_S = batch_sums(policy, batch, config.pack.head_chunk).cpu()
-        reference_S = torch.zeros_like(sums_S)
-        for slot, (tree, completion) in enumerate(batch.completions):
-            reference_S[slot] = references[mine[tree]][completion]
-        differences.append((sums_S.detach() - reference_S).abs())
-        logps = pair_logps(sums_S, reference_S * (not config.loss.reference_free), batch)
+        scored = batch_sums(policy, batch, config.pack.head_chunk, tails=config.loss.ld_alpha != 1).cpu()
+        reference = batch_references([references[i] for i in mine], batch)
+        differences.append((scored.detach() - reference).abs())
+        logps = pair_logps(scored, reference * reads(config.loss, "reference"), batch)
         losses_B = pair_losses(logps, config.loss)
         ((losses_B * batch.weight_B).sum() / weight).backward()
         for name, value in reward_metrics(logps, losses_B, batch.weight_B, config.loss.beta).items():

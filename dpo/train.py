@@ -2,7 +2,7 @@
 
     rows -> split -> trees -> reference store -> train loop -> judge -> results.json -> report
 
-Letters: `S` completions. The path is `run`, the training loop is `train`. Read next: dpo/step.py.
+The path is `run`, the training loop is `train`. No dimension letters. Read next: dpo/step.py.
 """
 
 import math
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,12 +43,14 @@ from dpo.judge.local import Score, evaluation, judge_results, verdicts, write_ve
 from dpo.judge.statistics import Verdict
 from dpo.log import MetricsLog, peak_rss_mib, progress, stage
 from dpo.logprobs import score_trees
+from dpo.losses import losses_help, reads
+from dpo.pairs import tree_sums
 from dpo.reference import Usage, numerics_tag, open_store, reference_logps
 from dpo.report import write_report
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, write_json
 from dpo.show import render_tree
-from dpo.step import accumulate_gradients, learning_rate, means, plan_steps, reference_sums
+from dpo.step import accumulate_gradients, learning_rate, means, plan_steps
 from dpo.trees import trees_digest
 from kernels.backend import describe
 from models.checkpoint import weights_fingerprint
@@ -242,19 +245,19 @@ def load_policy(config: Config, inputs: Inputs, ranks: Ranks) -> Decoder:
 
 
 def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> list[Tensor]:
-    """Reference sums [S] of every training tree; shows the first `show` trees.
+    """Reference sums of every training tree; shows the first `show` trees.
 
     A loss without a reference needs only the first step's, for the check of step 0; the rest is zeros then.
     """
     trees = inputs.train_trees
     first = plan_steps(trees, config)[0] if trees else []
-    chosen = sorted(first) if config.loss.reference_free else range(len(trees))
+    chosen = range(len(trees)) if reads(config.loss, "reference") else sorted(first)
     scored = dict(zip(chosen, score([trees[i] for i in chosen]), strict=True))
     if ranks.first:
         for i in list(chosen)[: config.show]:
             print(render_tree(trees[i], scored[i], inputs.tokenizer))
-    nothing = [torch.zeros(len(tree.completions), dtype=torch.float64) for tree in trees]
-    return [reference_sums(scored[i]) if i in scored else nothing[i] for i in range(len(trees))]
+    zeros = ([np.zeros(len(c.targets)) for c in tree.completions] for tree in trees)
+    return [tree_sums(scored.get(i, zero), trees[i], config.loss) for i, zero in enumerate(zeros)]
 
 
 def used_kernels(policy: Decoder, inputs: Inputs, config: Config, ranks: Ranks) -> dict[str, dict[str, str]]:
@@ -323,8 +326,10 @@ def run(config: Config) -> Path:
         )
         score = stored(reference, reference_fingerprint, "reference")
         train_references = training_references(inputs, config, score, ranks)
-        validation_references = [reference_sums(logps) for logps in score(inputs.validation_trees)]
-        del reference, score
+        validation = inputs.validation_trees
+        scored = score(validation)
+        validation_references = [tree_sums(*one, config.loss) for one in zip(scored, validation, strict=True)]
+        del reference, score, scored
 
     test = inputs.splits.test
     with stage("judge base", times):
@@ -374,7 +379,7 @@ def run(config: Config) -> Path:
 def main(argv: list[str]) -> int:
     """The command line: exit code 0 when all is written, 2 for a user's mistake, 130 for Ctrl-C."""
     if {"-h", "--help"} & set(argv):
-        print(help_text())
+        print(f"{help_text()}\n{losses_help()}")
         return 0
     try:
         run(load_config(argv))

@@ -16,7 +16,7 @@ from itertools import chain
 import numpy as np
 
 from dpo.judge.prompts import LABELS, judge_messages
-from dpo.rows import Row, pairs_of
+from dpo.rows import Row, pairs_of, values_of
 from models.errors import UserError
 from models.tokenizer import Tokenizer
 
@@ -32,11 +32,17 @@ class Completion:
 
 @dataclass(frozen=True)
 class Pair:
-    """Indices of two completions of the same tree; `weight` counts the pair in the loss's mean."""
+    """Indices of two completions of the same tree; `weight` counts the pair in the loss's mean.
+
+    `twin` is the place in the tree's pairs of the same two answers in the other order. The rest is PairValues'.
+    """
 
     winner: int
     loser: int
     weight: float
+    margin: float = 0.0
+    soft_label: float = 1.0
+    twin: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,15 @@ def response_tree(row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int
         tuple(tokens[:-1] for tokens in scored),
         tuple(Completion(branch, 0, tokens) for branch, tokens in enumerate(scored)),
         tuple(
-            Pair(answers.index(row.chosen[i]), answers.index(row.rejected[j]), PAIR_WEIGHTS[pair_weight](len(pairs)))
+            Pair(
+                answers.index(row.chosen[i]),
+                answers.index(row.rejected[j]),
+                PAIR_WEIGHTS[pair_weight](len(pairs)) * values.weight,
+                values.margin,
+                values.soft_label,
+            )
             for i, j in pairs
+            for values in [values_of(row, i, j)]
         ),
     )
 
@@ -149,12 +162,16 @@ def verdict_tree(
     prompt = orders[0][: _shared_tokens(orders)]
     branches = tuple(tokens[len(prompt) :] for tokens in orders)
     weight = PAIR_WEIGHTS[pair_weight](len(branches))
+    values = [values_of(row, i, j) for i, j in pairs for _ in LABELS]
     return Tree(
         row.id,
         prompt,
         branches,
         tuple(Completion(b, len(tokens), tuple(label)) for b, tokens in enumerate(branches) for label in labels),
-        tuple(Pair(2 * b + b % 2, 2 * b + 1 - b % 2, weight) for b in range(len(branches))),
+        tuple(
+            Pair(2 * b + b % 2, 2 * b + 1 - b % 2, weight * of_pair.weight, of_pair.margin, of_pair.soft_label, b ^ 1)
+            for b, of_pair in enumerate(values)
+        ),
         len(prefix) if len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix else 0,
     )
 

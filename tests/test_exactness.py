@@ -9,9 +9,10 @@ import torch
 from dpo.config import Config
 from dpo.distributed import Ranks
 from dpo.logprobs import batch_sums, score_trees
-from dpo.losses import PairLogps, pair_losses
+from dpo.losses import pair_losses
 from dpo.packing import pack_trees
-from dpo.step import accumulate_gradients, reference_sums
+from dpo.pairs import PairLogps, reference_sums
+from dpo.step import accumulate_gradients
 from dpo.trees import Completion, Pair, Tree
 from models.decoder import Decoder, load_decoder, next_token_logits
 

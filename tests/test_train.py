@@ -16,11 +16,12 @@ import dpo.train
 from dpo.config import Config, load_config
 from dpo.inputs import read_inputs
 from dpo.logprobs import score_trees
-from dpo.losses import PairLogps, pair_losses
+from dpo.losses import pair_losses
 from dpo.packing import pack_share
+from dpo.pairs import PairLogps, pair_logps, reference_sums
 from dpo.reference import read_store, write_part
 from dpo.rows import Row, write_rows
-from dpo.step import accumulate_gradients, means, pair_logps, plan_steps, reference_sums
+from dpo.step import accumulate_gradients, means, plan_steps
 from dpo.train import STEP0_TOLERANCE, load_policy, selection_score
 from dpo.trees import Tree
 from models.decoder import next_token_logits

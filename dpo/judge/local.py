@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dpo.config import Config
@@ -17,10 +16,11 @@ from dpo.judge.protocols import compare, judge_trees
 from dpo.judge.statistics import Verdict, summarise, verdict_record
 from dpo.judge.statistics import compare as compare_judges
 from dpo.logprobs import TreeLogps
-from dpo.losses import pair_losses, reward_metrics
-from dpo.packing import Batch
+from dpo.losses import pair_losses, reads, reward_metrics
+from dpo.packing import bare_batch
+from dpo.pairs import pair_logps, tree_sums
 from dpo.rows import Row, pairs_of
-from dpo.step import means, pair_logps, reference_sums
+from dpo.step import means
 from dpo.trees import Tree
 from models.files import atomic_write_text
 
@@ -44,14 +44,12 @@ def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, confi
         return {}
     logps = score(trees)
     sums: dict[str, float] = {}
-    for tree, tree_logps, reference_S in zip(trees, logps, references, strict=True):
-        pairs = torch.tensor([(pair.winner, pair.loser) for pair in tree.pairs]).T
-        weight_B = torch.tensor([pair.weight for pair in tree.pairs], dtype=torch.float64)
-        lengths_S = torch.tensor([len(value) for value in tree_logps])
-        batch = Batch((), (), lengths_S, pairs[0], pairs[1], weight_B)
-        of_pairs = pair_logps(reference_sums(tree_logps), reference_S * (not config.loss.reference_free), batch)
+    for tree, tree_logps, reference in zip(trees, logps, references, strict=True):
+        batch = bare_batch({0: tree})
+        scored = tree_sums(tree_logps, tree, config.loss)
+        of_pairs = pair_logps(scored, reference * reads(config.loss, "reference"), batch)
         losses_B = pair_losses(of_pairs, config.loss)
-        for name, value in reward_metrics(of_pairs, losses_B, weight_B, config.loss.beta).items():
+        for name, value in reward_metrics(of_pairs, losses_B, batch.weight_B, config.loss.beta).items():
             sums[name] = sums.get(name, 0.0) + value
     if config.objective == "verdicts":  # the same trees: no second forward
         judged = compare(rows, trees, config.judge.pairs_per_row, lambda _: logps)
