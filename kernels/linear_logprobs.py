@@ -135,7 +135,16 @@ class _LinearLogprobs(torch.autograd.Function):
     """Forward: log p, logsumexp, entropy, and J. Backward: g J, and dW from the kept (or recomputed) probabilities."""
 
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, bias_V, targets_T, scored_T, o: Options, gather: Gather | None):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_T: Tensor,
+        scored_T: Tensor,
+        o: Options,
+        gather: Gather | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         cast_VD = weight_VD.to(hidden_TD.dtype)
         path = run_fused if o.path == "fused" else run_chunks
@@ -164,7 +173,9 @@ class _LinearLogprobs(torch.autograd.Function):
         return logp_T, scores.lse_T.to(logp_T.dtype), scores.entropy_T
 
     @staticmethod
-    def backward(ctx, grad_T, grad_lse_T, grad_entropy_T):  # type: ignore[no-untyped-def, override]
+    def backward(  # type: ignore[no-untyped-def, override]
+        ctx, grad_T: Tensor | None, grad_lse_T: Tensor | None, grad_entropy_T: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         o: Options = ctx.o
         jacobian_TD, logp_T, slope_T, factor_T, hidden_TD, weight_VD, bias_V, targets_T, *flat = ctx.saved_tensors
         if grad_T is None and grad_lse_T is None:
@@ -227,14 +238,20 @@ def linear_logprobs(
     softcap: float | None = None, ignore_index: int = IGNORE_INDEX, vocab_start: int = 0,
     vocab_group: dist.ProcessGroup | Gather | None = None, return_lse: Literal[False] = False,
     return_entropy: Literal[False] = False, chunk_tokens: int = 128, backend: str = "auto",
-) -> Tensor: ...  # fmt: skip
+) -> Tensor:  # fmt: skip
+    """The log-probs alone."""
+
+
 @overload
 def linear_logprobs(
     hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0,
     softcap: float | None = None, ignore_index: int = IGNORE_INDEX, vocab_start: int = 0,
     vocab_group: dist.ProcessGroup | Gather | None = None, return_lse: bool = False,
     return_entropy: bool = False, chunk_tokens: int = 128, backend: str = "auto",
-) -> Tensor | LinearLogprobs: ...  # fmt: skip
+) -> Tensor | LinearLogprobs:  # fmt: skip
+    """The log-probs, with the logsumexp or the entropy where asked."""
+
+
 def linear_logprobs(
     hidden_TD: Tensor,
     weight_VD: Tensor,

@@ -59,7 +59,9 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
     """Forward: log p, logsumexp, entropy. Backward: g (1[v = y] - p_v) / temperature, in the logits' place if asked."""
 
     @staticmethod
-    def forward(ctx, logits_TV, index_T, temperature: float, inplace: bool, entropy: bool, arch: str | None):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, logits_TV: Tensor, index_T: Tensor, temperature: float, inplace: bool, entropy: bool, arch: str | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         k_T = s_T = None
         if arch is None:
             scores = _scores_in_torch(logits_TV, index_T, temperature, entropy)
@@ -76,7 +78,9 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return scores.logp_T, scores.lse_T.to(scores.logp_T.dtype), scores.entropy_T
 
     @staticmethod
-    def backward(ctx, grad_T, grad_lse_T, grad_entropy_T):  # type: ignore[no-untyped-def, override]
+    def backward(  # type: ignore[no-untyped-def, override]
+        ctx, grad_T: Tensor | None, grad_lse_T: Tensor | None, grad_entropy_T: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         logits_TV, index_T, logp_T, k_T, s_T = ctx.saved_tensors
         if grad_T is None and grad_lse_T is None:
             return (None,) * 6

@@ -86,7 +86,17 @@ class _PreferenceLoss(torch.autograd.Function):
     """Forward: losses, rewards and each pair's slope by the kernel. Backward: the slope on every token of the pair."""
 
     @staticmethod
-    def forward(ctx, policy_T, reference, cu_seqlens, beta, smoothing, loss, interleaved, arch):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        policy_T: Tensor,
+        reference: Tensor | None,
+        cu_seqlens: Tensor,
+        beta: float,
+        smoothing: float,
+        loss: str,
+        interleaved: bool,
+        arch: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         from kernels import preference_triton
 
         losses_B, chosen_B, rejected_B, slope_B = preference_triton.forward(
@@ -98,7 +108,7 @@ class _PreferenceLoss(torch.autograd.Function):
         return losses_B, chosen_B, rejected_B
 
     @staticmethod
-    def backward(ctx, grad_B, *unused):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_B: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
         from kernels import preference_triton
 
         slope_B, cu_seqlens = ctx.saved_tensors

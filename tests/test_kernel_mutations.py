@@ -1,5 +1,5 @@
 # ruff: noqa: E501 (a mutation a line)
-"""Every Triton kernel broken on purpose, in copies of kernels/: the claims of tests/kernel_claims.py catch each.
+"""Every Triton kernel broken on purpose, in copies of kernels/: the claims of tests/kernel_claims*.py catch each.
 
 Run as a script it is the driver: it imports once, and forks for every mutation, since a broken kernel may crash.
 """
@@ -100,11 +100,11 @@ def mutant(folder: Path, number: int, file: str, old: str, new: str) -> ModuleTy
 
 def survives(folder: Path, number: int) -> str:
     """Nothing where every claim holds for the mutation, else the claim that failed."""
-    from tests import kernel_claims
+    from tests import kernel_claims, kernel_claims_rows
 
     file, group, old, new = list(MUTATIONS.values())[number]
     k = mutant(folder, number, file, old, new)
-    claims = getattr(kernel_claims, group)
+    claims = getattr(kernel_claims, group, None) or getattr(kernel_claims_rows, group)
     for claim in claims if isinstance(claims, list) else [claims]:
         try:
             claim(k)
@@ -118,7 +118,7 @@ def drive() -> None:
     import torch
     import triton  # noqa: F401
 
-    from tests import kernel_claims  # noqa: F401
+    from tests import kernel_claims_rows  # noqa: F401
 
     torch.set_num_threads(1)
     caught = {}

@@ -1,4 +1,4 @@
-"""kernels/log_softmax.py: the claims of tests/kernel_claims.py by the row kernels, and the torch path beside them."""
+"""kernels/log_softmax.py: the claims of tests/kernel_claims_rows.py by the row kernels and by the torch path."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import kernels
 from kernels import selective_log_softmax
 from kernels.log_softmax import reference_selective_log_softmax
-from tests import kernel_claims as claims
+from tests import kernel_claims_rows as claims
 
 in_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the claims run in the interpreter")
 

@@ -1,4 +1,4 @@
-"""kernels/preference_loss.py: the claims of tests/kernel_claims.py, dpo's own losses, and what is refused."""
+"""kernels/preference_loss.py: the claims of tests/kernel_claims_rows.py, dpo's own losses, and what is refused."""
 
 import importlib
 
@@ -10,7 +10,7 @@ from dpo.config import LossConfig
 from dpo.logprobs import completion_sums
 from dpo.losses import LOSSES, PairLogps
 from kernels import preference_loss
-from tests import kernel_claims as claims
+from tests import kernel_claims_rows as claims
 
 kernels.preference_loss_module = importlib.import_module("kernels.preference_loss")
 
