@@ -56,18 +56,18 @@ def tail_sums(logp_R: Tensor, completion_R: Tensor, sides_2B: Tensor, completion
     return completion_sums(logp_R[token_R.to(logp_R.device)], side_R, len(sides_2B))
 
 
-def batch_sums(model: Decoder, batch: Batch, head_chunk: int, *, tails: bool = False) -> Tensor:
-    """Sum of log p per completion of a batch [S], with `tails` those of its pairs behind them [S + 2B].
+def batch_logps(model: Decoder, batch: Batch, head_chunk: int) -> Tensor:
+    """log p of a batch's scored tokens [R], differentiable; the graphs of its packs are all alive until backward."""
+    return torch.cat([pack_logps(model, pack, head_chunk) for pack in batch.packs])
 
-    Differentiable; the graphs of its packs are all alive until backward.
-    """
-    logp_R = torch.cat([pack_logps(model, pack, head_chunk) for pack in batch.packs])
-    completion_R = torch.cat([pack.completion_R for pack in batch.packs])
-    sums_S = completion_sums(logp_R, completion_R, len(batch.completions))
+
+def batch_sums(logp_R: Tensor, batch: Batch, *, tails: bool = False) -> Tensor:
+    """Sum of log p per completion of a batch [S], with `tails` those of its pairs behind them [S + 2B]."""
+    sums_S = completion_sums(logp_R, batch.completion_R, len(batch.completions))
     if not tails:
         return sums_S
     sides_2B = torch.cat([batch.winner_B, batch.loser_B])
-    return torch.cat([sums_S, tail_sums(logp_R, completion_R, sides_2B, len(batch.completions))])
+    return torch.cat([sums_S, tail_sums(logp_R, batch.completion_R, sides_2B, len(batch.completions))])
 
 
 @torch.no_grad()

@@ -44,6 +44,11 @@ class Batch:
     soft_label_B: Tensor
     twin_B: Tensor  # index into B of the same pair in the other order; its own where there is none
 
+    @property
+    def completion_R(self) -> Tensor:
+        """The completion of every scored token of its packs, one pack after another; a completion's lie together."""
+        return torch.cat([pack.completion_R for pack in self.packs])
+
 
 @dataclass(frozen=True)
 class _Piece:

@@ -8,15 +8,18 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.config import Config, TrainConfig
+from dpo.config import Config, LossConfig, TrainConfig
 from dpo.distributed import Ranks, total
-from dpo.logprobs import batch_sums
+from dpo.logprobs import batch_logps, batch_sums
 from dpo.losses import pair_losses, reads, reward_metrics
-from dpo.packing import pack_share
+from dpo.packing import Batch, pack_share
 from dpo.pairs import batch_references, pair_logps
 from dpo.trees import Tree
+from kernels import preference_loss
+from kernels.backend import resolve
 from models.decoder import Decoder
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -68,15 +71,55 @@ def accumulate_gradients(
     sums = {"tokens": float(sum(trees[i].tokens for i in mine))}
     differences = [torch.zeros(1, dtype=torch.float64)]
     for batch in pack_share(trees, config.pack.tokens, ranks.rank, ranks.world):
-        scored = batch_sums(policy, batch, config.pack.head_chunk, tails=config.loss.ld_alpha != 1).cpu()
+        logp_R = batch_logps(policy, batch, config.pack.head_chunk)
+        scored = batch_sums(logp_R, batch, tails=config.loss.ld_alpha != 1).cpu()
         reference = batch_references([references[i] for i in mine], batch)
         differences.append((scored.detach() - reference).abs())
-        logps = pair_logps(scored, reference * reads(config.loss, "reference"), batch)
-        losses_B = pair_losses(logps, config.loss)
+        reference = reference * reads(config.loss, "reference")
+        logps = pair_logps(scored, reference, batch)
+        if in_one_kernel(config, trees, logp_R.device, logp_R.dtype):
+            losses_B = kernel_losses(logp_R, reference, batch, config)
+        else:
+            losses_B = pair_losses(logps, config.loss)
         ((losses_B * batch.weight_B).sum() / weight).backward()
         for name, value in reward_metrics(logps, losses_B, batch.weight_B, config.loss.beta).items():
             sums[name] = sums.get(name, 0.0) + value
     return {**total(sums, ranks), "difference": float(torch.cat(differences).max())}
+
+
+KERNEL_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo_sum": "ipo"}
+"""loss.name -> its name in kernels.preference_loss, which computes these of a pair's tokens in one kernel."""
+
+
+def in_one_kernel(config: Config, trees: Sequence[Tree], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton is in use here and kernels.preference_loss has all of the configured loss."""
+    loss = config.loss
+    read = ("name", "beta", "label_smoothing", "reference_free")
+    plain = LossConfig(**{key: value for key, value in loss if key in read}) == loss
+    alike = all(pair.margin == 0 and pair.soft_label == 1 for tree in trees for pair in tree.pairs)
+    path = resolve(config.kernels.backend, device, dtype, 0, 1, 1, trainable=False)
+    return plain and alike and loss.name in KERNEL_LOSSES and path != "torch"
+
+
+def kernel_losses(logp_R: Tensor, reference_S: Tensor, batch: Batch, config: Config) -> Tensor:
+    """pair_losses [B] by kernels.preference_loss, which takes a pair's tokens instead of its sums."""
+    sides_2B = torch.stack([batch.winner_B, batch.loser_B], 1).flatten()
+    begin_S = batch.lengths_S.cumsum(0) - batch.lengths_S  # in `order_R`, the tokens of one completion after another
+    order_R = batch.completion_R.argsort(stable=True)
+    tokens_2B = batch.lengths_S[sides_2B]
+    end_2B = tokens_2B.cumsum(0)
+    shift_2B = begin_S[sides_2B] - (end_2B - tokens_2B)
+    token_R = order_R[torch.arange(int(tokens_2B.sum())) + shift_2B.repeat_interleave(tokens_2B)]
+    device = logp_R.device
+    return preference_loss(
+        logp_R[token_R.to(device)],  # not index_select: this backward adds in one order on a GPU too
+        F.pad(end_2B, (1, 0)).to(device),
+        reference_S=reference_S[sides_2B].to(device),
+        beta=config.loss.beta,
+        loss=KERNEL_LOSSES[config.loss.name],
+        label_smoothing=config.loss.label_smoothing,
+        backend=config.kernels.backend,
+    ).losses_B.cpu()
 
 
 def means(sums: dict[str, float]) -> dict[str, float]:

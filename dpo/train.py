@@ -50,9 +50,9 @@ from dpo.report import write_report
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, write_json
 from dpo.show import render_tree
-from dpo.step import accumulate_gradients, learning_rate, means, plan_steps
+from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps
 from dpo.trees import trees_digest
-from kernels.backend import describe
+from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
@@ -263,8 +263,12 @@ def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ran
 def used_kernels(policy: Decoder, inputs: Inputs, config: Config, ranks: Ranks) -> dict[str, dict[str, str]]:
     """results.json's `kernels`: the path that each public kernel takes in this run, and the tiles of its kernels."""
     shape = (config.pack.head_chunk, policy.config.hidden, policy.config.vocab)
-    trainable = not config.lora.rank
-    return {"linear_logprobs": describe(config.kernels.backend, ranks.device, inputs.dtype, *shape, trainable)}
+    backend, exact = config.kernels.backend, torch.promote_types(inputs.dtype, torch.float32)
+    pairs = in_one_kernel(config, inputs.train_trees, ranks.device, exact)
+    return {
+        "linear_logprobs": describe(backend, ranks.device, inputs.dtype, *shape, trainable=not config.lora.rank),
+        "preference_loss": describe_pairs(backend if pairs else "torch", ranks.device, exact),
+    }
 
 
 def train_results(done: TrainState, dtype: torch.dtype) -> dict[str, object]:

@@ -153,4 +153,15 @@ def describe(
     kernels = list(PATH_KERNELS[path])
     if trainable:
         kernels += ["linear_weight_grad"] * (path == "fused") + ["linear_target_rows"]
-    return said | {k: " ".join(f"{key}={value}" for key, value in tile_of(arch, k).items()) for k in kernels}
+    return said | _tiles(arch, kernels)
+
+
+def describe_pairs(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The same of preference_loss, for losses that it has."""
+    path, arch = resolve(backend, device, dtype, 0, 1, 1, False), arch_of(device)
+    said = {"asked": backend, "path": "torch" if path == "torch" else "fused", "arch": arch}
+    return said | ({} if path == "torch" else _tiles(arch, ["pair_forward", "pair_backward"]))
+
+
+def _tiles(arch: str, kernels: list[str]) -> dict[str, str]:
+    return {k: " ".join(f"{key}={value}" for key, value in tile_of(arch, k).items()) for k in kernels}

@@ -8,7 +8,7 @@ import torch
 
 from dpo.config import Config
 from dpo.distributed import Ranks
-from dpo.logprobs import batch_sums, score_trees
+from dpo.logprobs import batch_logps, batch_sums, score_trees
 from dpo.losses import pair_losses
 from dpo.packing import pack_trees
 from dpo.pairs import PairLogps, reference_sums
@@ -73,7 +73,7 @@ def test_packed_trees_equal_one_sequence_at_a_time_in_values_and_gradients(tiny_
         sums: dict[tuple[int, int], torch.Tensor] = {}
         if packed:
             for batch in pack_trees(trees, pack_tokens):
-                sums.update(zip(batch.completions, batch_sums(decoder, batch, 16), strict=True))
+                sums.update(zip(batch.completions, batch_sums(batch_logps(decoder, batch, 16), batch), strict=True))
         else:
             for i, tree in enumerate(trees):
                 sums.update({(i, c): value for c, value in enumerate(one_at_a_time(decoder, tree))})
@@ -143,8 +143,9 @@ def test_a_tree_larger_than_a_pack_is_split_and_scores_the_same(tiny_folder):
     )
     batches = pack_trees([tree], 256)
     assert len(batches) == 1 and len(batches[0].packs) == 3
-    split = batch_sums(decoder, batches[0], 16)
-    whole = batch_sums(decoder, pack_trees([tree], 512)[0], 16)
+    split, whole = (
+        batch_sums(batch_logps(decoder, batch, 16), batch) for batch in (batches[0], *pack_trees([tree], 512))
+    )
     assert (split - whole).abs().max() <= 1000 * torch.finfo(torch.float64).eps * whole.abs().max()
 
 

@@ -1,4 +1,4 @@
-"""kernels.backend=triton is what training uses: the whole command under Triton's interpreter, against the torch path."""
+"""kernels.backend=triton is what training uses: the whole command under the interpreter, against the torch path."""
 
 import json
 import os
@@ -48,6 +48,8 @@ def test_two_steps_on_the_triton_kernels_give_the_losses_and_weights_of_the_torc
     assert runs["torch"][0]["linear_logprobs"]["path"] == "torch"
     used = runs["triton"][0]["linear_logprobs"]
     assert used["path"] == "fused" and "BV=" in used["linear_forward"]
+    assert runs["torch"][0]["preference_loss"]["path"] == "torch"
+    assert "BT=" in runs["triton"][0]["preference_loss"]["pair_forward"]
     (_, losses, weights), (_, torch_losses, torch_weights), (_, our_losses, our_weights) = runs.values()
     assert len(losses) == 2 and losses[1] != losses[0]
     for truth, yardstick, ours in zip(losses, torch_losses, our_losses, strict=True):
