@@ -10,6 +10,7 @@ takes beyond its inputs, as the rise of a fresh process's high-water mark. All t
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import statistics
@@ -19,11 +20,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from kernels import linear_logprobs
+from kernels import linear_logprobs, preference_loss, selective_log_softmax
 from kernels.linear_logprobs import reference_linear_logprobs
 from kernels.linear_paths import two_limbs_hold
 from kernels.roofline import HEADS, ROWS
@@ -61,16 +63,13 @@ def fp32_logits(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tens
 
 def liger(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """Liger's fused linear cross-entropy, unreduced."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return -LigerFusedLinearCrossEntropyLoss(reduction="none")(weight_VD, hidden_TD, targets_T)
+    peer = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss
+    return -peer(reduction="none")(weight_VD, hidden_TD, targets_T)
 
 
 def trl(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """TRL's selective log-softmax on all logits at once."""
-    from trl.trainer.utils import selective_log_softmax
-
-    return selective_log_softmax(hidden_TD @ weight_VD.T, targets_T)
+    return importlib.import_module("trl.trainer.utils").selective_log_softmax(hidden_TD @ weight_VD.T, targets_T)
 
 
 def ours(backend: str) -> Loss:
@@ -113,6 +112,33 @@ def train_step(loss: Loss, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tens
     """Forward and backward of the sum; gradients are dropped."""
     loss(hidden_TD, weight_VD, targets_T).sum().backward()
     hidden_TD.grad = weight_VD.grad = None
+
+
+def bench_rows(rounds: int, device: str, backend: str, T: int, V: int) -> list[Result]:
+    """selective_log_softmax on bf16 logits and preference_loss on completions of 64 tokens, against plain torch's."""
+    random = torch.Generator(device).manual_seed(0)
+    logits_TV = torch.empty(T, V, dtype=torch.bfloat16, device=device).normal_(generator=random).requires_grad_()
+    index_T = torch.randint(V, (T,), generator=random, device=device)
+    policy_T = torch.empty(T * 64, device=device).normal_(generator=random).requires_grad_()
+    cu_seqlens = torch.arange(T + 1, device=device) * 64
+
+    def plain_pairs() -> Tensor:
+        sums_S = policy_T.view(-1, 64).sum(1)
+        return -torch.nn.functional.logsigmoid(0.1 * (sums_S[::2] - sums_S[1::2]))
+
+    cases: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+        "selective_log_softmax": (
+            lambda: cast(Tensor, selective_log_softmax(logits_TV, index_T, backend=backend)),
+            lambda: logits_TV.float().log_softmax(-1).gather(1, index_T[:, None])[:, 0],
+        ),
+        "preference_loss": (lambda: preference_loss(policy_T, cu_seqlens, backend=backend).losses_B, plain_pairs),
+    }
+    found: list[Result] = []
+    for name, (run, plain) in cases.items():
+        steps = {"ms": lambda: run().sum().backward(), "torch_ms": lambda: plain().sum().backward()}  # noqa: B023
+        times = {key: seconds * 1e3 for key, seconds in in_turn_s(steps, device, rounds).items()}
+        found.append({"kernel": name, **times, "largest_difference": float((run() - plain()).abs().max())})
+    return found
 
 
 def bench_gpu(rounds: int) -> list[Result]:
@@ -195,12 +221,14 @@ def main(arguments: Sequence[str]) -> int:
     if not gpu:
         print("no GPU: the torch path is timed, the Triton kernels are not")
     found = bench_gpu(asked.rounds) if gpu else bench_cpu(asked.rounds, asked.small)
+    rows, backend = (ROWS, "triton") if gpu else (64, "torch")
+    found += bench_rows(asked.rounds, "cuda" if gpu else "cpu", backend, rows, 1000 if asked.small else 128256)
     for line in found:
         print("  " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
     if asked.json:
         asked.json.write_text(json.dumps({"torch": torch.__version__, "device": device, "results": found}, indent=1))
-    errors = [line["rms_nats"] for line in found if "ours" in str(line.get("path", "ours")) and "rms_nats" in line]
-    worst = max(float(error) for error in errors if error is not None)
+    mine = [line for line in found if "rms_nats" in line and "ours" in str(line.get("path", "ours"))]
+    worst = max(float(str(line["rms_nats"])) for line in mine)
     print(
         f"{'ok' if worst <= FP32_GRADE else 'FAULT'}: log-probs within {worst:.1e} nats rms of fp64 (<= {FP32_GRADE:g})"
     )

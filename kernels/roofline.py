@@ -92,9 +92,6 @@ class Traffic:
     flop: int = 0
     groups: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(a + b for a, b in zip(self.figures(), other.figures(), strict=True)))
-
     def figures(self) -> tuple[int, int, int, int]:
         return self.loaded, self.stored, self.distinct, self.flop
 
@@ -254,7 +251,8 @@ def steps(path: str, gpu: str, T: int, D: int, V: int, trained: bool) -> list[St
     """What forward and backward launch in bf16, chunk by chunk, as kernels/linear_paths.py does."""
     from kernels import row_triton
 
-    tiles, processors, taken = TILES[GPUS[gpu].arch], GPUS[gpu].processors, []
+    tiles, processors = TILES[GPUS[gpu].arch], GPUS[gpu].processors
+    taken: list[Step] = []
     again = trained and 2 * T * V > SAVED_PROBS_BYTES  # the chunked path keeps all probabilities or none
     rows = max(FUSED_CHUNK_BYTES // (2 * V) // 128 * 128, 128) if path == "fused" else CHUNKED_TOKENS
     for start in range(0, T, rows):
@@ -268,8 +266,8 @@ def steps(path: str, gpu: str, T: int, D: int, V: int, trained: bool) -> list[St
             taken.append(_step("linear_hidden_grad", hidden_grad_traffic(C, D, V, hidden, 2, forward["BV"], wave)))
             if trained:
                 wave = max(processors // _tiles(D, weight["BN"]), 1)
-                dw = weight_grad_traffic(C, D, V, weight, 2, start > 0, forward["BV"], wave)
-                taken += made * (2 * V * (start + C) > SAVED_PROBS_BYTES) + [_step("linear_weight_grad", dw)]
+                traffic = weight_grad_traffic(C, D, V, weight, 2, start > 0, forward["BV"], wave)
+                taken += made * (2 * V * (start + C) > SAVED_PROBS_BYTES) + [_step("linear_weight_grad", traffic)]
         else:
             made = [
                 _library(C, V, D, 4),
@@ -331,7 +329,9 @@ def count_and_model(T: int, D: int, V: int) -> dict[str, tuple[Traffic, Traffic]
     logits_TV, rows_3T = hidden_TD @ weight_VD.T, torch.ones(3, T)
     with counting(lambda kernel, program: 0) as rows:
         row_triton.forward(logits_TV, targets_T, 1.0, False, arch)
-        row_triton.backward(logits_TV, torch.empty_like(logits_TV), targets_T, *rows_3T, 1.0, arch)
+        row_triton.backward(
+            logits_TV, torch.empty_like(logits_TV), targets_T, rows_3T[0], rows_3T[1], rows_3T[2], 1.0, arch
+        )
     modelled["row_forward"] = row_forward_traffic(T, V, tiles["row_forward"], 4, span)
     modelled["row_backward"] = row_backward_traffic(T, V, tiles["row_backward"], 4, 4, span)
     counted |= {kernel: traffic for kernel, traffic in rows.items() if kernel != "combine_parts"}

@@ -264,7 +264,11 @@ def launches(arch: str, every: bool) -> list[Callable[[], object]]:
         preference_triton.forward(row_T, reference, cu_seqlens, 0.1, 0.0, kind, interleaved, arch)
         preference_triton.backward(new(fp64, B), new(fp64, B), cu_seqlens, row_T, interleaved, arch)
 
-    wanted = [lambda: products(bf16), lambda: rows(fp32, bf16, False), lambda: pairs("sigmoid", row_T, True)]
+    wanted: list[Callable[[], object]] = [
+        lambda: products(bf16),
+        lambda: rows(fp32, bf16, False),
+        lambda: pairs("sigmoid", row_T, True),
+    ]
     if every:
         wanted += [partial(products, bf16, keep=False), partial(products, bf16, entropy=True, keep=False)]
         wanted += [partial(products, bf16, bias=True), partial(products, bf16, softcap=30.0)]

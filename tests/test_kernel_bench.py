@@ -21,9 +21,14 @@ def test_the_command_runs_on_a_cpu_says_so_and_writes_json(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no GPU: the torch path is timed" in done.stdout and done.stdout.splitlines()[-1].startswith("ok: ")
     kept = json.loads((tmp_path / "b.json").read_text())
-    assert {line["dtype"] for line in kept["results"]} == {"bfloat16", "float32"}
-    for line in kept["results"]:
+    heads = [line for line in kept["results"] if "dtype" in line]
+    kernels = {line["kernel"]: line for line in kept["results"] if "kernel" in line}
+    assert {line["dtype"] for line in heads} == {"bfloat16", "float32"}
+    for line in heads:
         assert line["ms"] > 0 and line["fp32_ms"] > 0 and line["peak_rise_mib"] >= 0
+    assert set(kernels) == {"selective_log_softmax", "preference_loss"}
+    for line in kernels.values():  # plain torch's own rounding of sums of 64 or of 1000 terms in fp32
+        assert line["ms"] > 0 and line["torch_ms"] > 0 and line["largest_difference"] < 1e-5
 
 
 def test_the_error_it_reports_is_that_of_what_it_times():

@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from kernels import backend
 from kernels.static import BASELINE, TARGETS, Row, faults, read_amdgcn, resident_warps, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,7 +82,7 @@ def test_every_option_and_dtype_compiles_clean_from_a_cold_cache_within_five_min
 
 def test_a_tampered_baseline_makes_the_command_fail(tmp_path):
     kept = json.loads(BASELINE.read_text())
-    key = next(key for key in kept if key.startswith("sm_90 linear_forward") and "STORE_E" in key)
+    key = next(key for key in kept if re.match(r"sm_90 linear_forward bf16\S* .*DESC1 STORE_E", key))
     kept[key]["matrix_instructions"] += 1
     (tmp_path / "baseline.json").write_text(json.dumps(kept))
     done = run("-m", "kernels.static", "--targets", "sm_90", "--baseline", str(tmp_path / "baseline.json"))
@@ -147,3 +150,10 @@ def test_amd_assembly_is_read_for_registers_scratch_and_opcodes():
 def test_the_table_has_a_line_a_row():
     lines = table([row(), row(target="sm_80")]).splitlines()
     assert len(lines) == 3 and lines[0].split()[-1] == "occupancy" and "25.0%" in lines[1]
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_fp32_never_reaches_the_fused_kernels_on_a_gpu_where_their_tiles_would_spill(monkeypatch, arch):
+    monkeypatch.setattr(backend, "arch_of", lambda device: arch)
+    for dtype, path in ((torch.float32, "chunked"), (torch.bfloat16, "fused")):
+        assert backend.resolve("triton", torch.device("cuda"), dtype, 64, 64, 64, True) == path
