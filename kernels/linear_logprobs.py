@@ -306,7 +306,8 @@ def linear_logprobs(
 
         hidden_TD, weight_VD, local_T = dense_rows(hidden_TD), dense_rows(weight_VD), local_T.int()
         bias = None if bias is None else bias.contiguous()
-    chunk = max(chunk_tokens, CHUNKED_TOKENS) if path == "chunked" else chunk_tokens
+    whole = -(-T // chunk_tokens) * chunk_tokens
+    chunk = min(max(chunk_tokens, CHUNKED_TOKENS), whole) if path == "chunked" and T else chunk_tokens
     gather = None if vocab_group is None else _gather_of(vocab_group)
     arch = backends.arch_of(hidden_TD.device)
     options = Options(temperature, softcap, chunk, path, arch, return_entropy, SAVED_PROBS_BYTES)

@@ -18,7 +18,8 @@ PACKAGES = ("dpo", "models", "kernels")  # from the top layer to the bottom one:
 LIBRARIES = {"torch", "safetensors", "tokenizers", "numpy", "pydantic", "jinja2", "tqdm", "matplotlib", "pyarrow"}
 LIBRARIES |= {"wandb", "gguf", "triton", "openai"}
 CORE = ("losses", "logprobs", "reference", "packing", "step", "train")
-PRODUCT_LINES, CORE_LINES, FILE_LINES = 7500, 1500, 500
+# Of the product, about 3,000 are kernels and what certifies them without a GPU (static, roofline, bench).
+PRODUCT_LINES, CORE_LINES, FILE_LINES = 9500, 1500, 500
 
 PRODUCT = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.toml"))
