@@ -137,7 +137,7 @@ def bench_rows(rounds: int, device: str, backend: str, T: int, V: int) -> list[R
     for name, (run, plain) in cases.items():
         steps = {"ms": lambda: run().sum().backward(), "torch_ms": lambda: plain().sum().backward()}  # noqa: B023
         times = {key: seconds * 1e3 for key, seconds in in_turn_s(steps, device, rounds).items()}
-        found.append({"kernel": name, **times, "largest_difference": float((run() - plain()).abs().max())})
+        found.append({"kernel": name, **times, "largest_difference": float((run() - plain()).detach().abs().max())})
     return found
 
 
