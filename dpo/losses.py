@@ -186,7 +186,7 @@ def dpop(logps: PairLogps, config: LossConfig) -> Tensor:
 
 def rdpo(logps: PairLogps, config: LossConfig) -> Tensor:
     """-log sigma(beta d + alpha (|y_w| - |y_l|)): length earns nothing (Park et al. 2024, R-DPO)."""
-    length_B = config.rdpo_alpha * (logps.chosen_length_B - logps.rejected_length_B)
+    length_B = config.rdpo_alpha * (logps.chosen_length_B - logps.rejected_length_B).to(logps.chosen_B.dtype)
     return _logistic(config.beta * _gap(logps, config) + length_B, logps, config)
 
 

@@ -74,7 +74,7 @@ def batch_references(references: Sequence[Tensor], batch: Batch) -> Tensor:
 def pair_logps(sums: Tensor, reference: Tensor, batch: Batch) -> PairLogps:
     """The two completions' sums of every pair of a batch, and what its rows say about the pair."""
     chosen_B, rejected_B, completions = batch.winner_B, batch.loser_B, len(batch.lengths_S)
-    tailed = len(sums) > completions
+    tailed = len(sums) == completions + 2 * len(chosen_B)
     return PairLogps(
         sums[chosen_B],
         sums[rejected_B],
@@ -85,5 +85,5 @@ def pair_logps(sums: Tensor, reference: Tensor, batch: Batch) -> PairLogps:
         batch.margin_B,
         batch.soft_label_B,
         batch.twin_B,
-        torch.cat([sums[completions:], reference[completions:]]).reshape(4, -1) if tailed else None,
+        torch.cat([sums[completions:], reference[completions:]]).reshape(4, len(chosen_B)) if tailed else None,
     )

@@ -67,6 +67,7 @@ class TrainState:
     """What a checkpoint remembers besides weights and moments."""
 
     data: str  # trees_digest of the training trees
+    reference: str  # fingerprint of its weights
     step: int = 0
     pairs: int = 0
     tokens: int = 0
@@ -89,9 +90,13 @@ def train(
     ranks: Ranks,
     folder: Path,
     *,
+    reference: str,
     check_step0: bool,
 ) -> TrainState:
-    """Train to the end (or to Ctrl-C: a checkpoint, then KeyboardInterrupt); the policy then has the best weights."""
+    """Train to the end (or to Ctrl-C: a checkpoint, then KeyboardInterrupt); the policy then has the best weights.
+
+    `reference` is the fingerprint of the weights behind `references`: a checkpoint goes on against the same alone.
+    """
     steps = plan_steps(inputs.train_trees, config)
     epoch_pairs = sum(len(tree.pairs) for tree in inputs.train_trees)
     parameters = list(trained_parameters(policy).values())
@@ -103,14 +108,14 @@ def train(
         weight_decay=config.train.weight_decay,
         fused=True,
     )
-    done = TrainState(trees_digest(inputs.train_trees))
+    done = TrainState(trees_digest(inputs.train_trees), reference)
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
     if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
         load_weights_into(best, policy)
-        return _same_data(TrainState(**read_json_object(finished)), done, folder)  # type: ignore[arg-type]
+        return _same_run(TrainState(**read_json_object(finished)), done, folder)  # type: ignore[arg-type]
     if config.run.resume and (last := last_checkpoint(checkpoints)):
-        done = _same_data(TrainState(**load_checkpoint(last, policy, optimizer)), done, folder)  # type: ignore[arg-type]
+        done = _same_run(TrainState(**load_checkpoint(last, policy, optimizer)), done, folder)  # type: ignore[arg-type]
 
     # Go!
     with (
@@ -180,11 +185,16 @@ def train(
     return done
 
 
-def _same_data(saved: TrainState, fresh: TrainState, folder: Path) -> TrainState:
+def _same_run(saved: TrainState, fresh: TrainState, folder: Path) -> TrainState:
     if saved.data != fresh.data:
         raise UserError(
             f"run.resume: {folder} was begun on other training rows than are read now (their tokens, pairs or weights "
             "differ): give it the file that it had, or start a new run"
+        )
+    if saved.reference != fresh.reference:
+        raise UserError(
+            f"run.resume: {folder} was begun against a reference of weights {saved.reference[:16]}, those there now are "
+            f"{fresh.reference[:16]}; put the old ones back, or start a new run"
         )
     return saved
 
@@ -350,6 +360,7 @@ def run(config: Config) -> Path:
             config,
             ranks,
             folder,
+            reference=reference_fingerprint,
             check_step0=same and ranks.device.type == "cpu",
         )
 

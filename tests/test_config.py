@@ -97,6 +97,9 @@ def test_an_override_is_read_by_the_type_of_its_key(
         ("loss.beta=inf", ["loss.beta", "must be a number > 0"]),
         ("loss.beta=0", ["loss.beta = 0 ", "must be a number > 0; e.g. loss.beta=0.1"]),
         ("loss.label_smoothing=0.5", ["must be a number >= 0, < 0.5"]),
+        ("loss.ld_alpha=1.5", ["loss.ld_alpha = 1.5", ">= 0, <= 1"]),
+        ("loss.divergence=jsd", ['loss.divergence = "jsd"', "one of reverse_kl, forward_kl, js, alpha"]),
+        ("loss.discopop_tau=0", ["loss.discopop_tau = 0", "> 0"]),
         ("data.test_fraction=1", ["data.test_fraction", ">= 0, < 1"]),
         ("pack.tokens=100", ["pack.tokens = 100", "a multiple of 64"]),
         ("pack.tokens=0", ["pack.tokens", ">= 64"]),
@@ -155,6 +158,19 @@ def test_a_wrong_file_is_named_with_its_mistake(folder: Path, text: str, parts: 
     message = message_of("exp=x")
     for part in parts:
         assert part in message
+
+
+def test_a_swap_penalty_without_twins_says_what_to_do(folder: Path) -> None:
+    message = message_of("exp=base", "objective=responses", "loss.swap_consistency=0.1")
+    assert "loss.swap_consistency = 0.1 (command line)" in message and 'objective = "responses" (command' in message
+    assert "has no twins; set objective=verdicts, or loss.swap_consistency=0" in message
+    assert load_config(["exp=base", "loss.swap_consistency=0.1"]).loss.swap_consistency == 0.1
+
+
+def test_a_mix_of_losses_is_a_list_on_the_command_line_and_in_a_file(folder: Path) -> None:
+    write(folder, "mixed", '[loss]\nmix = ["sft:0.1", "ipo:2"]\n')
+    from_file, typed = load_config(["exp=mixed"]), load_config(["exp=base", "loss.mix=sft:0.1,ipo:2"])
+    assert from_file.loss.mix == typed.loss.mix == ["sft:0.1", "ipo:2"]
 
 
 def test_a_mistake_in_an_extended_file_is_named_there(folder: Path) -> None:

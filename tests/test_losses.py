@@ -1,14 +1,18 @@
 """dpo/losses.py against values worked out by hand, formulas in another form, and what must hold for every loss."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 
+import mpmath  # torch brings it, with sympy
 import numpy as np
 import pytest
 import torch
 
 from dpo.config import LossConfig
-from dpo.losses import LOSSES, chosen_nll, pair_losses, reward_metrics
+from dpo.losses import LOSSES, READ_BY, check_loss, chosen_nll, pair_losses, reads, reward_metrics, terms, wpo_weight
 from dpo.pairs import PairLogps
+from models.errors import UserError
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -34,7 +38,7 @@ def random_pairs(n: int = 50, seed: int = 0) -> PairLogps:
     reference = -60 * torch.rand(2, n, generator=generator, dtype=torch.float64)
     ratio = 5 * torch.randn(2, n, generator=generator, dtype=torch.float64)
     lengths = torch.randint(1, 40, (2, n), generator=generator)
-    return PairLogps(*(reference + ratio), *reference, *lengths)
+    return PairLogps(*(reference + ratio).clamp(max=-0.01), *reference, *lengths)
 
 
 def plain_sigmoid(logps: PairLogps, beta: float, smoothing: float) -> np.ndarray:
@@ -124,27 +128,6 @@ def test_margins_of_ten_thousand_nats_keep_loss_and_gradient_finite_and_right(be
     assert margin_B.grad.tolist() == pytest.approx([beta * smoothing, -beta * (1 - smoothing)], rel=2 * eps, abs=0)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.2}, {"rpo_alpha": 0.7}])
-def test_gradients_are_those_of_finite_differences_in_fp64(name, settings):
-    logps = random_pairs(6)
-    fixed = (*_references(logps), logps.chosen_length_B, logps.rejected_length_B)
-    config = LossConfig(name=name, **settings)
-    inputs = (logps.chosen_B.clone().requires_grad_(), logps.rejected_B.clone().requires_grad_())
-    assert torch.autograd.gradcheck(
-        lambda chosen_B, rejected_B: pair_losses(PairLogps(chosen_B, rejected_B, *fixed), config), inputs
-    )
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_loss_sends_a_gradient_into_the_reference_or_mixes_pairs(name):
-    logps = random_pairs(5)
-    chosen_B = logps.chosen_B.clone().requires_grad_()
-    losses_B = pair_losses(PairLogps(chosen_B, *list(vars(logps).values())[1:]), LossConfig(name=name))
-    jacobian = torch.stack([torch.autograd.grad(one, chosen_B, retain_graph=True)[0] for one in losses_B])
-    assert torch.equal(jacobian, torch.diag(jacobian.diagonal())) and bool((jacobian.diagonal() < 0).all())
-
-
 def test_reward_metrics_are_weighted_sums_under_trls_names():
     logps = pairs([-1.0, -2.0, -3.0], [-4.0, -1.0, -5.0], [-2.0, -2.5, -3.0], [-3.0, -2.5, -5.0])
     weight_B = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
@@ -161,3 +144,302 @@ def test_reward_metrics_are_weighted_sums_under_trls_names():
         "logps/rejected": -4 - 0.5 - 1.25,
         "weight": 1.75,
     }
+
+
+# --- every loss -----------------------------------------------------------------------------------------------------
+
+LN_3 = math.log(3)
+HAND = pairs(-4 + LN_3, -6 - LN_3, -4.0, -6.0, lengths=(2, 3))  # odds against the reference: 3, 1/3; of the two: 9
+FALLEN = pairs(-4 - LN_3, -6 - LN_3, -4.0, -6.0)
+BY_HAND: list[tuple[PairLogps, dict, float]] = [
+    (HAND, {"name": "sigmoid", "beta": 1.0}, math.log(10 / 9)),
+    (
+        HAND,
+        {"name": "robust", "beta": 1.0, "label_smoothing": 0.1},
+        (0.9 * math.log(10 / 9) - 0.1 * math.log(10)) / 0.8,
+    ),
+    (HAND, {"name": "hinge", "beta": 0.25}, 1 - 0.5 * LN_3),
+    (HAND, {"name": "rso", "beta": 2.0}, 0.0),
+    (HAND, {"name": "slic", "beta": 0.1}, 1 - 0.1 * (2 + 2 * LN_3)),
+    (HAND, {"name": "ipo", "beta": 0.5}, (LN_3 * 5 / 6 - 1) ** 2),
+    (HAND, {"name": "ipo_sum", "beta": 0.5}, (2 * LN_3 - 1) ** 2),
+    (HAND, {"name": "dpo_norm", "beta": 1.2}, math.log(4 / 3)),  # 1.2 (ln 3 / 2 + ln 3 / 3) = ln 3
+    (HAND, {"name": "simpo", "beta": 1.2, "simpo_gamma": 0.5}, math.log(1 + math.exp(0.5) / 3)),  # -4/2 = -6/3
+    (HAND, {"name": "cpo", "beta": 0.5}, math.log(1 + math.exp(-1) / 3) + (4 - LN_3) / 2),
+    (
+        pairs(2 * math.log(3 / 4), 3 * math.log(1 / 4), lengths=(2, 3)),
+        {"name": "orpo", "beta": 0.5},
+        math.log(4 / 3) + 0.5 * math.log(10 / 9),
+    ),
+    (HAND, {"name": "nca_pair", "beta": 1.0}, 1.5 * math.log(4 / 3) + 0.5 * math.log(4)),
+    (
+        HAND,
+        {"name": "exo_pair", "beta": 1.0, "label_smoothing": 0.25},
+        0.9 * math.log(0.9 / 0.75) + 0.1 * math.log(0.4),
+    ),
+    (HAND, {"name": "sppo_hard", "beta": 0.5}, 2 * (LN_3 - 1) ** 2),
+    (HAND, {"name": "apo_zero", "beta": 1.0}, 1 / 4 + 1 / 4),
+    (HAND, {"name": "apo_down", "beta": 1.0}, 3 / 4 + 1 / 10),
+    (HAND, {"name": "discopop", "beta": 1.0, "discopop_tau": 1.0}, 0.1 * math.log(10 / 9) + 0.9 / 9),
+    (HAND, {"name": "dpop", "beta": 1.0}, math.log(10 / 9)),  # the chosen answer has not fallen
+    (FALLEN, {"name": "dpop", "beta": 1.0, "dpop_lambda": 2.0}, math.log(10)),  # by ln 3: d = 0 - 2 ln 3
+    (HAND, {"name": "rdpo", "beta": 1.0, "rdpo_alpha": LN_3}, math.log(4 / 3)),  # 2 ln 3 + ln 3 (2 - 3)
+    (HAND, {"name": "sft"}, (4 - LN_3) / 2),
+    (HAND, {"divergence": "forward_kl", "beta": 0.375}, math.log(1 + math.exp(-1))),  # (1 - 1/3) - (1 - 3) = 8/3
+    (HAND, {"divergence": "js", "beta": 1.0}, math.log(4 / 3)),  # ln(2 * 3/4) - ln(2 * 1/4) = ln 3
+    (
+        HAND,
+        {"divergence": "alpha", "divergence_alpha": 0.5, "beta": 3**0.5 / 4},
+        math.log(1 + math.exp(-1)),
+    ),  # 4 / 3^.5
+    (HAND, {"divergence": "alpha", "divergence_alpha": 0.0, "beta": 0.375}, math.log(1 + math.exp(-1))),  # forward KL
+    (HAND, {"divergence": "alpha", "divergence_alpha": 1.0, "beta": 1.0}, math.log(10 / 9)),  # reverse KL
+    (HAND, {"name": "sigmoid", "beta": 1.0, "mix": ["apo_zero:2", "sft:0.5"]}, math.log(10 / 9) + 1 + (4 - LN_3) / 4),
+    (HAND, {"name": "apo_zero", "beta": 1.0, "wpo": True}, 0.5 * math.exp(-4) * 3 ** (1 / 2 - 1 / 3)),
+    (replace(HAND, margin_B=LN_3), {"beta": 1.0}, math.log(4 / 3)),
+    (replace(HAND, margin_B=0.5), {"name": "hinge", "beta": 0.25}, 1.5 - 0.5 * LN_3),
+    (replace(HAND, soft_label_B=0.75), {"beta": 1.0}, 0.75 * math.log(10 / 9) + 0.25 * math.log(10)),
+    # 0.75 right, of which a tenth flips, and a tenth of the wrong ones flips back
+    (
+        replace(HAND, soft_label_B=0.75),
+        {"beta": 1.0, "label_smoothing": 0.1},
+        0.7 * math.log(10 / 9) + 0.3 * math.log(10),
+    ),
+]
+
+
+@pytest.mark.parametrize(("logps", "settings", "expected"), BY_HAND, ids=lambda value: str(value)[:60])
+def test_every_loss_has_the_value_worked_out_by_hand(logps, settings, expected):
+    assert loss(logps, **settings).item() == pytest.approx(expected, rel=16 * EPS, abs=4 * EPS)
+
+
+def test_every_loss_and_divergence_is_worked_out_by_hand():
+    assert {settings.get("name", "sigmoid") for _, settings, _ in BY_HAND} == LOSSES.keys()
+
+
+def _s(m, x):
+    return 1 / (1 + m.exp(-x))
+
+
+Plain = Callable[..., object]
+PLAIN: dict[str, Plain] = {  # in probabilities; w, r: log-ratios, a, b: log-probs, p, q: lengths, c: the settings
+    "sigmoid": lambda m, w, r, a, b, p, q, c: -m.log(_s(m, c.beta * (w - r))),
+    "robust": lambda m, w, r, a, b, p, q, c: (
+        (-(1 - c.label_smoothing) * m.log(_s(m, c.beta * (w - r))) + c.label_smoothing * m.log(_s(m, c.beta * (r - w))))
+        / (1 - 2 * c.label_smoothing)
+    ),
+    "hinge": lambda m, w, r, a, b, p, q, c: max(0, 1 - c.beta * w + c.beta * r),
+    "rso": lambda m, w, r, a, b, p, q, c: max(0, 1 - c.beta * w + c.beta * r),
+    "slic": lambda m, w, r, a, b, p, q, c: max(0, 1 - c.beta * a + c.beta * b),
+    "ipo": lambda m, w, r, a, b, p, q, c: (w / p - r / q - 1 / (2 * c.beta)) ** 2,
+    "ipo_sum": lambda m, w, r, a, b, p, q, c: (w - r - 1 / (2 * c.beta)) ** 2,
+    "dpo_norm": lambda m, w, r, a, b, p, q, c: m.log(1 + m.exp(-c.beta * (w / p - r / q))),
+    "simpo": lambda m, w, r, a, b, p, q, c: m.log(1 + m.exp(c.simpo_gamma - c.beta * (a / p - b / q))),
+    "cpo": lambda m, w, r, a, b, p, q, c: m.log(1 + m.exp(-c.beta * (a - b))) - a / p,
+    "orpo": lambda m, w, r, a, b, p, q, c: (
+        -a / p + c.beta * m.log(1 + (m.exp(b / q) / (1 - m.exp(b / q))) / (m.exp(a / p) / (1 - m.exp(a / p))))
+    ),
+    "nca_pair": lambda m, w, r, a, b, p, q, c: (
+        -m.log(_s(m, c.beta * w) * (1 - _s(m, c.beta * w)) ** 0.5 * (1 - _s(m, c.beta * r)) ** 0.5)
+    ),
+    "exo_pair": lambda m, w, r, a, b, p, q, c: sum(
+        x * m.log(x / y)
+        for x, y in ((_s(m, c.beta * (w - r)), 1 - c.label_smoothing), (_s(m, c.beta * (r - w)), c.label_smoothing))
+    ),
+    "sppo_hard": lambda m, w, r, a, b, p, q, c: (w - 1 / (2 * c.beta)) ** 2 + (r + 1 / (2 * c.beta)) ** 2,
+    "apo_zero": lambda m, w, r, a, b, p, q, c: 1 - _s(m, c.beta * w) + _s(m, c.beta * r),
+    "apo_down": lambda m, w, r, a, b, p, q, c: _s(m, c.beta * w) + 1 - _s(m, c.beta * (w - r)),
+    "discopop": lambda m, w, r, a, b, p, q, c: (
+        (1 - _s(m, c.beta * (w - r) / c.discopop_tau)) * -m.log(_s(m, c.beta * (w - r)))
+        + _s(m, c.beta * (w - r) / c.discopop_tau) * m.exp(c.beta * (r - w))
+    ),
+    "dpop": lambda m, w, r, a, b, p, q, c: -m.log(_s(m, c.beta * (w - r + c.dpop_lambda * min(0, w)))),
+    "rdpo": lambda m, w, r, a, b, p, q, c: -m.log(_s(m, c.beta * (w - r) + c.rdpo_alpha * (p - q))),
+    "sft": lambda m, w, r, a, b, p, q, c: -a / p,
+}
+
+
+def plain_losses(name: str, m, logps: PairLogps, config: LossConfig) -> list:
+    """PLAIN in the arithmetic of `m`: mpmath's (the truth) or Python's floats (the yardstick)."""
+    number = mpmath.mpf if m is mpmath.mp else float
+    rows = zip(*(column.tolist() for column in list(vars(logps).values())[:6]), strict=True)
+    values = []
+    for chosen, rejected, reference_chosen, reference_rejected, p, q in rows:
+        a, b, ra, rb = map(number, (chosen, rejected, reference_chosen, reference_rejected))
+        values.append(PLAIN[name](m, a - ra, b - rb, a, b, p, q, config))
+    return values
+
+
+def smoothed(name: str) -> float:
+    return 0.1 if name in ("robust", "exo_pair") else 0.0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_errs_at_most_twice_as_much_as_the_plain_formula_in_fp64(name):
+    config = LossConfig(name=name, beta=0.3, label_smoothing=smoothed(name), dpop_lambda=2.0)
+    logps = random_pairs()
+    with mpmath.workdps(60):
+        truth = plain_losses(name, mpmath.mp, logps, config)
+        plain = [abs(float(x - t)) for x, t in zip(plain_losses(name, math, logps, config), truth, strict=True)]
+        ours = [abs(float(x - t)) for x, t in zip(pair_losses(logps, config).tolist(), truth, strict=True)]
+        size = max(1.0, *(abs(float(t)) for t in truth))
+    assert max(ours) <= 2 * max(max(plain), 4 * EPS * size)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"label_smoothing": 0.2}, {"rpo_alpha": 0.7}, {"divergence": "forward_kl"}, {"divergence": "alpha"}],
+)
+def test_gradients_are_those_of_finite_differences_in_fp64(name, settings):
+    logps = random_pairs(6)
+    settings = {"label_smoothing": smoothed(name)} | settings
+    config = LossConfig(name=name, **settings)
+    inputs = (logps.chosen_B.clone().requires_grad_(), logps.rejected_B.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda chosen_B, rejected_B: pair_losses(replace(logps, chosen_B=chosen_B, rejected_B=rejected_B), config),
+        inputs,
+    )
+
+
+NOT_ALWAYS_UP = {"ipo", "ipo_sum", "sppo_hard", "exo_pair", "apo_down"}  # these aim at a finite lead, or push both down
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_sends_a_gradient_into_the_reference_or_mixes_pairs(name):
+    logps = random_pairs(5)
+    config = LossConfig(name=name, label_smoothing=smoothed(name))
+    chosen_B = logps.chosen_B.clone().requires_grad_()
+    losses_B = pair_losses(replace(logps, chosen_B=chosen_B), config)
+    jacobian = torch.stack([torch.autograd.grad(one, chosen_B, retain_graph=True)[0] for one in losses_B])
+    assert torch.equal(jacobian, torch.diag(jacobian.diagonal())) and bool((jacobian.diagonal() != 0).any())
+    assert bool((jacobian.diagonal() <= 0).all()) or name in NOT_ALWAYS_UP
+
+
+EVERY = [(name, "reverse_kl") for name in LOSSES]
+EVERY += [(name, divergence) for name in sorted(READ_BY["divergence"]) for divergence in ("forward_kl", "js", "alpha")]
+
+
+@pytest.mark.parametrize(("name", "divergence"), EVERY)
+def test_margins_of_ten_thousand_nats_keep_every_loss_and_gradient_finite(name, divergence):
+    """Ratios of 1e4 nats either way, of one token and of a thousand; and the value is the plain formula's."""
+    config = LossConfig(name=name, beta=0.01, label_smoothing=smoothed(name), divergence=divergence)
+    far = [(one, other) for one in (-1e4, 0.0, 1e4) for other in (-1e4, 0.0, 1e4)]
+    chosen, rejected = (torch.tensor([-2e4 + one[i] for one in far] * 2, dtype=torch.float64) for i in (0, 1))
+    logps = pairs(chosen, rejected, -2e4, -2e4)
+    tokens_B = torch.tensor([1] * 9 + [1000] * 9)
+    inputs = [chosen.requires_grad_(), rejected.requires_grad_()]
+    logps = replace(logps, chosen_B=chosen, rejected_B=rejected, chosen_length_B=tokens_B, rejected_length_B=tokens_B)
+    losses_B = pair_losses(logps, config)
+    losses_B.sum().backward()
+    assert all(bool(x.isfinite().all()) for x in (losses_B, *(one.grad for one in inputs if one.grad is not None)))
+    if divergence == "reverse_kl":
+        with mpmath.workdps(2500):
+            truth = plain_losses(name, mpmath.mp, logps, config)
+            for ours, exact in zip(losses_B.tolist(), truth, strict=True):
+                assert abs(ours - exact) <= 4 * EPS * max(1, abs(exact))
+
+
+def test_beyond_thirty_nats_an_exponential_goes_on_as_its_tangent_and_keeps_its_gradient():
+    """There fp32 gradients would overflow (TRL: inf, or a clamp that sends no gradient at all)."""
+    for ratio in (-29.0, -31.0, -1e4):
+        chosen_B = torch.tensor([ratio], dtype=torch.float64, requires_grad=True)
+        one = pair_losses(pairs(chosen_B, 0.0), LossConfig(divergence="forward_kl", beta=1.0))
+        (slope,) = torch.autograd.grad(one, chosen_B)
+        assert slope.item() == pytest.approx(-math.exp(min(-ratio, 30.0)), rel=1e-9)
+        value = math.exp(30) * (1 + max(0.0, -ratio - 30)) if ratio < -30 else math.exp(-ratio)
+        assert one.item() == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("sure", [0.0, -1e-9, -1e-30])
+def test_orpo_is_finite_where_an_answer_is_certain(sure):
+    for chosen, rejected in ((sure, sure), (sure, -3.0), (-3.0, sure)):
+        logps = pairs(chosen, rejected)
+        chosen_B, rejected_B = logps.chosen_B.requires_grad_(), logps.rejected_B.requires_grad_()
+        one = pair_losses(logps, LossConfig(name="orpo"))
+        slopes = torch.autograd.grad(one, (chosen_B, rejected_B))
+        assert all(bool(x.isfinite()) for x in (one, *slopes)) and slopes[1].item() > 0 > slopes[0].item()
+
+
+@pytest.mark.parametrize("length", [0, 1])
+@pytest.mark.parametrize("name", LOSSES)
+def test_equal_sequences_of_one_token_or_none_are_finite_with_finite_gradients(name, length):
+    """Step 0 of any run: policy = reference; and chosen = rejected. No token at all counts as a mean of 0."""
+    sums = (-3.0 if length else 0.0,) * 4
+    logps = pairs(*sums, lengths=(length, length))
+    config = LossConfig(name=name, label_smoothing=smoothed(name))
+    inputs = logps.chosen_B.requires_grad_(), logps.rejected_B.requires_grad_()
+    losses_B = pair_losses(logps, config)
+    slopes = torch.autograd.grad(losses_B.sum(), inputs, allow_unused=True)
+    assert all(bool(x.isfinite().all()) for x in (losses_B, *(slope for slope in slopes if slope is not None)))
+    if name in READ_BY["reference"] and length:
+        free = plain_losses(name, math, pairs(0.0, 0.0, lengths=(1, 1)), config)
+        assert losses_B.item() == pytest.approx(free[0], rel=4 * EPS, abs=4 * EPS)
+
+
+# --- what a loss looks at -------------------------------------------------------------------------------------------
+
+
+def changed(name: str, what: str) -> bool:
+    """Whether another value of `what` changes the loss of some pair."""
+    logps = replace(random_pairs(), tails_4B=torch.arange(200.0, dtype=torch.float64).reshape(4, 50) / 100)
+    config = LossConfig(name=name, label_smoothing=smoothed(name))
+    other = {
+        "reference": lambda: (replace(logps, reference_chosen_B=logps.reference_chosen_B + 0.5), config),
+        "label_smoothing": lambda: (logps, config.model_copy(update={"label_smoothing": 0.2})),
+        "soft_label": lambda: (replace(logps, soft_label_B=torch.full((50,), 0.7)), config),
+        "margin": lambda: (replace(logps, margin_B=torch.full((50,), 0.7)), config),
+        "divergence": lambda: (logps, config.model_copy(update={"divergence": "js"})),
+        "ld_alpha": lambda: (logps, config.model_copy(update={"ld_alpha": 0.5})),
+    }
+    return not torch.equal(pair_losses(logps, config), pair_losses(*other[what]()))
+
+
+@pytest.mark.parametrize("what", READ_BY)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_looks_at_what_the_table_says_and_at_nothing_else(name, what):
+    assert changed(name, what) == (name in READ_BY[what])
+
+
+@pytest.mark.parametrize(
+    ("settings", "columns", "expected"),
+    [
+        ({"name": "sigmod"}, (), ['loss.name = "sigmod"', "allowed are sigmoid, robust"]),
+        ({"name": "hinge", "label_smoothing": 0.1}, (), ["loss.label_smoothing = 0.1", "loss hinge", "use sigmoid"]),
+        ({"name": "orpo", "divergence": "js"}, (), ["loss.divergence = js", "loss orpo"]),
+        ({"name": "sft", "ld_alpha": 0.5}, (), ["loss.ld_alpha = 0.5", "loss sft"]),
+        ({"name": "ipo"}, ("margin",), ["the rows' column margin", "loss ipo"]),
+        ({"name": "robust", "label_smoothing": 0.1}, ("soft_label",), ["the rows' column soft_label", "loss robust"]),
+        ({"name": "exo_pair"}, (), ["loss.label_smoothing = 0", "1e-3"]),
+        ({"mix": ["exo_pair:1"]}, (), ["loss.label_smoothing = 0", "1e-3"]),
+        ({"mix": ["sft"]}, (), ['loss.mix: "sft"', "NAME:WEIGHT, e.g. sft:0.1"]),
+        ({"mix": ["sft:x"]}, (), ['"sft:x"']),
+        ({"mix": ["sft:0"]}, (), ['"sft:0"', "above 0"]),
+        ({"mix": ["sft:inf"]}, (), ['"sft:inf"']),
+        ({"mix": ["stf:1"]}, (), ['"stf:1"', "losses: sigmoid, "]),
+        ({"mix": ["sigmoid:1"]}, (), ['"sigmoid:1"', "not added yet (sigmoid is)"]),
+        ({"mix": ["sft:1", "sft:2"]}, (), ['"sft:2"', "(sigmoid, sft are)"]),
+    ],
+)
+def test_what_would_be_ignored_or_is_no_loss_is_refused(settings, columns, expected):
+    with pytest.raises(UserError) as error:
+        check_loss(LossConfig(**settings), columns)
+    assert all(part in str(error.value) for part in expected), str(error.value)
+
+
+def test_a_setting_that_one_of_the_mixed_losses_reads_is_accepted():
+    config = LossConfig(name="sft", mix=["sigmoid:2"], label_smoothing=0.1, ld_alpha=0.5)
+    check_loss(config, ("margin", "soft_label", "weight"))
+    assert terms(config) == {"sft": 1.0, "sigmoid": 2.0}
+    assert reads(config, "reference") and not reads(LossConfig(name="sft", mix=["orpo:1"]), "reference")
+    assert not reads(LossConfig(reference_free=True), "reference")
+
+
+def test_wpo_weighs_a_pair_by_its_probability_per_token_and_sends_no_gradient_through_the_weight():
+    logps = random_pairs()
+    chosen_B = logps.chosen_B.clone().requires_grad_()
+    logps = replace(logps, chosen_B=chosen_B)
+    slopes = [torch.autograd.grad(loss(logps, wpo=wpo).sum(), chosen_B)[0] for wpo in (False, True)]
+    weight_B = (logps.chosen_B / logps.chosen_length_B).exp() * (logps.rejected_B / logps.rejected_length_B).exp()
+    assert torch.allclose(wpo_weight(logps), weight_B, rtol=64 * EPS, atol=0) and not wpo_weight(logps).requires_grad
+    assert torch.allclose(slopes[1], slopes[0] * weight_B, rtol=64 * EPS, atol=0)

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo.rows import Row, normalise, pairs_of, prompt_key, read_rows, write_rows
+from dpo.rows import PairValues, Row, columns_of, normalise, pairs_of, prompt_key, read_rows, values_of, write_rows
 from models.errors import UserError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -93,12 +93,41 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
         ({**GOOD, "split": "dev"}, "split is 'dev'; allowed are train, validation, test"),
         ({**GOOD, "split": ["test"]}, "split is ['test']"),
         ({**GOOD, "chosen": ["half \ud800"]}, "half of a surrogate pair"),
+        ({**GOOD, "weight": 0}, "weight is 0; it must be a number above 0"),
+        ({**GOOD, "weight": [1, -1]}, "weight is -1;"),
+        ({**GOOD, "weight": True}, "weight is True;"),
+        ({**GOOD, "weight": [1.0]}, "weight has 1 numbers for 2 pairs; give one a pair or one for all"),
+        ({**GOOD, "margin": "big"}, "margin is 'big'; it must be a number between"),
+        ({**GOOD, "margin": [0.5, None]}, "margin is None;"),
+        ({**GOOD, "margin": float("nan")}, "margin is nan;"),
+        ({**GOOD, "margin": float("inf")}, "margin is inf;"),
+        ({**GOOD, "weight": 10**400}, "weight is 1000"),
+        ({**GOOD, "soft_label": 0.4}, "soft_label is 0.4; it must be a number from 0.5 to 1 (below 0.5, exchange the"),
+        ({**GOOD, "soft_label": 1.01}, "soft_label is 1.01;"),
     ],
 )
 def test_a_bad_row_is_an_error_that_names_file_line_and_fault(tmp_path: Path, line: object, expected: str) -> None:
     message = complaint(write_lines(tmp_path / "r.jsonl", {**GOOD, "id": "good"}, line))
     assert message.startswith("r.jsonl:2: ") and expected in message
     assert len(message) < 300, "a message quotes a value shortly"
+
+
+def test_weight_margin_and_soft_label_are_one_for_all_pairs_or_one_each(tmp_path: Path) -> None:
+    lines = [
+        {**GOOD, "id": "1", "weight": 2, "soft_label": [0.5, 1]},
+        {**GOOD, "id": "2", "margin": [-1, 0.5], "weight": None},
+        {**GOOD, "id": "3"},
+        {**GOOD, "id": "4", "weight": 1.0},
+    ]
+    rows = read_rows(write_lines(tmp_path / "r.jsonl", *lines))
+    assert rows[0].pair_values == (PairValues(2.0, 0.0, 0.5), PairValues(2.0, 0.0, 1.0))
+    assert (values_of(rows[1], 0, 0).margin, values_of(rows[1], 0, 1)) == (-1.0, PairValues(margin=0.5))
+    assert rows[2].pair_values == () and values_of(rows[2], 0, 1) == PairValues()
+    assert [columns_of([row]) for row in rows] == [{"weight", "soft_label"}, {"margin"}, set(), set()]
+    assert read_rows(write_parquet(tmp_path / "r.parquet", [{**GOOD, "weight": [0.5, 2.0]}]))[0].pair_values == (
+        PairValues(0.5),
+        PairValues(2.0),
+    )
 
 
 def test_duplicate_ids_name_both_lines(tmp_path: Path) -> None:
@@ -184,6 +213,7 @@ def test_written_rows_are_read_back_equal(tmp_path: Path) -> None:
     rows = [
         Row("1", "s", ({"role": "user", "content": "plain"},), ("a", "b"), ("c",), "g", "train", "elsewhere:9"),
         Row("2", "s", system, ("日本",), ("c", "\\ud800"), "prompt:0"),
+        Row("3", "s", system, ("a",), ("b", "c"), "g", pair_values=(PairValues(0.1, -2.0, 0.7), PairValues())),
     ]
     write_rows(tmp_path / "out.jsonl", rows)
     assert read_rows(tmp_path / "out.jsonl") == rows

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo.inputs import sample
-from dpo.rows import SPLITS, Row, normalise, pairs_of, read_rows
+from dpo.rows import SPLITS, PairValues, Row, normalise, pairs_of, read_rows
 from dpo.split import Splits, find_leaks, split_rows
 from models.errors import UserError
 
@@ -190,14 +190,16 @@ def test_the_study_split_has_the_published_counts_and_counts_its_leaks() -> None
 
 
 def test_the_study_split_cuts_training_rows_into_all_their_pairs() -> None:
+    values = tuple(PairValues(weight=1.0 + pair) for pair in range(6))
     rows = {row.id: replace(row, chosen=("right", "also right")) for row in rewardbench2_sized_rows()}
+    rows = {row.id: replace(row, pair_values=values[: len(pairs_of(row, 0))]) for row in rows.values()}
     splits = split_of(list(rows.values()), split="study")
     for row in splits.train + splits.validation:
         source, _, pair = row.id.rpartition("#")
         i, j = (int(index) for index in pair.split("-"))
-        assert row == replace(
-            rows[source], id=row.id, chosen=rows[source].chosen[i : i + 1], rejected=(rows[source].rejected[j],)
-        )
+        whole = rows[source]
+        cut = {"chosen": whole.chosen[i : i + 1], "rejected": (whole.rejected[j],)}
+        assert row == replace(whole, id=row.id, **cut, pair_values=(PairValues(1.0 + i * len(whole.rejected) + j),))
     pairs = Counter(row.id.rpartition("#")[0] for row in splits.train + splits.validation)
     assert all(count == len(pairs_of(rows[source], 0)) for source, count in pairs.items())
 
