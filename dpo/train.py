@@ -193,7 +193,7 @@ def _same_run(saved: TrainState, fresh: TrainState, folder: Path) -> TrainState:
         )
     if saved.reference != fresh.reference:
         raise UserError(
-            f"run.resume: {folder} was begun against a reference of weights {saved.reference[:16]}, those there now are "
+            f"run.resume: {folder} was begun against a reference of weights {saved.reference[:16]}, they now are "
             f"{fresh.reference[:16]}; put the old ones back, or start a new run"
         )
     return saved

@@ -9,7 +9,7 @@ import torch
 from test_exactness import ALONE, CONFIG, model, random_tree
 
 from dpo.config import LossConfig
-from dpo.logprobs import batch_sums, score_trees, tail_sums
+from dpo.logprobs import batch_logps, batch_sums, score_trees, tail_sums
 from dpo.losses import desensitised, pair_losses, swap_penalty
 from dpo.packing import bare_batch, pack_trees
 from dpo.pairs import batch_references, pair_logps, reference_sums, tree_sums
@@ -59,12 +59,11 @@ def test_tails_from_packs_have_the_bits_of_tails_from_the_store(tiny_folder, dty
     references = [tree_sums(logps, tree, LD) for logps, tree in zip(stored, TREES, strict=True)]
     nonzero = 0
     for batch in pack_trees(TREES, CONFIG.pack.tokens):
-        sums = batch_sums(decoder, batch, CONFIG.pack.head_chunk, tails=True)
+        logp_R = batch_logps(decoder, batch, CONFIG.pack.head_chunk)
+        sums = batch_sums(logp_R, batch, tails=True)
         assert torch.equal(sums, batch_references(references, batch))
         assert len(sums) == len(batch.completions) + 2 * len(batch.weight_B)
-        assert torch.equal(
-            sums[: len(batch.completions)], batch_sums(decoder, batch, CONFIG.pack.head_chunk)
-        )  # the plain sums are as they were
+        assert torch.equal(sums[: len(batch.completions)], batch_sums(logp_R, batch))  # the plain sums are as they were
         nonzero += int((sums[len(batch.completions) :] != 0).sum())
     assert nonzero > 5
 

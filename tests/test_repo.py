@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dpo", "models", "kernels")  # from the top layer to the bottom one: each imports itself and what follows
 LIBRARIES = {"torch", "safetensors", "tokenizers", "numpy", "pydantic", "jinja2", "tqdm", "matplotlib", "pyarrow"}
 LIBRARIES |= {"wandb", "gguf", "triton", "openai"}
-CORE = ("losses", "logprobs", "reference", "packing", "step", "train")
+CORE = ("losses", "pairs", "logprobs", "reference", "packing", "step", "train")
 # Of the product, about 3,000 are kernels and what certifies them without a GPU (static, roofline, bench).
 PRODUCT_LINES, CORE_LINES, FILE_LINES = 9500, 1500, 500
 
