@@ -443,3 +443,13 @@ def test_wpo_weighs_a_pair_by_its_probability_per_token_and_sends_no_gradient_th
     weight_B = (logps.chosen_B / logps.chosen_length_B).exp() * (logps.rejected_B / logps.rejected_length_B).exp()
     assert torch.allclose(wpo_weight(logps), weight_B, rtol=64 * EPS, atol=0) and not wpo_weight(logps).requires_grad
     assert torch.allclose(slopes[1], slopes[0] * weight_B, rtol=64 * EPS, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sft", "cpo", "orpo"])
+def test_the_likelihood_of_the_chosen_answer_is_never_shortened(name):
+    """LD-DPO discounts what is compared, not what is learnt by heart."""
+    logps = replace(random_pairs(), tails_4B=torch.arange(200.0, dtype=torch.float64).reshape(4, 50) / 100)
+    with_ld = loss(logps, ld_alpha=0.5, mix=[f"{name}:1"]) - loss(logps, ld_alpha=0.5)
+    assert torch.allclose(with_ld, loss(logps, name=name), rtol=1024 * EPS, atol=1024 * EPS)
+    added = loss(logps, ld_alpha=0.5, rpo_alpha=1.0) - loss(logps, ld_alpha=0.5)
+    assert torch.allclose(added, chosen_nll(logps), rtol=1024 * EPS, atol=1024 * EPS)
