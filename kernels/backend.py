@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.tiles import TILES, has_tile, tile_of
+from kernels.tiles import ARCHS, TILES, has_tile, tile_of
 
 BACKENDS = ("auto", "torch", "triton")
 OLDEST_TRITON = (3, 6)  # the oldest that the kernels were compiled with
@@ -46,7 +46,8 @@ RATES = {
 def arch_of(device: torch.device) -> str:
     """The name of a device in the tile table: sm_80, gfx942, ...; "interpret" is Triton's interpreter, on the CPU.
 
-    GPUs run what was tuned for the nearest older one of their kind: sm_86 and sm_89 as sm_80, sm_103 as sm_100.
+    GPUs run what was tuned for the nearest older one of their kind: sm_86 and sm_89 as sm_80, sm_103 as sm_100. The
+    small Blackwells (sm_120) have an Ampere's products and 99 KiB of shared memory, and run as sm_80 too.
     """
     if device.type == "cpu":
         return "interpret" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
@@ -55,9 +56,19 @@ def arch_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:
+        return "sm_80"
     return next(
         (name for name in ("sm_100", "sm_90", "sm_80") if int(name[3:]) <= 10 * major + minor), f"sm_{major}{minor}"
     )
+
+
+def triton_version() -> str:
+    """The installed Triton's: AMD's wheels and torch's nightly ones carry the package under other names."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module("triton").__version__)
 
 
 @cache
@@ -65,7 +76,7 @@ def triton_missing() -> str | None:
     """Why this installation has no Triton to use, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    version = importlib.metadata.version("triton")
+    version = triton_version()
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
         return f"triton {version} is older than {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} (pip install -U triton)"
     return None
@@ -81,7 +92,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the Triton kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
     if arch not in TILES:
-        return f"no tile is shipped for {arch}: the Triton kernels need one of {', '.join(TILES)}, or a newer GPU"
+        return f"no tile is shipped for {arch}: the Triton kernels need one of {', '.join(ARCHS)}, or a newer GPU"
     return None
 
 
@@ -153,7 +164,7 @@ def describe(
     kernels = list(PATH_KERNELS[path])
     if trainable:
         kernels += ["linear_weight_grad"] * (path == "fused") + ["linear_target_rows"]
-    return said | _tiles(arch, kernels)
+    return said | {"triton": triton_version()} | _tiles(arch, kernels)
 
 
 def describe_pairs(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
 from kernels.linear_paths import (
@@ -33,7 +34,7 @@ from kernels.linear_paths import (
 )
 
 SAVED_PROBS_BYTES = 512 * 2**20  # probabilities kept from forward to backward when the head trains; beyond: recomputed
-CHUNKED_TOKENS = 2048  # rows to a product of the chunked path, at least: it reads the weight once a chunk
+CHUNKED_TOKENS = 2048  # rows to a product of the chunked path, or all of fewer: it reads the weight once a chunk
 IGNORE_INDEX = -100
 
 
@@ -150,7 +151,8 @@ class _LinearLogprobs(torch.autograd.Function):
         path = run_fused if o.path == "fused" else run_chunks
         run = path((hidden_TD, cast_VD, bias_V, targets_T), o, (needs_hidden, needs_weight))
         scores, share_T = _over_shards(run.scores, targets_T, scored_T, gather)
-        logp_T, jacobian_TD = scores.logp_T, run.others_TD
+        # Without a target log p is no log-prob: exp of it may be inf, and inf times a slope of 0 is NaN.
+        logp_T, jacobian_TD = scores.logp_T.where(scored_T, 0.0), run.others_TD
         temperature_T = None if o.temperature == 1.0 else torch.full_like(logp_T, 1 / o.temperature)
         factor_T = _product_of(run.scale_T, share_T, temperature_T)
         slope_T = _slope(scores.target_T, targets_T, o).to(logp_T.dtype)
@@ -173,6 +175,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logp_T, scores.lse_T.to(logp_T.dtype), scores.entropy_T
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[no-untyped-def, override]
         ctx, grad_T: Tensor | None, grad_lse_T: Tensor | None, grad_entropy_T: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -296,9 +299,11 @@ def linear_logprobs(
         raise ValueError(f"vocab_start={vocab_start} without vocab_group: a shard alone knows no log-prob")
     scored_T = targets_T != ignore_index
     outside_T = (targets_T < vocab_start) | (targets_T >= vocab_start + V)
-    if vocab_group is None and bool(outside_T[scored_T].any()):
-        raise IndexError(f"a target lies outside [0, {V})")
-    trains = weight_VD.requires_grad and torch.is_grad_enabled()
+    if vocab_group is None and bool((wrong_T := outside_T & scored_T).any()):
+        raise IndexError(f"the targets {targets_T[wrong_T][:5].tolist()} lie outside [0, {V})")
+    if not torch.is_grad_enabled():  # the function would keep J and probabilities: it sees requires_grad alone
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    trains = weight_VD.requires_grad
     path = backends.resolve(backend, hidden_TD.device, hidden_TD.dtype, T, hidden_TD.shape[1], V, trains)
     local_T = (targets_T - vocab_start).where(scored_T & ~outside_T, -1)
     if path != "torch":

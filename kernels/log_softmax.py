@@ -5,6 +5,7 @@ Letters: `T` rows, `V` vocabulary. Read next: kernels/row_triton.py; kernels/lin
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
 from kernels.linear_logprobs import IGNORE_INDEX, LinearLogprobs
@@ -78,6 +79,7 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return scores.logp_T, scores.lse_T.to(scores.logp_T.dtype), scores.entropy_T
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[no-untyped-def, override]
         ctx, grad_T: Tensor | None, grad_lse_T: Tensor | None, grad_entropy_T: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -128,8 +130,8 @@ def selective_log_softmax(
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: it must be positive")
     scored_T = index_T != IGNORE_INDEX
-    if bool(((index_T < 0) | (index_T >= V))[scored_T].any()):
-        raise IndexError(f"an index lies outside [0, {V})")
+    if bool((wrong_T := scored_T & ((index_T < 0) | (index_T >= V))).any()):
+        raise IndexError(f"the indices {index_T[wrong_T][:5].tolist()} lie outside [0, {V})")
     by_torch = backends.resolve(backend, device, logits_TV.dtype, T, 1, V, False) == "torch"
     index_T = index_T.where(scored_T, -1)
     if not by_torch:

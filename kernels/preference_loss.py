@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
 
@@ -68,7 +69,7 @@ def reference_preference_loss(
     def sums(x_T: Tensor) -> Tensor:
         return torch.stack([x_T[begin:end].double().sum() for begin, end in zip(bounds, bounds[1:], strict=False)])
 
-    ratio_S = sums(policy_T) if B else policy_T.new_empty(0, dtype=torch.float64)
+    ratio_S = sums(policy_T) if B else policy_T[:0].double()  # of the graph, also where there is no pair
     if reference is not None and B:
         ratio_S = ratio_S - (reference[:, 0].double() if reference.dim() == 2 else sums(reference))
     chosen_B, rejected_B = (ratio_S[0::2], ratio_S[1::2]) if interleaved else (ratio_S[:B], ratio_S[B:])
@@ -108,6 +109,7 @@ class _PreferenceLoss(torch.autograd.Function):
         return losses_B, chosen_B, rejected_B
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_B: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def, override]
         from kernels import preference_triton
 

@@ -221,6 +221,16 @@ def no_row_one_row_and_only_ignored_rows_are_fine(k: ModuleType) -> None:
         assert value.shape == (T,) and not value.any() and not dh.any() and not dw.any()
 
 
+def an_ignored_row_of_very_low_logits_sends_no_nan(k: ModuleType) -> None:
+    """Its logsumexp is far below 0: log p without a target's logit would be far above."""
+    h, w = torch.full((2, 1), -128.0), torch.ones(130, 1)
+    value, dh, dw = gradients(
+        lambda h, w: k.linear_logprobs(h, w, torch.tensor([-100, 3]), backend="triton"), h, w, upstream=torch.ones(2)
+    )
+    assert value[0] == 0 and not dh[0].any() and not value.isnan().any()
+    assert not dh.isnan().any() and not dw.isnan().any() and dw[3].any()
+
+
 def hidden_and_weight_may_lie_in_memory_as_they_like(k: ModuleType) -> None:
     h, w, y = random(18, 66).float(), random(130, 66, seed=1, scale=0.3).float(), words(18, 130)
     up = torch.ones(18)
@@ -427,6 +437,7 @@ LINEAR: list[Claim] = [
     sentinels_are_refused_or_ignored,
     words_and_whole_tiles_of_minus_infinity_have_no_probability,
     no_row_one_row_and_only_ignored_rows_are_fine,
+    an_ignored_row_of_very_low_logits_sends_no_nan,
     hidden_and_weight_may_lie_in_memory_as_they_like,
     probabilities_of_all_words_sum_to_one,
     bias_softcap_temperature_logsumexp_and_entropy_are_as_good_as_torchs,

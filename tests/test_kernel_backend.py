@@ -72,10 +72,22 @@ def test_gpus_run_the_tiles_of_the_nearest_older_kind(gpu):
         ((8, 9), "sm_80"),
         ((9, 0), "sm_90"),
         ((10, 3), "sm_100"),
+        ((12, 0), "sm_80"),
         ((7, 5), "sm_75"),
     ):
         gpu(*capability)
         assert backend.arch_of(CUDA) == arch
+
+
+def test_triton_under_another_distributions_name_is_found(fresh, monkeypatch):
+    """AMD's wheels of torch bring it as pytorch-triton-rocm or triton-rocm."""
+    triton = pytest.importorskip("triton")
+
+    def no_such(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", no_such)
+    assert backend.triton_missing() is None and backend.triton_version() == triton.__version__
 
 
 @pytest.mark.parametrize(
@@ -118,6 +130,7 @@ def test_the_description_names_path_and_tiles(monkeypatch, gpu):
     gpu(9, 0)
     said = backend.describe("triton", CUDA, BF16, *SHAPES["gpt-oss"], trainable=True)
     assert said["path"] == "fused" and said["arch"] == "sm_90" and "BT=128" in said["linear_forward"]
+    assert said["triton"] == importlib.metadata.version("triton")  # another compiler's bits may differ
     assert "linear_weight_grad" in said and "linear_target_rows" in said
     assert "row_forward" in backend.describe("auto", CUDA, BF16, *SHAPES["gpt-oss"], trainable=False)
     assert backend.describe("torch", CUDA, BF16, 1, 1, 1, False)["why"] == "asked for"

@@ -38,6 +38,14 @@ def test_the_error_it_reports_is_that_of_what_it_times():
 
 
 @no_gpu
+def test_log_probs_of_nan_fail_the_command_wherever_they_stand(monkeypatch, capsys):
+    errors = iter((1e-7, 0.0, float("nan"), 0.0))  # ours and plain torch's, in bf16 and in fp32
+    monkeypatch.setattr(bench, "rms_error", lambda *tensors: next(errors))
+    assert bench.main(["--small", "--rounds", "1"]) == 1
+    assert "FAULT" in capsys.readouterr().out.splitlines()[-1]
+
+
+@no_gpu
 def test_log_probs_that_are_not_of_fp32s_grade_fail_the_command(monkeypatch, capsys):
     monkeypatch.setattr(bench, "ours", lambda backend: bench.plain_torch)
     assert bench.main(["--small", "--rounds", "1"]) == 1

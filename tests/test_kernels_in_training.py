@@ -4,11 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_exactness import random_tree
+
+from dpo.config import Config, LossConfig
+from dpo.logprobs import batch_sums
+from dpo.losses import pair_losses
+from dpo.packing import Batch, bare_batch, empty_pack, pack_trees
+from dpo.pairs import pair_logps
+from dpo.step import KERNEL_LOSSES, in_one_kernel, kernel_losses
+from dpo.trees import Tree
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +67,68 @@ def test_two_steps_on_the_triton_kernels_give_the_losses_and_weights_of_the_torc
         assert abs(ours - truth) <= 2 * abs(yardstick - truth) + 4 * torch.finfo(torch.float32).eps
     # AdamW's first steps follow a gradient's sign, also where it is rounding noise: by norm, not by the largest.
     assert (our_weights - weights).norm() <= 2 * (torch_weights - weights).norm()
+
+
+TREES = [random_tree(seed) for seed in range(8)]
+
+
+def in_batches(trees: list[Tree]) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    """(batch, log-probs of its scored tokens, reference sums); trees split over packs, completions in several pairs."""
+    torch.manual_seed(0)
+    for batch in pack_trees(trees, max(len(t.prompt) + max(map(len, t.branches)) for t in trees)):
+        logp_R = -torch.rand(len(batch.completion_R)).requires_grad_()
+        yield batch, logp_R, -torch.rand(len(batch.completions), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", KERNEL_LOSSES)
+def test_the_pair_kernel_has_the_losses_and_gradients_of_the_losses_that_are_read(name):
+    """Each token of a pair from where its pack put it, be its tree split over packs or its completion in many pairs."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run in the interpreter")
+    smoothing = 0.1 * (name == "sigmoid")
+    config = Config(exp="x", loss=LossConfig(name=name, label_smoothing=smoothing), kernels={"backend": "triton"})
+    split = shared = 0
+    for batch, logp_R, reference_S in in_batches(TREES):
+        up_B = torch.rand(len(batch.winner_B), dtype=torch.float64)
+        plain_B = pair_losses(pair_logps(batch_sums(logp_R, batch), reference_S, batch), config.loss)
+        (plain_R,) = torch.autograd.grad((plain_B * up_B).sum(), logp_R)
+        ours_B = kernel_losses(logp_R, reference_S, batch, config)
+        (ours_R,) = torch.autograd.grad((ours_B * up_B).sum(), logp_R)
+        eps = torch.finfo(torch.float32).eps
+        assert torch.allclose(ours_B.double(), plain_B, rtol=2 * eps, atol=2 * eps)
+        at_most = 8 * eps * float(plain_R.abs().max())  # a token's few pairs are added in fp32, and may cancel
+        assert (ours_R - plain_R).abs().max() <= at_most
+        split += len(batch.packs) > 1
+        shared += len(torch.cat([batch.winner_B, batch.loser_B]).unique()) < 2 * len(batch.winner_B)
+    assert split and shared, "no tree is split, or no completion in two pairs: nothing was tried"
+
+
+def test_a_batch_without_pairs_still_has_a_backward():
+    """Of a rank that has run out of rows: sharded weights need its gradient of zeros."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run in the interpreter")
+    config = Config(exp="x", kernels={"backend": "triton"})
+    idle = replace(bare_batch({}), packs=(empty_pack(64),))
+    logp_R = torch.zeros(0, requires_grad=True)
+    kernel_losses(logp_R, torch.zeros(0, dtype=torch.float64), idle, config).sum().backward()
+    assert logp_R.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("more", [
+    {"mix": ["sft:0.1"]}, {"rpo_alpha": 0.1}, {"ld_alpha": 0.5}, {"wpo": True}, {"swap_consistency": 0.1},
+    {"divergence": "js"}, {"name": "dpo_norm"}, {"name": "rso"},
+], ids=str)  # fmt: skip
+def test_what_the_pair_kernel_lacks_is_left_to_torch(more):
+    cpu, backend = torch.device("cpu"), {"backend": "triton"}
+
+    def asks(trees: list[Tree], **loss: object) -> bool:
+        return in_one_kernel(Config(exp="x", loss=LossConfig(**loss), kernels=backend), trees, cpu, torch.float32)
+
+    assert torch.cuda.is_available() or (asks(TREES) and asks(TREES, reference_free=True, beta=0.5))
+    assert not asks(TREES, **more)
+    for values in ({"margin": 0.5}, {"soft_label": 0.9}):
+        told = replace(TREES[1], pairs=(replace(TREES[1].pairs[0], **values), *TREES[1].pairs[1:]))
+        assert not asks([TREES[0], told])
 
 
 def test_asking_for_triton_where_there_is_none_is_a_users_mistake_that_says_what_is_missing(tmp_path):

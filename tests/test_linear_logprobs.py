@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from kernels import linear_logprobs
+from kernels import linear_logprobs, selective_log_softmax
 from kernels.linear_logprobs import IGNORE_INDEX, reference_linear_logprobs
 
 module = importlib.import_module("kernels.linear_logprobs")  # the package's name for it is the function
@@ -93,6 +94,16 @@ def test_zero_hidden_rows_and_shifted_logits_give_exactly_uniform_log_probs(dtyp
         assert torch.allclose(logp, torch.tensor(-math.log(V)), rtol=torch.finfo(torch.float32).eps * 2, atol=0)
 
 
+def test_a_process_group_serves_for_the_shards_of_the_vocabulary():
+    hidden, weight, targets = make(5, 8, 20, torch.float32)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        alone = linear_logprobs(hidden, weight, targets, vocab_group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    assert (alone - linear_logprobs(hidden, weight, targets)).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
 def test_certain_targets_have_log_prob_zero_and_no_nan_gradient():
     hidden = torch.full((1, 1), 1e4, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
@@ -130,3 +141,17 @@ def test_nothing_of_tokens_times_vocabulary_is_held_when_the_head_is_frozen():
     with Watch():
         linear_logprobs(hidden.requires_grad_(), weight, targets, chunk_tokens=64)
     assert largest == 64 * 2000
+    largest = 0
+    with Watch(), torch.no_grad():  # nor where it trains, in the passes that score
+        linear_logprobs(hidden, weight.requires_grad_(), targets, chunk_tokens=64)
+    assert largest == 64 * 2000
+
+
+def test_a_second_derivative_is_refused():
+    """J is a constant to autograd: a second backward would be silently wrong."""
+    hidden, weight, targets = make(6, 8, 20, torch.float64)
+    for function, x in ((lambda h: linear_logprobs(h, weight, targets), hidden),
+                        (lambda z: selective_log_softmax(z, targets), hidden @ weight.T)):  # fmt: skip
+        (grad,) = torch.autograd.grad(function(x.requires_grad_()).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()

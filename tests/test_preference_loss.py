@@ -45,6 +45,16 @@ def test_agrees_with_the_loss_that_training_uses(backend, smoothing):
     assert torch.allclose(ours.rejected_rewards_B.double(), 0.2 * logps.rejected_ratio_B, **few_steps)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_pairs_send_a_gradient_of_zeros(backend):
+    """A rank without pairs runs its backward with the others: its loss is part of the graph."""
+    policy = claims.random(3).float().requires_grad_()
+    none = torch.zeros(0, dtype=torch.float64)
+    result = preference_loss(policy[:0], torch.tensor([0]), reference_S=none, backend=backend)
+    result.losses_B.sum().backward()
+    assert result.losses_B.shape == (0,) and not policy.grad.any()
+
+
 def test_a_loss_may_be_a_function_of_the_log_ratios():
     policy = claims.random(64).requires_grad_()
     by_name = preference_loss(policy, claims.BOUNDS, beta=0.5, loss="ipo")
