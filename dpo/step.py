@@ -58,11 +58,18 @@ def plan_steps(trees: Sequence[Tree], config: Config) -> list[list[int]]:
 
 
 def accumulate_gradients(
-    policy: Decoder, trees: Sequence[Tree], references: Sequence[Tensor], config: Config, ranks: Ranks
+    policy: Decoder,
+    trees: Sequence[Tree],
+    references: Sequence[Tensor],
+    config: Config,
+    ranks: Ranks,
+    *,
+    one_kernel: bool = False,
 ) -> dict[str, float]:
     """Backward through every pair of one optimizer step: the gradient is the mean over all ranks' pairs, exactly.
 
-    `references` holds the sums of each tree (of reference_sums; with the tails of its pairs where ld_alpha is not 1).
+    `references` holds the sums of each tree (of reference_sums; with the tails of its pairs where ld_alpha is not 1);
+    `one_kernel`, of in_one_kernel for all trees of the run, takes the pairs' losses from kernels.preference_loss.
     Returns sums over all pairs for the log, `weight` to divide them by, and `difference`: this rank's largest
     |policy - reference| of a completion, nats (NaN if any is).
     """
@@ -77,10 +84,7 @@ def accumulate_gradients(
         differences.append((scored.detach() - reference).abs())
         reference = reference * reads(config.loss, "reference")
         logps = pair_logps(scored, reference, batch)
-        if in_one_kernel(config, trees, logp_R.device, logp_R.dtype):
-            losses_B = kernel_losses(logp_R, reference, batch, config)
-        else:
-            losses_B = pair_losses(logps, config.loss)
+        losses_B = kernel_losses(logp_R, reference, batch, config) if one_kernel else pair_losses(logps, config.loss)
         ((losses_B * batch.weight_B).sum() / weight).backward()
         for name, value in reward_metrics(logps, losses_B, batch.weight_B, config.loss.beta).items():
             sums[name] = sums.get(name, 0.0) + value

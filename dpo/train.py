@@ -98,6 +98,8 @@ def train(
     `reference` is the fingerprint of the weights behind `references`: a checkpoint goes on against the same alone.
     """
     steps = plan_steps(inputs.train_trees, config)
+    exact = torch.promote_types(inputs.dtype, torch.float32)
+    one_kernel = in_one_kernel(config, inputs.train_trees, ranks.device, exact)
     epoch_pairs = sum(len(tree.pairs) for tree in inputs.train_trees)
     parameters = list(trained_parameters(policy).values())
     optimizer = torch.optim.AdamW(
@@ -127,7 +129,12 @@ def train(
             begin = time.perf_counter()
             members = steps[done.step]
             sums = accumulate_gradients(
-                policy, [inputs.train_trees[i] for i in members], [references[i] for i in members], config, ranks
+                policy,
+                [inputs.train_trees[i] for i in members],
+                [references[i] for i in members],
+                config,
+                ranks,
+                one_kernel=one_kernel,
             )
             if done.step == 0:
                 difference = float(torch.tensor(gather([sums["difference"]], ranks), dtype=torch.float64).max())

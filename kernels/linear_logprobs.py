@@ -34,7 +34,7 @@ from kernels.linear_paths import (
 )
 
 SAVED_PROBS_BYTES = 512 * 2**20  # probabilities kept from forward to backward when the head trains; beyond: recomputed
-CHUNKED_TOKENS = 2048  # rows to a product of the chunked path, or all of fewer: it reads the weight once a chunk
+CHUNKED_TOKENS = 2048  # rows to a product of the chunked path, padded to it: it reads the weight once a chunk
 IGNORE_INDEX = -100
 
 
@@ -311,8 +311,7 @@ def linear_logprobs(
 
         hidden_TD, weight_VD, local_T = dense_rows(hidden_TD), dense_rows(weight_VD), local_T.int()
         bias = None if bias is None else bias.contiguous()
-    whole = -(-T // chunk_tokens) * chunk_tokens
-    chunk = min(max(chunk_tokens, CHUNKED_TOKENS), whole) if path == "chunked" and T else chunk_tokens
+    chunk = max(chunk_tokens, CHUNKED_TOKENS) if path == "chunked" else chunk_tokens
     gather = None if vocab_group is None else _gather_of(vocab_group)
     arch = backends.arch_of(hidden_TD.device)
     options = Options(temperature, softcap, chunk, path, arch, return_entropy, SAVED_PROBS_BYTES)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 512  # words (or rows) of a weight in fp32 at a time, on CPUs; larger ones leave holes in the heap
 LN2 = 0.6931471805599453
-FUSED_CHUNK_BYTES = 2**30  # scaled exponentials of one chunk of rows of the fused kernels
+FUSED_CHUNK_BYTES = 2**29  # scaled exponentials of one chunk of rows of the fused kernels: what may be kept of them
 
 Gather = Callable[[Tensor], Sequence[Tensor]]
 """A collective: one rank's tensor in, every rank's out, in rank order."""
