@@ -2,243 +2,41 @@
 
     rows -> split -> trees -> reference store -> train loop -> judge -> results.json -> report
 
-The path is `run`, the training loop is `train`. No dimension letters. Read next: dpo/step.py.
+No dimension letters. Read next: dpo/loop.py, the training loop.
 """
 
-import math
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.checkpoint import (
-    export,
-    last_checkpoint,
-    load_checkpoint,
-    load_weights_into,
-    save_checkpoint,
-    save_weights,
-    trained_parameters,
-)
-from dpo.config import Config, help_text, load_config
-from dpo.distributed import (
-    Ranks,
-    broadcast_first,
-    clip_gradients,
-    end_process,
-    gather,
-    join_ranks,
-    leave_ranks,
-    shard,
-)
+from dpo.checkpoint import export
+from dpo.config import Config
+from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks, shard
 from dpo.inputs import Inputs, pick_device, read_inputs
 from dpo.judge.local import Score, evaluation, judge_results, verdicts, write_verdicts
 from dpo.judge.statistics import Verdict
-from dpo.log import MetricsLog, peak_rss_mib, progress, stage
+from dpo.log import peak_rss_mib, stage
 from dpo.logprobs import score_trees
+from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
 from dpo.pairs import tree_sums
 from dpo.reference import Usage, numerics_tag, open_store, reference_logps
 from dpo.report import write_report
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, write_json
+from dpo.settings import help_text, load_config
 from dpo.show import render_tree
-from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps
-from dpo.trees import trees_digest
+from dpo.step import in_one_kernel, plan_steps
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
-from models.files import read_json_object
 from models.lora import add_lora
-
-STEP0_TOLERANCE = 1e-5  # nats per completion on a CPU, where policy = reference is exact; on a GPU only reported so far
-
-
-@dataclass
-class TrainState:
-    """What a checkpoint remembers besides weights and moments."""
-
-    data: str  # trees_digest of the training trees
-    reference: str  # fingerprint of its weights
-    step: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    time_s: float = 0.0
-    step0_loss: float | None = None
-    step0_max_difference: float | None = None
-    best: list[float] = field(default_factory=list)
-    best_step: int = 0
-
-
-# --- the loop -------------------------------------------------------------------------------------------------------
-
-
-def train(
-    policy: Decoder,
-    inputs: Inputs,
-    references: Sequence[Tensor],
-    evaluate: Callable[[], dict[str, float]],
-    config: Config,
-    ranks: Ranks,
-    folder: Path,
-    *,
-    reference: str,
-    check_step0: bool,
-) -> TrainState:
-    """Train to the end (or to Ctrl-C: a checkpoint, then KeyboardInterrupt); the policy then has the best weights.
-
-    `reference` is the fingerprint of the weights behind `references`: a checkpoint goes on against the same alone.
-    """
-    steps = plan_steps(inputs.train_trees, config)
-    exact = torch.promote_types(inputs.dtype, torch.float32)
-    one_kernel = in_one_kernel(config, inputs.train_trees, ranks.device, exact)
-    epoch_pairs = sum(len(tree.pairs) for tree in inputs.train_trees)
-    parameters = list(trained_parameters(policy).values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.train.lr,
-        betas=(config.train.beta1, config.train.beta2),
-        eps=config.train.eps,
-        weight_decay=config.train.weight_decay,
-        fused=True,
-    )
-    done = TrainState(trees_digest(inputs.train_trees), reference)
-    checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
-    finished = checkpoints / "finished.json"
-    if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
-        load_weights_into(best, policy)
-        return _same_run(TrainState(**read_json_object(finished)), done, folder)  # type: ignore[arg-type]
-    if config.run.resume and (last := last_checkpoint(checkpoints)):
-        done = _same_run(TrainState(**load_checkpoint(last, policy, optimizer)), done, folder)  # type: ignore[arg-type]
-
-    # Go!
-    with (
-        interruptible() as interrupted,
-        MetricsLog(folder, config, done.step, ranks.first) as log,
-        progress(len(steps), "training", "steps", done.step) as bar,
-    ):
-        while done.step < len(steps):
-            begin = time.perf_counter()
-            members = steps[done.step]
-            sums = accumulate_gradients(
-                policy,
-                [inputs.train_trees[i] for i in members],
-                [references[i] for i in members],
-                config,
-                ranks,
-                one_kernel=one_kernel,
-            )
-            if done.step == 0:
-                difference = float(torch.tensor(gather([sums["difference"]], ranks), dtype=torch.float64).max())
-                done.step0_loss, done.step0_max_difference = means(sums)["loss"], difference
-                if check_step0 and not difference <= STEP0_TOLERANCE:
-                    raise UserError(
-                        "step 0: policy and reference are the same weights, yet a completion's log-probs differ by "
-                        f"{difference:.2e} nats (allowed {STEP0_TOLERANCE}); the stored log-probs do not fit this "
-                        "machine or build: set reference.store to a new folder, and report this if it happens again"
-                    )
-            rate = learning_rate(done.step, len(steps), config.train)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            grad_norm = clip_gradients(parameters, config.train.clip_norm, ranks)
-            if not math.isfinite(grad_norm):
-                raise UserError(
-                    f"step {done.step}: the gradient's norm is {grad_norm}; the weights are left as they were. "
-                    "Lower train.lr or raise loss.beta; checkpoints written so far are whole"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            done.step += 1
-            done.pairs += sum(len(inputs.train_trees[i].pairs) for i in members)
-            done.tokens += int(sums["tokens"])
-            time_s = time.perf_counter() - begin
-            done.time_s += time_s
-            line = {
-                **means(sums),
-                "lr": rate,
-                "grad_norm": grad_norm,
-                "tokens_per_s": sums["tokens"] / time_s,
-                "time_s": time_s,
-            }
-            log.write(done.step, {"epoch": done.pairs / epoch_pairs, **line})
-            bar.update(1)
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_s']:.0f} tokens/s")
-
-            if done.step == len(steps) or due(done.step, config.train.eval_every_steps):
-                figures = evaluate()
-                log.write(done.step, figures)
-                if (score := selection_score(figures, config.train.select, done.step)) > done.best:
-                    done.best, done.best_step = score, done.step
-                    save_weights(best, policy, asdict(done), ranks)
-            stop = any(gather([interrupted()], ranks))
-            every = config.train.checkpoint_every_steps
-            if stop or due(done.step, every) or (every and done.step == len(steps)):
-                save_checkpoint(checkpoints, policy, optimizer, asdict(done), ranks, config.train.keep_checkpoints)
-            if stop:
-                raise KeyboardInterrupt("a checkpoint is written; the same command with run.resume=latest goes on")
-    if done.best_step != done.step:
-        load_weights_into(best, policy)
-    if ranks.first:
-        write_json(finished, asdict(done))
-    return done
-
-
-def _same_run(saved: TrainState, fresh: TrainState, folder: Path) -> TrainState:
-    if saved.data != fresh.data:
-        raise UserError(
-            f"run.resume: {folder} was begun on other training rows than are read now (their tokens, pairs or weights "
-            "differ): give it the file that it had, or start a new run"
-        )
-    if saved.reference != fresh.reference:
-        raise UserError(
-            f"run.resume: {folder} was begun against a reference of weights {saved.reference[:16]}, they now are "
-            f"{fresh.reference[:16]}; put the old ones back, or start a new run"
-        )
-    return saved
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: never) is to be done after this one."""
-    return bool(every) and step % every == 0
-
-
-def selection_score(figures: dict[str, float], select: str, step: int) -> list[float]:
-    """What picks the best weights, larger is better: the chosen figure, ties broken by the validation loss.
-
-    Without validation rows (no figures) the last weights are the best.
-    """
-    if not figures:
-        return [float(step)]
-    figure = {"last": float(step), "loss": -figures["eval/loss"]}.get(select, figures.get(f"eval/{select}", 0.0))
-    return [figure, -figures["eval/loss"]]
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it, a first Ctrl-C only makes the yielded function true, so that the step ends whole; a second stops."""
-    hits: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        hits.append(number)
-        signal.signal(signal.SIGINT, old)
-
-    old = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(hits)
-    finally:
-        signal.signal(signal.SIGINT, old)
-
-
-# --- the path -------------------------------------------------------------------------------------------------------
 
 
 def load_policy(config: Config, inputs: Inputs, ranks: Ranks) -> Decoder:

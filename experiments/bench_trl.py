@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dpo.config import load_config  # noqa: E402
 from dpo.inputs import cache_folder  # noqa: E402  (the project need not be installed)
+from dpo.settings import load_config  # noqa: E402
 from models.gguf_import import resolve_model_path  # noqa: E402
 
 HELD_OUT = {"id": "held-out", "prompt": "Name the colour of grass.", "chosen": ["Green."], "rejected": ["A fish."]}

@@ -1,4 +1,4 @@
-"""dpo/config.py: what is set is what is read, and every mistake is named with its place, its value and a way out."""
+"""dpo/config.py, dpo/settings.py: what is set is what is read; a mistake is named with place, value and a way out."""
 
 import json
 import re
@@ -7,7 +7,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from dpo.config import Config, config_dict, help_text, keys, load_config
+from dpo.config import Config, config_dict
+from dpo.settings import help_text, keys, load_config
 from models.errors import UserError
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_reference import Runs, write_small_rows
 
 import dpo.train
-from dpo.config import load_config
 from dpo.inputs import read_inputs
+from dpo.settings import load_config
 from dpo.step import plan_steps
 
 ROOT = Path(__file__).parents[1]

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_exactness import ALONE, CONFIG, model, random_tree
 
 import dpo.train
-from dpo.config import PackConfig, load_config
+from dpo.config import PackConfig
 from dpo.inputs import read_inputs
 from dpo.logprobs import TreeLogps, score_trees
 from dpo.reference import Usage, numerics_tag, open_store, read_store, reference_logps
 from dpo.rows import Row, write_rows
+from dpo.settings import load_config
 from dpo.step import plan_steps
 from dpo.trees import Tree
 from models.checkpoint import weights_fingerprint

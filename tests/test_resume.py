@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo import train
+from dpo import loop, train
 from dpo.checkpoint import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def unstopped(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Un
 @pytest.fixture
 def ctrl_c_in_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[CtrlC]:
     """Call it with n, and one Ctrl-C comes in the middle of step n (from 0) of the next run in this process."""
-    rate = train.learning_rate
+    rate = loop.learning_rate
     waiting: list[int] = []
 
     def interrupting(step: int, *others: object) -> float:
@@ -135,7 +135,7 @@ def ctrl_c_in_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[CtrlC]:
         return rate(step, *others)  # type: ignore[arg-type]
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(train, "learning_rate", interrupting)
+    monkeypatch.setattr(loop, "learning_rate", interrupting)
     yield waiting.append
     signal.signal(signal.SIGINT, before)
 
@@ -172,13 +172,13 @@ def test_resumed_after_any_step_a_run_ends_with_the_same_bits(
 def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_drops_what_came_after(
     place: Path, unstopped: Unstopped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rate = train.learning_rate
+    rate = loop.learning_rate
 
     def die(step: int, *others: object) -> float:
         return rate(step, *others) if step < 7 else sys.exit("dead")  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="dead"):
-        patch.setattr(train, "learning_rate", die)
+        patch.setattr(loop, "learning_rate", die)
         train.main(arguments(place, "train.checkpoint_every_steps=3"))
     folder = run_folder(place)
     assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-000003", "step-000006"]
@@ -216,7 +216,7 @@ def test_ctrl_c_after_training_loses_none_of_it(
     signal.signal(signal.SIGINT, before)
     folder = run_folder(place)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "accumulate_gradients", trained_again)
+        patch.setattr(loop, "accumulate_gradients", trained_again)
         assert train.main(arguments(place, "run.resume=latest")) == 0
     assert outcome(folder) == unstopped(FULL)
 

@@ -13,16 +13,18 @@ from test_exactness import ALONE, CONFIG, model, one_at_a_time, random_tree
 from test_reference import Runs, write_small_rows
 
 import dpo.train
-from dpo.config import Config, load_config
+from dpo.config import Config
 from dpo.inputs import read_inputs
 from dpo.logprobs import score_trees
+from dpo.loop import STEP0_TOLERANCE, selection_score
 from dpo.losses import pair_losses
 from dpo.packing import pack_share
 from dpo.pairs import PairLogps, pair_logps, reference_sums
 from dpo.reference import read_store, write_part
 from dpo.rows import Row, write_rows
+from dpo.settings import load_config
 from dpo.step import accumulate_gradients, means, plan_steps
-from dpo.train import STEP0_TOLERANCE, load_policy, selection_score
+from dpo.train import load_policy
 from dpo.trees import Tree
 from models.decoder import next_token_logits
 
