@@ -22,6 +22,9 @@ class ModelConfig(Section):
     """The policy's weights."""
 
     path: Place = Field("smollm2-135m-instruct", min_length=1, description="a folder, or this name, or tiny-random")
+    template_variables: list[str] = Field(
+        ["enable_thinking=false"], description="what the chat template is told, NAME=VALUE each; nothing = []"
+    )
 
 
 class DataConfig(Section):

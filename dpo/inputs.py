@@ -23,7 +23,7 @@ from kernels.backend import why_not_triton
 from models.config import read_model_config
 from models.errors import UserError
 from models.gguf_import import resolve_model_path
-from models.tokenizer import Tokenizer, load_tokenizer, read_backend
+from models.tokenizer import Tokenizer, load_tokenizer, read_backend, read_variables
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -153,7 +153,7 @@ def read_inputs(config: Config, device: str) -> Inputs:
     if not splits.test:
         raise UserError("no test rows: a run ends with judging held-out rows; set data.test_fraction above 0")
     model_folder = resolve_model_path(config.model.path, cache)
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(model_folder, read_variables(config.model.template_variables))
     check_vocabulary(model_folder, tokenizer)
     reference_folder = _reference_folder(config, cache, tokenizer)
     trees = partial(
