@@ -37,7 +37,9 @@ TYPES: dict[str, tuple[str, Callable[[str], object]]] = {  # in words, and how t
     "string": ("text", str),
     "array": (
         "a list",
-        lambda text: json.loads(text) if text[:1] == "[" else [part.strip() for part in text.split(",") if part],
+        lambda text: (
+            json.loads(text) if text[:1] == "[" else [part.strip() for part in text.split(",")] if text else []
+        ),
     ),
 }
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -86,10 +88,11 @@ def help_text() -> str:
 
 
 def _written(value: object) -> str:
-    """A value as one writes it: 5e-5, true, ["a", "b"], "text"."""
+    """A value as one writes it: 5e-5, true, ["a", "b"], "text"; of a long one the beginning."""
     if isinstance(value, float):
         return re.sub(r"e([-+])0*", r"e\1", f"{value:.12g}").replace("e+", "e")
-    return json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # Where it comes from --------------------------------------------------------------------------------------------------
@@ -122,9 +125,12 @@ def _split_arguments(argv: list[str]) -> dict[str, str]:
         name, equals, text = argument.partition("=")
         if not equals:
             meant = f"exp={argument}" if argument in _experiments() else f"{_nearest_key(name) or 'seed'}=VALUE"
-            raise UserError(f'"{argument}" ({COMMAND_LINE}): arguments have the form key=value; did you mean {meant}?')
+            raise UserError(
+                f"{_written(argument)} ({COMMAND_LINE}): arguments have the form key=value; did you mean {meant}?"
+            )
         if name in arguments:
-            raise UserError(f'{name} ({COMMAND_LINE}): given twice, as "{arguments[name]}" and "{text}"; leave one out')
+            values = f"{_written(arguments[name])} and {_written(text)}"
+            raise UserError(f"{name} ({COMMAND_LINE}): given twice, as {values}; leave one out")
         arguments[name] = text
     return arguments
 
@@ -133,7 +139,7 @@ def _parse(key: Key, text: str) -> object:
     """The text as a value of the key's type; as it stands where it is none, which _validate then refuses."""
     try:
         return TYPES[key.type][1](text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return text
 
 
@@ -143,12 +149,12 @@ def _read_settings(path: Path, above: tuple[Path, ...]) -> Settings:
     if path.resolve() in [file.resolve() for file in above]:
         raise UserError(f"{source}: extends itself: {' -> '.join(map(str, (*above, path)))}")
     try:
-        table: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r"at line (\d+)", str(error))
-        raise UserError(f"{source}{':' + line[1] if line else ''}: not valid TOML: {error}") from None
+        table: dict[str, object] = tomllib.loads(path.read_bytes().decode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:  # plain ones too: of a number of 5,000 digits, of 1,000 brackets
+        line = re.search(r"at line (\d+)", str(error))
+        raise UserError(f"{source}{':' + line[1] if line else ''}: not valid TOML: {error}") from None
     below = table.pop("extends", None)
     table.pop("sweep", None)  # the sweep's own business
     settings: Settings = {}
@@ -159,7 +165,9 @@ def _read_settings(path: Path, above: tuple[Path, ...]) -> Settings:
     for name, value in table.items():
         if name == "exp":
             raise UserError(f"exp ({source}): is set on the command line only; to build on another file write extends")
-        values = {f"{name}.{key}": given for key, given in value.items()} if isinstance(value, dict) else {name: value}
+        values = {name: value}
+        if isinstance(value, dict) and (value or any(key.startswith(f"{name}.") for key in keys())):
+            values = {f"{name}.{key}": given for key, given in value.items()}
         for key, given in values.items():
             if key not in keys():
                 raise _unknown_key(key, source)
@@ -183,7 +191,7 @@ def _find_experiment(name: str, source: str, folder: Path) -> Path:
     if found is None or not found.is_file():
         near = difflib.get_close_matches(name, _experiments(), n=1)
         meant = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f'there is no experiment "{name}" ({source}); {meant}{_list_experiments()}')
+        raise UserError(f"there is no experiment {_written(name)} ({source}); {meant}{_list_experiments()}")
     return found
 
 
@@ -204,6 +212,7 @@ def _nearest_key(name: str) -> str | None:
 
 def _unknown_key(name: str, source: str) -> UserError:
     near = _nearest_key(name)
+    name = name if name.isprintable() and len(name) <= 80 else _written(name)
     return UserError(f"unknown key {name} ({source}); {f'did you mean {near}? ' if near else ''}--help lists all keys")
 
 

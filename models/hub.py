@@ -32,6 +32,8 @@ _fetched: dict[str, Path] = {}  # by kind and name: a branch that moves must not
 
 def fetch_model(name: str, key: str) -> Path:
     """The folder of the Hub model that `key`'s value names, downloaded if need be: config, tokenizer, safetensors."""
+    if inside := _parts(name)["inside"]:
+        raise UserError(f"{key} = {name!r}: a model is a whole repository; leave :{inside} away")
     return _fetch(name, key, "model", WEIGHTS, OTHER_COPIES)
 
 

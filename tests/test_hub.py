@@ -175,6 +175,8 @@ def test_what_is_not_on_the_hub_is_named_with_both_readings(stand_in: Hub) -> No
         resolve_model_path("org/gone", Path("cache"), "reference.path")
     with pytest.raises(UserError, match=r"data.path = 'org/tiny'.* is no dataset there, or a private one; .*HF_TOKEN"):
         fetch_data("org/tiny", "data.path", ENDINGS)
+    with pytest.raises(UserError, match="model.path = 'org/tiny:sub': a model is a whole repository; leave :sub away"):
+        fetch_tiny("org/tiny:sub")
 
 
 def test_a_gated_model_needs_the_token_of_the_environment(stand_in: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
