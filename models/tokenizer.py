@@ -88,6 +88,20 @@ class Tokenizer:
             )
         return ids
 
+    def verdict_prompt_ids(self, messages: Messages) -> list[int]:
+        """Tokens up to where the text of the assistant's answer begins: prompt_ids, and how the template opens a turn.
+
+        In harmony a verdict stands in the final channel, and after Qwen3's think block, also where the prompt has none.
+        """
+        return self.prompt_ids(messages) + self._opening
+
+    @functools.cached_property
+    def _opening(self) -> list[int]:
+        """What the template writes between prompt and answer, where it has tags; a mere space belongs to the answer."""
+        question = {"role": "user", "content": "?"}
+        ids = self.encode(os.path.commonprefix([self._answered([question], answer)[1] for answer in "AB"]))
+        return ids if self.backend.get_added_tokens_decoder().keys() & set(ids) else []
+
     def completion_ids(self, messages: Messages, answer: str) -> list[int]:
         """Tokens of `answer` as the assistant's turn after `prompt_ids(messages)`, its end-of-turn token included.
 

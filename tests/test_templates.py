@@ -12,6 +12,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from dpo.config import Config
+from dpo.rows import Row
+from dpo.trees import verdict_tree
 from models.errors import UserError
 from models.tokenizer import FROZEN_DATE, Tokenizer, byte_level_bpe, load_tokenizer, read_variables, write_tokenizer
 from tests.test_tokenizer import CHATS, USER, StoppedClock
@@ -27,11 +29,11 @@ NO_THINKING = read_variables(Config(exp="x").model.template_variables)
 
 def sentencepiece(special: list[str]) -> tokenizers.Tokenizer:
     """As Mistral's: a space is put before each piece of text between special tokens; unknown characters are bytes."""
-    letters = ["▁", *map(chr, range(33, 127)), "▁▁", "in", "▁a"]
+    letters = ["▁", *map(chr, range(33, 127)), "▁▁", "in", "▁A", "▁B"]
     tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     model = models.BPE(
         vocab={token: i for i, token in enumerate(tokens)},
-        merges=[("▁", "▁"), ("i", "n"), ("▁", "a")],
+        merges=[("▁", "▁"), ("i", "n"), ("▁", "A"), ("▁", "B")],
         byte_fallback=True,
     )
     backend = tokenizers.Tokenizer(model)
@@ -57,7 +59,7 @@ class Family:
     backend: Callable[[list[str]], tokenizers.Tokenizer] = byte_level
 
 
-CHATML = "<|endoftext|> <|im_end|> <|im_start|>"
+CHATML = "<|endoftext|> <|im_end|> <|im_start|> <think> </think>"
 LLAMA3 = "<|begin_of_text|> <|eot_id|> <|end_of_text|> <|start_header_id|> <|end_header_id|>"
 HARMONY = "<|startoftext|> <|return|> <|endoftext|> <|start|> <|end|> <|message|> <|channel|> <|call|>"
 FAMILIES = {
@@ -198,6 +200,18 @@ def test_harmony_ends_earlier_turns_otherwise_and_refuses_channels_in_an_answer(
     assert f"Current date: {FROZEN_DATE:%Y-%m-%d}" in text
     with pytest.raises(UserError, match=r"harmony refuses messages.*<\|channel\|> tags"):
         ours.completion_ids([USER], "<|channel|>analysis<|message|>hm<|end|>")
+
+
+def test_a_verdict_stands_where_the_answers_text_begins(root: Path, name: str) -> None:
+    ours = ours_of(root / name)
+    opening = "<|channel|>final<|message|>" if name == "harmony" else ""
+    assert ours.verdict_prompt_ids(SYSTEM) == ours.prompt_ids(SYSTEM) + ours.encode(opening)
+    if name == "qwen3":
+        thinks = load_tokenizer(root / name, read_variables(["enable_thinking=true"]))
+        assert thinks.verdict_prompt_ids(SYSTEM) == thinks.prompt_ids(SYSTEM) + ours.encode("<think>\n\n</think>\n\n")
+    row = Row("r", "s", (USER,), ("Eight.",), ("Six.",), "g")
+    tree = verdict_tree(row, ours, [(0, 0)], "pair")
+    assert all(ours.decode([*tree.prompt, *branch]).endswith(opening) for branch in tree.branches)
 
 
 def test_llamas_date_is_its_own_the_frozen_one_or_the_one_that_is_set(root: Path) -> None:
