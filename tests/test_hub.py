@@ -15,7 +15,6 @@ import pytest
 from huggingface_hub import constants
 
 from dpo.inputs import read_inputs
-from dpo.rows import READERS
 from dpo.runs import new_folder
 from dpo.settings import load_config
 from models import hub
@@ -23,7 +22,7 @@ from models.errors import UserError
 from models.gguf_import import resolve_model_path
 from models.hub import fetch_data, is_hub_id
 
-ENDINGS = tuple(READERS)
+ENDINGS = (".jsonl", ".parquet")
 COMMITS = {"main": "a" * 40, "old": "b" * 40}
 TOKEN = "hf_of_this_test"
 

@@ -1,6 +1,7 @@
 """The families' chat templates, in miniature: same text and tokens as transformers, and what of an answer is scored."""
 
 import functools
+import importlib
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -212,6 +213,16 @@ def test_a_verdict_stands_where_the_answers_text_begins(root: Path, name: str) -
     row = Row("r", "s", (USER,), ("Eight.",), ("Six.",), "g")
     tree = verdict_tree(row, ours, [(0, 0)], "pair")
     assert all(ours.decode([*tree.prompt, *branch]).endswith(opening) for branch in tree.branches)
+
+
+def test_stored_trees_are_not_those_of_other_template_variables(root: Path, tmp_path: Path) -> None:
+    tokens, trees = pytest.importorskip("dpo.tokens"), importlib.import_module("dpo.trees")
+    rows = [Row("r", "s", (USER,), ("Eight.",), ("Six.",), "g")]
+    settings = trees.TreeSettings("responses", 0, "pair", 2048)
+    for setting in ("enable_thinking=false", "enable_thinking=true"):
+        tokenizer = load_tokenizer(root / "qwen3", read_variables([setting]))
+        (tree,) = tokens.token_trees(rows, tokenizer, settings, tmp_path)
+        assert list(tree.prompt) == tokenizer.prompt_ids([USER])
 
 
 def test_llamas_date_is_its_own_the_frozen_one_or_the_one_that_is_set(root: Path) -> None:
