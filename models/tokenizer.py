@@ -29,6 +29,7 @@ FROZEN_DATE = datetime(2026, 1, 1)
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Ends of an assistant's turn in ChatML, Llama 3, Llama 4 and harmony. A folder's own eos ids come on top.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|return|>")
+BOUNDARY = 100  # characters on each side of where the answer begins: no token of both sides reaches further
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is told
 
 Messages = Sequence[Mapping[str, str]]
@@ -123,7 +124,8 @@ class Tokenizer:
     def boundary_differs(self, messages: Messages, answer: str) -> bool:
         """Whether the answered chat, encoded in one piece, has other tokens than its prompt and its rest apart."""
         prompt, rest = self._answered(messages, answer)
-        return self.encode(prompt + rest) != self.encode(prompt) + self.encode(rest)
+        before, after = prompt[-BOUNDARY:], rest[:BOUNDARY]
+        return self.encode(before + after) != self.encode(before) + self.encode(after)
 
     def _answered(self, messages: Messages, answer: str) -> tuple[str, str]:
         """The answered chat in two: the prompt, and what the template writes after it.
@@ -132,13 +134,13 @@ class Tokenizer:
         show the system turn in a chat that ends in the user's turn, and not in an answered one.
         """
         reply = {"role": "assistant", "content": answer}
-        faults = []
+        rendered = []
         for turns in (messages, messages[-1:]):
             prompt, whole = self.render(turns), self.render([*turns, reply], add_generation_prompt=False)
+            rendered.append((prompt, whole))
             if whole.startswith(prompt):
-                return self.render(messages), whole[len(prompt) :]
-            faults.append((prompt, whole))
-        prompt, whole = faults[0]
+                return rendered[0][0], whole[len(prompt) :]
+        prompt, whole = rendered[0]
         at = len(os.path.commonprefix([prompt, whole]))
         raise UserError(
             f"the chat template of {self.folder} doesn't continue its prompt with the answer: the prompt has "
