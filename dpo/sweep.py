@@ -242,7 +242,7 @@ def write_table(home: Path, arms: Sequence[Arm], failed: Mapping[str, int]) -> N
     text = (
         "Accuracies in %, differences of order-averaged accuracies in points; in brackets 95 % intervals: the widest "
         "of a bootstrap over groups of rows, Student's over seeds, and Wilson's. Over first: over the first line on "
-        "the same pairs; p: the larger of McNemar's exact and the sign-flip test over groups, Holm-corrected, for these "
+        "the same pairs; p: the larger of McNemar's exact and the sign-flip test over groups, Holm-corrected, for the "
         "seeds. Reference: completions that the reference had to be run on."
     )
     failures = [Text("paragraph", f"{name} failed with exit code {code}.") for name, code in failed.items()]
