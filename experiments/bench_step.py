@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dpo import step  # noqa: E402  (the project need not be installed)
+from dpo.adamw import AdamW  # noqa: E402
 from dpo.config import Config  # noqa: E402
 from dpo.distributed import clip_gradients, join_ranks  # noqa: E402
 from dpo.inputs import Inputs, pick_device, read_inputs  # noqa: E402
@@ -36,7 +37,7 @@ from models.decoder import Decoder, Linear  # noqa: E402
 
 PARTS = {  # what a profiled event, or one around it, is called; the first that fits
     "head": ("LinearLogprobs",),
-    "optimizer": ("Optimizer.step", "part: clip"),
+    "optimizer": ("part: optimizer", "part: clip"),
     "loss": ("part: loss",),
     "embedding": ("aten::embedding", "EmbeddingBackward"),
     "gradients added": ("AccumulateGrad",),
@@ -108,7 +109,7 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     ranks = join_ranks("cpu")
     policy = load_policy(config, inputs, ranks)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-9, fused=True)
+    optimizer = AdamW(parameters, config.train)
     plan = step.plan_steps(inputs.train_trees, config)[: steps + 1]
 
     def one(members: Sequence[int]) -> None:
@@ -116,8 +117,8 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
         zeros = [torch.zeros(len(tree.completions), dtype=torch.float64) for tree in trees]
         step.accumulate_gradients(policy, trees, zeros, config, ranks)
         clip_gradients(parameters, config.train.clip_norm, ranks)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with record_function("part: optimizer"):
+            optimizer.step(1e-9)
 
     one(plan[0])  # warms up
     rates, times = [matrix_rate(inputs.dtype)], []

@@ -220,15 +220,15 @@ def judge(rights: list[bool], groups: int = 10**9) -> list[Verdict]:
     ]
 
 
-@pytest.mark.parametrize("groups", [40, 4])
-def test_one_seed_has_the_wider_of_wilsons_and_the_clustered_interval(groups: int) -> None:
-    verdicts = judge([True, False] * 20, groups)
+@pytest.mark.parametrize(("rights", "groups", "wilsons"), [([True] * 40, 40, True), ([True, False] * 20, 4, False)])
+def test_one_seed_has_the_wider_of_wilsons_and_the_clustered_interval(
+    rights: list[bool], groups: int, wilsons: bool
+) -> None:
+    verdicts = judge(rights, groups)
     scores = averaged_scores(verdicts)
-    wilsons = wilson_interval(20, 40)
     clustered = cluster_bootstrap(scores, [verdict.group for verdict in verdicts], 0)
-    wider = max(wilsons, clustered, key=lambda ends: ends[1] - ends[0])
-    assert sweep.over_seeds([scores], [verdicts], share=True) == (0.5, list(wider))
-    assert (clustered == (0, 1)) == (groups == 4)  # of four groups two are all right, two all wrong
+    wider = wilson_interval(sum(rights), 40) if wilsons else clustered  # of four groups two all right, two all wrong
+    assert sweep.over_seeds([scores], [verdicts], share=True) == (sum(rights) / 40, list(wider))
 
 
 def test_seeds_that_disagree_widen_the_interval_as_student_says() -> None:
