@@ -104,6 +104,8 @@ Settings = dict[str, tuple[object, str]]  # by key: the value that somebody set,
 
 def load_config(argv: list[str]) -> Config:
     """The configuration that `exp=NAME key=value ...` asks for; a UserError names what is wrong with it, and where."""
+    if swept := next((argument for argument in argv if argument.startswith(SWEEP)), ""):
+        raise UserError(f"{swept} ({COMMAND_LINE}): only python -m dpo.sweep runs an arm for every value")
     return _checked({name: given for name, given in _read_all(argv).items() if not name.startswith(SWEEP)})
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dpo import sweep
 from dpo.judge.statistics import Verdict, averaged_scores, cluster_bootstrap, mcnemar_exact, wilson_interval
-from dpo.settings import load_sweep
+from dpo.settings import load_config, load_sweep
 from models.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,13 @@ def test_a_file_that_extends_a_sweep_inherits_it_and_the_command_line_goes_over_
     assert below.exists()
     arms = load_sweep([f"exp={above}", "sweep.loss.beta=0.3"])
     assert [(arm.config.loss.beta, arm.config.seed) for arm in arms] == [(0.3, 5)]
+
+
+def test_a_single_run_leaves_a_files_sweep_alone_and_refuses_one_that_is_typed(tmp_path: Path) -> None:
+    file = experiment(tmp_path / "e.toml", "loss.beta = [0.3, 0.4]")
+    assert load_config([f"exp={file}"]).loss.beta == 0.1
+    with pytest.raises(UserError, match=r"sweep.loss.beta=0.3,0.4 \(command line\): only python -m dpo.sweep"):
+        load_config([f"exp={file}", "sweep.loss.beta=0.3,0.4"])
 
 
 @pytest.mark.parametrize(
