@@ -57,16 +57,17 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def check_arms(arms: Sequence[Arm]) -> None:
-    """UserError where an arm would be refused when its turn comes: what it reads, its loss, its folder's config."""
+    """UserError where an arm would be refused when its turn comes: its folder's config, what it reads, its loss."""
     columns: dict[str, set[str]] = {}  # of the rows of all arms that read the same
     for arm in arms:
         try:
+            if finished_folder(arm):
+                continue
             read = arm.config.model_dump_json(exclude={"loss", "lora", "train", "log", "run"})
             if read not in columns:
                 splits = read_inputs(arm.config, pick_device(arm.config)).splits
                 columns[read] = columns_of(splits.train + splits.validation)
             check_loss(arm.config.loss, columns[read])
-            begun_folder(arm)
         except UserError as error:
             raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None
 
