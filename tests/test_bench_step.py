@@ -28,7 +28,7 @@ def test_linear_layers_and_head_count_every_product_of_a_full_pack_once(tiny_fol
     aten = torch.ops.aten
     counted = counter.get_flop_counts()["Global"]
     flop = useful_flop([pack], policy, rank)
-    # Under LoRA nothing asks for the gradient of what enters the first layer's projections: half a percent of 30 layers.
+    # Under LoRA nothing asks for the gradient of what enters the first layer's projections (.5 % of 30 layers).
     hidden, kv = policy.config.hidden, policy.config.kv_heads * policy.config.head_dim
     first = (2 * hidden * (hidden + 2 * kv) + 2 * rank * 3 * hidden) * 32 if rank else 0
     assert counted[aten.mm] + counted.get(aten.addmm, 0) == flop["linear layers"] + flop["head"] - first
