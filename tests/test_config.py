@@ -60,7 +60,7 @@ def test_extends_merges_key_by_key_through_several_files(folder: Path) -> None:
 
 
 def test_a_sweep_table_is_left_to_the_sweep(folder: Path) -> None:
-    write(folder, "swept", 'extends = "base"\n[sweep]\n"loss.beta" = [0.1, 0.2]\nanything = 1\n')
+    write(folder, "swept", 'extends = "base"\n[sweep]\n"loss.beta" = [0.1, 0.2]\n')
     assert load_config(["exp=swept"]).loss.beta == 0.5
 
 
