@@ -25,13 +25,14 @@ from dpo.logprobs import score_trees
 from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
 from dpo.pairs import tree_sums
-from dpo.reference import Usage, numerics_tag, open_store, reference_logps
+from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
+from dpo.store import open_store
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder

@@ -249,22 +249,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(
     assert outcome(folder) == unstopped(FULL)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a real file system of so many bytes; skips where this user may not mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(size: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
-        if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("needs a user who may mount a small tmpfs")
-        return disk
-
-    yield mount
-    subprocess.run(["umount", str(disk)], capture_output=True)
-
-
 def test_a_disk_that_is_full_at_a_checkpoint_ends_the_real_command_with_the_last_one_whole(
     place: Path, small_disk: Callable[[int], Path]
 ) -> None:
