@@ -130,7 +130,7 @@ class TrainConfig(Section):
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
     eval_every_steps: int = Field(0, ge=0, description="steps between validations; 0 = only at the end")
     checkpoint_every_steps: int = Field(0, ge=0, description="steps between two, one at the end; 0 = only at Ctrl-C")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, besides the best weights")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     select: Literal["averaged_accuracy", "accuracy", "loss", "last"] = Field(
         "averaged_accuracy", description="validation figure that picks the weights to judge and export"
@@ -167,7 +167,7 @@ class RunConfig(Section):
     """Folders of runs and caches."""
 
     root: Place = Field("runs", min_length=1, description="runs go to ROOT/NAME/TIME-SEED")
-    resume: Place = Field("", description="run folder to go on with, or latest")
+    resume: Place = Field("", description="run folder to go on with, latest, or auto: what was begun, if not done")
     cache: Place = Field("", description='folder of imports and log-probs; "" = $DPO_CACHE or ~/.cache/dpo-judges')
 
 

@@ -32,12 +32,21 @@ class Data(TypedDict):
     leaks: Counts  # by kind
 
 
+class Alarm(TypedDict):
+    name: str
+    step: int
+    value: float
+    meaning: str
+    advice: str
+
+
 class Results(TypedDict):
     step0_loss: float
     step0_max_difference: float
     reference: Counts
     judge: Judgement
     train: dict[str, float | str]
+    alarms: list[Alarm]
     data: Data
     time_s: dict[str, float]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo.alarms import alarms_of
 from dpo.config import Config, config_dict
 from dpo.judge.controls import conclude
 from dpo.judge.statistics import Verdict, compare, summarise
@@ -62,6 +63,7 @@ def results_of_a_run() -> dict:
             "best_step": 90,
             "dtype": "float32",
         },
+        "alarms": alarms_of([{"step": 41, "alarm/both_rewards_fall": -3.21}]),
         "data": {
             "split": "group",
             "rows": counts,
