@@ -69,6 +69,7 @@ def results_of_a_run() -> dict:
             "groups": {"train": 240, "validation": 40, "test": 80},
             "subsets": {name: {"train": 240, "validation": 40, "test": 80} for name in SUBSETS},
             "unused_rows": 0,
+            "dropped": {"equal scores": 1234},
             "leaks": {"group": 0, "prompt": 0, "answer": 0},
         },
         "time_s": {"inputs": 3.2, "reference": 61.0, "train": 421.5, "judge trained": 33.3},

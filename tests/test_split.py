@@ -189,19 +189,18 @@ def test_the_study_split_has_the_published_counts_and_counts_its_leaks() -> None
     assert isinstance(leaks, dict) and leaks["group"] == leaks["prompt"] == len(parted) > 300
 
 
-def test_the_study_split_cuts_training_rows_into_all_their_pairs() -> None:
+def test_the_study_split_pairs_the_first_chosen_answer_with_each_rejected_one() -> None:
     values = tuple(PairValues(weight=1.0 + pair) for pair in range(6))
     rows = {row.id: replace(row, chosen=("right", "also right")) for row in rewardbench2_sized_rows()}
     rows = {row.id: replace(row, pair_values=values[: len(pairs_of(row, 0))]) for row in rows.values()}
     splits = split_of(list(rows.values()), split="study")
     for row in splits.train + splits.validation:
-        source, _, pair = row.id.rpartition("#")
-        i, j = (int(index) for index in pair.split("-"))
+        source, _, j = row.id.rpartition("#")
         whole = rows[source]
-        cut = {"chosen": whole.chosen[i : i + 1], "rejected": (whole.rejected[j],)}
-        assert row == replace(whole, id=row.id, **cut, pair_values=(PairValues(1.0 + i * len(whole.rejected) + j),))
+        cut = {"chosen": whole.chosen[:1], "rejected": (whole.rejected[int(j)],)}
+        assert row == replace(whole, id=row.id, **cut, pair_values=(PairValues(1.0 + int(j)),))
     pairs = Counter(row.id.rpartition("#")[0] for row in splits.train + splits.validation)
-    assert all(count == len(pairs_of(rows[source], 0)) for source, count in pairs.items())
+    assert all(count == len(rows[source].rejected) for source, count in pairs.items())
 
 
 def test_the_study_split_refuses_rows_that_give_a_split() -> None:
