@@ -87,7 +87,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)
 def _read_jsonl(path: Path, name: str) -> Records:
     for where, text in _lines(path, name):
         try:
-            if SPACE.sub("", text):
+            if text.strip(" \t\r\n"):
                 yield where, DECODER.decode(text)
         except (ValueError, RecursionError) as error:
             fault = f"not a JSON object ({error}); a line holds one whole row"
