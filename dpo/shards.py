@@ -138,12 +138,20 @@ def _after_space(text: str, at: int) -> int:
 
 def _read_csv(path: Path, name: str) -> Records:
     csv.field_size_limit(2**31 - 1)  # of the whole process: the module has no other way
-    reader = csv.reader((text for _, text in _lines(path, name)), strict=True)
+    last, line = "", 1
     header: list[str] = []
-    line = 1
+
+    def texts() -> Iterator[str]:
+        nonlocal last
+        for _, last in _lines(path, name):
+            yield last
+
+    reader = csv.reader(texts(), strict=True)
     try:
         for cells in reader:
             where, line = f"{name}:{line}", reader.line_num + 1
+            if last.removesuffix("\n").removesuffix("\r").endswith("\r"):  # the module would swallow it
+                raise UserError(f"{where}: not CSV (a carriage return before the line's end); quote its cell")
             if not cells:
                 continue
             if not header:

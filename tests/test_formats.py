@@ -11,7 +11,9 @@ import pytest
 
 from dpo.config import DataConfig
 from dpo.formats import FORMATS
+from dpo.inputs import load_splits
 from dpo.rows import Row, iterate_rows, pairs_of, read_rows
+from dpo.settings import load_config
 from models.errors import UserError
 from tests.foreign_rows import CONTAINERS, ONE_TEXT, WRITERS, Record, as_jsonl, said, write
 
@@ -160,6 +162,20 @@ def test_a_row_without_a_preference_is_dropped_and_counted(record: Record, reaso
     rows = read_rows(path, "auto", dropped)
     assert ([row.id for row in rows], dropped) == (["r.jsonl:2"], {reason: 2})
     assert "there are no rows, but for 1 dropped ones" in complaint(path, record)
+
+
+def test_what_was_dropped_is_in_the_splits_report(tmp_path: Path) -> None:
+    rows = split_pairs(made_rows())
+    good = [WRITERS["binarized"][1](row, row.chosen[0], row.rejected[0]) for row in rows]
+    path = write(tmp_path / "r.json", [*good, *(record | {"score_rejected": 8.5} for record in good[:2])])
+    config = load_config(["exp=verdicts", f"data.path={path}"])
+    splits = load_splits(config)
+    assert splits.report["dropped"] == {"equal scores": 2}
+    assert sum(len(part) for part in (splits.train, splits.validation, splits.test)) == len(rows)
+    with pytest.raises(UserError, match="r.json:2: key 'input' is missing|found the extra column"):
+        load_splits(load_config(["exp=verdicts", f"data.path={path}", "data.format=together"]))
+    with pytest.raises(UserError, match="data.format = trl .*: checkable rows are made here"):
+        load_config(["exp=verdicts", "data.path=checkable", "data.format=trl"])
 
 
 def test_scores_make_all_best_answers_chosen_and_all_below_them_rejected(tmp_path: Path) -> None:
