@@ -174,7 +174,7 @@ def test_what_was_dropped_is_in_the_splits_report(tmp_path: Path) -> None:
     assert sum(len(part) for part in (splits.train, splits.validation, splits.test)) == len(rows)
     with pytest.raises(UserError, match="r.json:2: key 'input' is missing|found the extra column"):
         load_splits(load_config(["exp=verdicts", f"data.path={path}", "data.format=together"]))
-    with pytest.raises(UserError, match="data.format = trl .*: checkable rows are made here"):
+    with pytest.raises(UserError, match="data.format = .trl. .*: checkable rows are made here"):
         load_config(["exp=verdicts", "data.path=checkable", "data.format=trl"])
 
 
@@ -292,6 +292,12 @@ FAULTS: dict[str, tuple[str, Record, str]] = {
     "no text before hh": ("hh", {"chosen": "Hi\n\nHuman: x\n\nAssistant: y"}, "chosen must begin with '\\n\\nHuman:'"),
     "an hh answer missing": ("hh", {"rejected": "\n\nHuman: x"}, "must share all messages but the last"),
     "counts that do not fit": ("rb2", {"num_incorrect": 2}, "rejected must be a list of num_incorrect = 2 texts"),
+    "a true score": ("binarized", {"score_rejected": True}, "score_rejected is True; it must be a number"),
+    "more in a message": (
+        "trl_chat",
+        {"chosen": [said("assistant", "x") | {"name": "y"}]},
+        "chosen[0] must have the keys role and content and no other",
+    ),
     "an empty answer": ("trl", {"chosen": " "}, "chosen is empty"),
 }
 
