@@ -341,6 +341,7 @@ JSON_FAULTS: dict[str, tuple[str, bytes, str]] = {
     "a column twice": (".csv", b"prompt,chosen,chosen\na,b,c\n", "r.csv:1: the column 'chosen' stands twice"),
     "a number in words": (".csv", b"prompt,chosen,rejected,margin\na,b,c,big\n", "r.csv:2: margin must be a number"),
     "an empty cell": (".csv", b"prompt,chosen,rejected\na,,c\n", "r.csv:2: key 'chosen' is missing or null"),
+    "a carriage return too many": (".csv", b"prompt,chosen,rejected\na,b,c\r\r\n", "r.csv:2: not CSV (a carriage"),
     "only a header": (".csv", b"prompt,chosen,rejected\n", "r.csv: there are no rows"),
 }  # fmt: skip
 

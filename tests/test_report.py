@@ -221,6 +221,10 @@ def test_every_figure_of_the_judges_stands_in_both_renderings(run_folder: Path) 
     assert rows["loss before the first update"][1] == "0.693147" and rows["train"][1] == "7 min 02 s"
 
 
+def test_what_was_dropped_while_reading_is_told_with_its_reason(run_folder: Path) -> None:
+    assert "; dropped, equal scores: 1,234." in (run_folder / "report.md").read_text()
+
+
 def test_markdown_and_html_hold_the_same_tables(run_folder: Path) -> None:
     rows = html_page(run_folder).rows
     assert len(rows) > 40
