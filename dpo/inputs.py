@@ -87,7 +87,10 @@ def load_splits(config: Config) -> Splits:
     if config.data.path == "checkable":
         rows = make_rows(**config.checkable.model_dump(), seed=config.seed)
     else:
-        path, plain = config.data.path, [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
+        path, plain = (
+            config.data.path,
+            [ending for ending in ENDINGS if ending != ".json"],
+        )  # which may say other things
         place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
         rows = read_rows(place, config.data.format, dropped)
     data, seed = config.data, config.seed
