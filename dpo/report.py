@@ -213,6 +213,7 @@ def _data(results: Results, config: Config) -> list[Block]:
     rows = [(name, *(f"{count:,}" for count in of_split.values())) for name, of_split in counts.items()]
     notes = f"Leaks between the splits: {', '.join(f'{count} by {kind}' for kind, count in data['leaks'].items())}"
     notes += f"; unused rows: {data['unused_rows']:,}" if data["unused_rows"] else ""
+    notes += "".join(f"; dropped, {reason}: {count:,}" for reason, count in data["dropped"].items())
     for name, most in (("data.rows", config.data.rows), ("judge.rows", config.judge.rows)):
         notes += f"; {name} took {most:,} rows of these at most" if most else ""
     return [Table([("", *data["rows"]), *rows]), Text("paragraph", f"{notes}.")]

@@ -29,6 +29,7 @@ class Data(TypedDict):
     groups: Counts
     subsets: dict[str, Counts]
     unused_rows: int
+    dropped: Counts  # while reading, by reason
     leaks: Counts  # by kind
 
 
