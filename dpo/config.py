@@ -44,6 +44,10 @@ class DataConfig(Section):
     ] = Field("auto", description="of the rows (dpo/formats.py); auto = by the keys of each file's first row")
     rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
     pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")
+    max_tokens: int = Field(0, ge=0, description="most tokens of a prompt with one answer; 0 = as many as pack.tokens")
+    too_long: Literal["error", "drop", "cut_prompt"] = Field(
+        "error", description="a row beyond that: stop, drop it, or cut its prompt from the left (else drop it)"
+    )
     split: Literal["group", "study"] = Field("group", description="by group without leaks, or the study's leaky way")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the groups kept for validation")
     test_fraction: float = Field(0.2, ge=0, lt=1, description="share of the groups kept for the test")

@@ -8,7 +8,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from dpo.losses import check_loss
 from dpo.rows import Row, columns_of, read_rows
 from dpo.shards import ENDINGS
 from dpo.split import Splits, split_rows
-from dpo.trees import Tree, build_trees
+from dpo.tokens import Trees, token_trees
+from dpo.trees import TreeSettings
 from kernels.backend import why_not_triton
 from models.config import read_model_config
 from models.errors import UserError
@@ -40,8 +40,8 @@ class Inputs:
     reference_folder: Path
     tokenizer: Tokenizer
     splits: Splits
-    train_trees: list[Tree]
-    validation_trees: list[Tree]  # under the objective, for loss and margins
+    train_trees: Trees
+    validation_trees: Trees  # under the objective, for loss and margins
 
 
 def pick_device(config: Config) -> str:
@@ -146,6 +146,60 @@ def _reference_folder(config: Config, cache: Path, tokenizer: Tokenizer) -> Path
     return folder
 
 
+def tree_settings(config: Config) -> TreeSettings:
+    """What the objective's trees of the training rows depend on."""
+    data = config.data
+    return TreeSettings(
+        config.objective,
+        data.pairs_per_row,
+        config.train.pair_weight,
+        config.pack.tokens,
+        data.max_tokens,
+        data.too_long,
+        config.judge.sighted,
+    )
+
+
+def judge_settings(config: Config, *, sighted: bool) -> TreeSettings:
+    """What the trees of judged rows depend on: data.max_tokens limits them where it limits the objective's verdicts."""
+    return replace(
+        tree_settings(config),
+        objective="verdicts",
+        pairs_per_row=config.judge.pairs_per_row,
+        pair_weight="pair",
+        max_tokens=config.data.max_tokens if config.objective == "verdicts" else 0,
+        sighted=sighted,
+    )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    rows: tuple[Row, ...]  # those whose trees fit
+    trees: Trees  # theirs, under the last of the settings
+    counts: dict[str, int]  # of rows, for results.json's `data`
+
+
+def _fit(
+    split: str, rows: tuple[Row, ...], builds: Sequence[TreeSettings], tokenizer: Tokenizer, cache: Path
+) -> _Fitted:
+    """The rows of a split whose trees fit under all settings. UserError where there were rows and none is left."""
+    fitting = rows
+    noted: dict[str, set[str]] = {"cut": set(), "merges": set()}
+    for settings in builds:
+        trees = token_trees(fitting, tokenizer, settings, cache)
+        fitting = tuple(fitting[i] for i in trees.column("row"))
+        for name, ids in noted.items():
+            ids.update(row.id for row, is_so in zip(fitting, trees.column(name), strict=True) if is_so)
+    if rows and not fitting:
+        raise UserError(
+            f"data.too_long={builds[-1].too_long}: all {len(rows)} {split} rows are longer than {builds[-1].limit} "
+            "tokens; raise data.max_tokens or pack.tokens"
+        )
+    left = {row.id for row in fitting}
+    counts = {"dropped": len(rows) - len(fitting), "truncated": len(noted["cut"] & left)}
+    return _Fitted(fitting, trees, {**counts, "boundary_differs": len(noted["merges"] & left)})
+
+
 def read_inputs(config: Config, device: str) -> Inputs:
     """Read and check all that the configuration names. UserError with what, where and what to do."""
     dtype = pick_dtype(config, device)
@@ -154,31 +208,34 @@ def read_inputs(config: Config, device: str) -> Inputs:
     check_place("run.root", Path(config.run.root))
     check_place("run.cache", cache)
     check_place("reference.store", Path(config.reference.store))
+    if config.data.max_tokens > config.pack.tokens:
+        raise UserError(
+            f"data.max_tokens={config.data.max_tokens}: more than pack.tokens = {config.pack.tokens} do not fit; "
+            "lower the one or raise the other"
+        )
     splits = load_splits(config)
     check_loss(config.loss, columns_of(splits.train + splits.validation))
-    if not splits.test:
-        raise UserError("no test rows: a run ends with judging held-out rows; set data.test_fraction above 0")
     model_folder = resolve_model_path(config.model.path, cache)
     tokenizer = load_tokenizer(model_folder, read_variables(config.model.template_variables))
     check_vocabulary(model_folder, tokenizer)
     reference_folder = _reference_folder(config, cache, tokenizer)
-    trees = partial(
-        build_trees,
-        tokenizer=tokenizer,
-        pair_weight=config.train.pair_weight,
-        pack_tokens=config.pack.tokens,
-        sighted=config.judge.sighted,
-    )
-    judged = config.judge.pairs_per_row
-    for rows in (splits.validation, splits.test):  # built again when they are judged: a row too long is to be told now
-        trees(rows, objective="verdicts", pairs_per_row=judged)
+    if not splits.test:
+        raise UserError("no test rows: a run ends with judging held-out rows; set data.test_fraction above 0")
+    objective, judge = tree_settings(config), judge_settings(config, sighted=config.judge.sighted)
+    validated = replace(objective, pairs_per_row=config.judge.pairs_per_row)
+    train = _fit("train", splits.train, [objective], tokenizer, cache)
+    validation = _fit("validation", splits.validation, [judge, validated], tokenizer, cache)
+    test = _fit("test", splits.test, [judge], tokenizer, cache)
+    parts = {"train": train, "validation": validation, "test": test}
+    counts = {name: {split: part.counts[name] for split, part in parts.items()} for name in train.counts}
+    report = {**splits.report, "too_long": config.data.too_long, **counts}
     return Inputs(
         dtype,
         cache,
         model_folder,
         reference_folder,
         tokenizer,
-        splits,
-        trees(splits.train, objective=config.objective, pairs_per_row=config.data.pairs_per_row),
-        trees(splits.validation, objective=config.objective, pairs_per_row=judged),
+        Splits(train.rows, validation.rows, test.rows, report),
+        train.trees,
+        validation.trees,
     )

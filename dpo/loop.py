@@ -31,7 +31,6 @@ from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
 from dpo.runs import sole_process, write_json
 from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps
-from dpo.trees import trees_digest
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import read_json_object
@@ -43,7 +42,7 @@ STEP0_TOLERANCE = DIFFERENCE  # nats per completion on a CPU, where policy = ref
 class TrainState:
     """What a checkpoint remembers besides weights and moments."""
 
-    data: str  # trees_digest of the training trees
+    data: str  # digest of the training trees
     reference: str  # fingerprint of its weights
     step: int = 0
     pairs: int = 0
@@ -73,14 +72,15 @@ def train(
     `reference` is the fingerprint of the weights behind `references`: a checkpoint goes on against the same alone.
     `same_start`: the policy starts as those weights, so that its log-probs must be the stored ones.
     """
-    steps = plan_steps(inputs.train_trees, config)
+    pairs = inputs.train_trees.column("pairs")
+    steps = plan_steps(pairs, config)
     exact = torch.promote_types(inputs.dtype, torch.float32)
     one_kernel = in_one_kernel(config, inputs.train_trees, ranks.device, exact)
-    epoch_pairs = sum(len(tree.pairs) for tree in inputs.train_trees)
+    epoch_pairs = sum(pairs)
     named = trained_parameters(policy)
     parameters = list(named.values())
     optimizer = AdamW(parameters, config.train)
-    done = TrainState(trees_digest(inputs.train_trees), reference, without_gradient=list(named))
+    done = TrainState(inputs.train_trees.digest, reference, without_gradient=list(named))
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
     if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
@@ -130,7 +130,7 @@ def train(
             optimizer.step(rate)
 
             done.step += 1
-            done.pairs += sum(len(inputs.train_trees[i].pairs) for i in members)
+            done.pairs += sum(pairs[i] for i in members)
             done.tokens += int(sums["tokens"])
             time_s = time.perf_counter() - begin
             done.time_s += time_s

@@ -39,17 +39,17 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
-def plan_steps(trees: Sequence[Tree], config: Config) -> list[list[int]]:
+def plan_steps(pairs_of_trees: Sequence[int], config: Config) -> list[list[int]]:
     """Tree indices of every optimizer step: each epoch shuffled by the seed, whole trees until batch_pairs pairs."""
     steps: list[list[int]] = []
     for epoch in range(config.train.epochs):
-        order = list(range(len(trees)))
+        order = list(range(len(pairs_of_trees)))
         random.Random(f"epoch {epoch} of seed {config.seed}").shuffle(order)
         step: list[int] = []
         pairs = 0
         for index in order:
             step.append(index)
-            pairs += len(trees[index].pairs)
+            pairs += pairs_of_trees[index]
             if pairs >= config.train.batch_pairs:
                 steps.append(step)
                 step, pairs = [], 0
@@ -100,9 +100,11 @@ def in_one_kernel(config: Config, trees: Sequence[Tree], device: torch.device, d
     loss = config.loss
     read = ("name", "beta", "label_smoothing", "reference_free")
     plain = LossConfig(**{key: value for key, value in loss if key in read}) == loss
-    alike = all(pair.margin == 0 and pair.soft_label == 1 for tree in trees for pair in tree.pairs)
-    path = resolve(config.kernels.backend, device, dtype, 0, 1, 1, trainable=False)
-    return plain and alike and loss.name in KERNEL_LOSSES and path != "torch"
+    if not plain or loss.name not in KERNEL_LOSSES:
+        return False
+    if resolve(config.kernels.backend, device, dtype, 0, 1, 1, trainable=False) == "torch":
+        return False
+    return all(pair.margin == 0 and pair.soft_label == 1 for tree in trees for pair in tree.pairs)
 
 
 def kernel_losses(logp_R: Tensor, reference_S: Tensor, batch: Batch, config: Config) -> Tensor:

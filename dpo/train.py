@@ -68,7 +68,7 @@ def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ran
     A loss without a reference needs only the first step's, for the check of step 0; the rest is zeros then.
     """
     trees = inputs.train_trees
-    first = plan_steps(trees, config)[0] if trees else []
+    first = plan_steps(trees.column("pairs"), config)[0] if trees else []
     chosen = range(len(trees)) if reads(config.loss, "reference") else sorted(first)
     scored = dict(zip(chosen, score([trees[i] for i in chosen]), strict=True))
     if ranks.first:

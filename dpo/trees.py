@@ -8,10 +8,11 @@ at all: the two orders of the answers are two branches, and the last row of each
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,16 +74,6 @@ class Tree:
         head = (self.prefix, len(self.prompt), len(branch), c.start, len(c.targets))
         ids = np.fromiter(chain(head, self.prompt, branch, c.targets), dtype="<i8")
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-
-
-def _check_length(tree: Tree, row: Row, pack_tokens: int) -> Tree:
-    longest = max(map(len, tree.branches))
-    if len(tree.prompt) + longest > pack_tokens:
-        raise UserError(
-            f"{row.where or row.id}: row {row.id!r} needs {len(tree.prompt)} prompt + {longest} branch tokens, "
-            f"more than pack.tokens = {pack_tokens}; raise pack.tokens or leave the row out"
-        )
-    return tree
 
 
 def response_tree(row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int]], pair_weight: str) -> Tree:
@@ -176,41 +167,100 @@ def verdict_tree(
     )
 
 
+TreeMaker = Callable[[Row, Tokenizer, Sequence[tuple[int, int]], str], Tree]
+
 PAIR_WEIGHTS: dict[str, Callable[[int], float]] = {"pair": lambda pairs: 1.0, "row": lambda pairs: 1.0 / pairs}
 """pair_weight -> weight of a pair whose row has so many: each pair counts the same, or each row."""
 
 
-def build_trees(
-    rows: Sequence[Row],
-    tokenizer: Tokenizer,
-    *,
-    objective: str,
-    pairs_per_row: int,
-    pair_weight: str,
-    pack_tokens: int,
-    sighted: bool = True,
-) -> list[Tree]:
-    """One tree a row, in order. UserError where a prompt and one branch do not fit a pack."""
-    builders: dict[str, Callable[[], Callable[..., Tree]]] = {
+@dataclass(frozen=True)
+class TreeSettings:
+    """All that trees depend on besides their rows and the tokenizer; the keys of the configuration say what each is."""
+
+    objective: str
+    pairs_per_row: int
+    pair_weight: str
+    pack_tokens: int
+    max_tokens: int = 0
+    too_long: str = "error"
+    sighted: bool = True
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of a prompt with one of its branches."""
+        return min(self.max_tokens or self.pack_tokens, self.pack_tokens)
+
+
+class Built(NamedTuple):
+    """A tree and how it came to be."""
+
+    tree: Tree
+    row: int  # the place of its row
+    cut: bool  # the row's prompt was cut to fit
+    merges: bool  # an answered chat encoded in one piece has other tokens than its prompt and its rest apart
+
+
+def build_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> Iterator[Built]:
+    """A tree a row, in order; of those too long for settings.limit what TOO_LONG says."""
+    makers: dict[str, Callable[[], TreeMaker]] = {
         "responses": lambda: response_tree,
-        "verdicts": lambda: partial(verdict_tree, sighted=sighted, prefix=judge_prefix(tokenizer, sighted=sighted)),
+        "verdicts": lambda: partial(
+            verdict_tree, sighted=settings.sighted, prefix=judge_prefix(tokenizer, sighted=settings.sighted)
+        ),
     }
-    build = builders[objective]()
-    trees = []
-    for row in rows:
+    make = makers[settings.objective]()
+    for place, row in enumerate(rows):
+        pairs = pairs_of(row, settings.pairs_per_row)
+        fitting: Row | None = row
         try:
-            tree = build(row, tokenizer, pairs_of(row, pairs_per_row), pair_weight)
-        except UserError as error:  # of the chat template, which knows no rows
+            while fitting:
+                tree = make(fitting, tokenizer, pairs, settings.pair_weight)
+                if _longest(tree) <= settings.limit:
+                    answers = dict.fromkeys(chain.from_iterable((row.chosen[i], row.rejected[j]) for i, j in pairs))
+                    merges = settings.objective == "responses" and any(
+                        tokenizer.boundary_differs(fitting.prompt, answer) for answer in answers
+                    )
+                    yield Built(tree, place, fitting is not row, merges)
+                    break
+                fitting = TOO_LONG[settings.too_long](fitting, tree, tokenizer, settings)
+        except UserError as error:  # of the chat template or the tree's length, which know no files
             raise UserError(f"{row.where or row.id}: {error}") from error
-        trees.append(_check_length(tree, row, pack_tokens))
-    return trees
 
 
-def trees_digest(trees: Sequence[Tree]) -> str:
-    """16 hex digits that change with any token, scored span, pair or weight, and with the order of the trees."""
-    digest = hashlib.blake2b(digest_size=8)
-    for tree in trees:
-        for completion in range(len(tree.completions)):
-            digest.update(tree.key(completion))
-        digest.update(repr(tree.pairs).encode())
-    return digest.hexdigest()
+def _longest(tree: Tree) -> int:
+    return len(tree.prompt) + max(map(len, tree.branches))
+
+
+def _refuse(row: Row, tree: Tree, tokenizer: Tokenizer, settings: TreeSettings) -> None:
+    key = "pack.tokens" if settings.limit == settings.pack_tokens else "data.max_tokens"
+    prompt, branch = len(tree.prompt), _longest(tree) - len(tree.prompt)
+    raise UserError(
+        f"row {row.id!r} needs {prompt} prompt + {branch} branch tokens, more than {key} = {settings.limit}; "
+        f"raise {key}, leave the row out, or set data.too_long to drop or cut_prompt"
+    )
+
+
+def _cut_prompt(row: Row, tree: Tree, tokenizer: Tokenizer, settings: TreeSettings) -> Row | None:
+    """The row without its oldest exchange, or without the first tokens of its last message; None: nothing is left.
+
+    What is cut is the row's text and never the chat around it, so that the template still writes its opening, system
+    turn and generation prompt; one prompt serves all answers of a row, and answers are never cut.
+    """
+    opening = row.prompt[: row.prompt[0]["role"] == "system"]
+    turns = row.prompt[len(opening) :]
+    later = [place for place, turn in enumerate(turns) if place and turn["role"] == "user"]
+    if later:
+        return replace(row, prompt=opening + turns[later[0] :])
+    text = turns[-1]["content"]
+    offsets = tokenizer.backend.encode(text, add_special_tokens=False).offsets  # a character may be several tokens
+    begin = next((begin for begin, _ in offsets[_longest(tree) - settings.limit :] if begin), len(text))
+    message = turns[-1] | {"content": text[begin:]}
+    return replace(row, prompt=(*opening, *turns[:-1], message)) if text[begin:].strip() else None
+
+
+TOO_LONG: dict[str, Callable[[Row, Tree, Tokenizer, TreeSettings], Row | None]] = {
+    "error": _refuse,
+    "drop": lambda row, tree, tokenizer, settings: None,
+    "cut_prompt": _cut_prompt,
+}
+"""data.too_long -> the shorter row to try instead of one whose tree does not fit, or None: it is dropped."""

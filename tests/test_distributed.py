@@ -83,7 +83,7 @@ def check_same_end(runs: Runs, processes: int, *settings: str) -> None:
     trees = read_inputs(config, "cpu").train_trees
     shares = [
         [sum(len(trees[i].pairs) for i in step[r::processes]) for r in range(processes)]
-        for step in plan_steps(trees, config)
+        for step in plan_steps(trees.column("pairs"), config)
     ]
     assert any(len(set(share)) > 1 for share in shares) and any(0 in share for share in shares)  # uneven, and idle
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_exactness import ALONE, CONFIG, model, random_tree
+from test_trees import build_trees
 
 from dpo.config import LossConfig
 from dpo.logprobs import batch_logps, batch_sums, score_trees, tail_sums
@@ -14,7 +15,6 @@ from dpo.losses import desensitised, pair_losses, swap_penalty
 from dpo.packing import bare_batch, pack_trees
 from dpo.pairs import batch_references, pair_logps, reference_sums, tree_sums
 from dpo.rows import PairValues, Row
-from dpo.trees import build_trees
 from models.tokenizer import load_tokenizer
 
 LD = LossConfig(ld_alpha=0.25)

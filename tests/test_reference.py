@@ -343,7 +343,7 @@ def test_a_reference_of_other_weights_is_used_and_its_step_0_reported_not_checke
     config = load_config(runs.argv(*settings))
     inputs = read_inputs(config, "cpu")
     assert weights_fingerprint(inputs.reference_folder) != weights_fingerprint(inputs.model_folder)
-    trees = [inputs.train_trees[i] for i in plan_steps(inputs.train_trees, config)[0]]
+    trees = [inputs.train_trees[i] for i in plan_steps(inputs.train_trees.column("pairs"), config)[0]]
     policy, reference = (
         score_trees(model(folder, torch.float64), trees, config.pack, ALONE, "test")
         for folder in (inputs.model_folder, other)

@@ -65,7 +65,9 @@ TREES = [random_tree(seed) for seed in range(23)]  # of 1 to 7 pairs
 
 
 def planned(seed: int = 0, **settings) -> list[list[int]]:
-    return plan_steps(TREES, Config(exp="test", seed=seed, train={"batch_pairs": 8, **settings}))
+    return plan_steps(
+        [len(tree.pairs) for tree in TREES], Config(exp="test", seed=seed, train={"batch_pairs": 8, **settings})
+    )
 
 
 def test_every_row_comes_once_an_epoch_and_steps_never_cross_epochs():

@@ -256,7 +256,7 @@ def test_recorded_epochs_pairs_and_tokens_are_those_of_the_rows_taken(runs):
     results = runs.results("train.max_steps=2", "train.batch_pairs=8", "objective=responses")
     config = load_config(runs.argv("train.max_steps=2", "train.batch_pairs=8", "objective=responses"))
     trees = read_inputs(config, "cpu").train_trees
-    taken = [index for step in plan_steps(trees, config) for index in step]
+    taken = [index for step in plan_steps(trees.column("pairs"), config) for index in step]
     pairs = sum(len(trees[index].pairs) for index in taken)
     assert results["train"]["steps"] == 2 and results["train"]["pairs"] == pairs
     assert results["train"]["tokens"] == sum(trees[index].tokens for index in taken)

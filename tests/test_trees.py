@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 
+import dpo.trees
 from dpo.packing import pack_trees
 from dpo.rows import Row, pairs_of, read_rows, write_rows
-from dpo.trees import Completion, Pair, Tree, build_trees, response_tree, verdict_tree
+from dpo.trees import Completion, Pair, Tree, TreeSettings, response_tree, verdict_tree
 from models.errors import UserError
 from models.tokenizer import Tokenizer, load_tokenizer
 
@@ -31,6 +32,10 @@ def folder(request):
 @pytest.fixture
 def tokenizer(folder) -> Tokenizer:
     return our_tokenizer(folder)
+
+
+def build_trees(rows, tokenizer, **settings) -> list[Tree]:
+    return [built.tree for built in dpo.trees.build_trees(rows, tokenizer, TreeSettings(**settings))]
 
 
 our_tokenizer = functools.cache(load_tokenizer)

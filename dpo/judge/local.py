@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from dpo.config import Config
-from dpo.inputs import Inputs
+from dpo.inputs import Inputs, judge_settings
 from dpo.judge.controls import conclude, control_verdicts
-from dpo.judge.protocols import compare, judge_trees
+from dpo.judge.protocols import compare
 from dpo.judge.statistics import Verdict, summarise, verdict_record
 from dpo.judge.statistics import compare as compare_judges
 from dpo.logprobs import TreeLogps
@@ -22,6 +22,7 @@ from dpo.packing import bare_batch
 from dpo.pairs import pair_logps, tree_sums
 from dpo.rows import Row, pairs_of
 from dpo.step import means
+from dpo.tokens import token_trees
 from dpo.trees import Tree
 from models.errors import UserError
 from models.files import atomic_write_text, read_text
@@ -32,11 +33,8 @@ Score = Callable[[Sequence[Tree]], list[TreeLogps]]
 
 def verdicts(rows: Sequence[Row], inputs: Inputs, config: Config, score: Score, *, sighted: bool) -> list[Verdict]:
     """The model's verdicts on the first judge.pairs_per_row pairs of each row (0: all), in both orders."""
-    pairs_per_row = config.judge.pairs_per_row
-    trees = judge_trees(
-        rows, inputs.tokenizer, pairs_per_row=pairs_per_row, pack_tokens=config.pack.tokens, sighted=sighted
-    )
-    return compare(rows, trees, pairs_per_row, score)
+    trees = token_trees(rows, inputs.tokenizer, judge_settings(config, sighted=sighted), inputs.cache)
+    return compare(rows, trees, config.judge.pairs_per_row, score)
 
 
 def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, config: Config) -> dict[str, float]:

@@ -9,29 +9,13 @@ from collections.abc import Callable, Sequence
 from dpo.judge.statistics import Verdict
 from dpo.logprobs import TreeLogps
 from dpo.rows import Row, pairs_of
-from dpo.trees import Tree, build_trees
-from models.tokenizer import Tokenizer
-
-
-def judge_trees(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, pairs_per_row: int, pack_tokens: int, sighted: bool
-) -> list[Tree]:
-    """One verdict tree a row: each of its first `pairs_per_row` pairs (0: all) in both orders."""
-    return build_trees(
-        rows,
-        tokenizer,
-        objective="verdicts",
-        pairs_per_row=pairs_per_row,
-        pair_weight="pair",
-        pack_tokens=pack_tokens,
-        sighted=sighted,
-    )
+from dpo.trees import Tree
 
 
 def compare(
     rows: Sequence[Row], trees: Sequence[Tree], pairs_per_row: int, score: Callable[[Sequence[Tree]], list[TreeLogps]]
 ) -> list[Verdict]:
-    """Verdicts on every pair of `trees` (from judge_trees on the same rows), by `score`'s log-probs of "A" and "B"."""
+    """Verdicts on every pair of `trees` (verdict trees of the same rows), by `score`'s log-probs of "A" and "B"."""
     verdicts = []
     for row, logps in zip(rows, score(trees), strict=True):
         odds = [float(a[0]) - float(b[0]) for a, b in zip(logps[0::2], logps[1::2], strict=True)]

@@ -1,0 +1,197 @@
+"""Trees on disk, memory-mapped and found again: rows are tokenised once, by all cores, and never all in memory.
+
+    CACHE/tokens/<address>/trees.jsonl          a line a tree
+                           table.safetensors    a row of TABLE a tree, and a checksum of both files
+
+The address is a digest of all that the trees depend on: rows, settings, the tokenizer's files, and the code itself. A
+torn or altered store is made again; two processes that need the same one wait for each other. No dimension letters.
+Read next: dpo/inputs.py.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import mmap
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import overload
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+import dpo.judge.prompts
+import dpo.trees
+import models.tokenizer
+from dpo.log import progress
+from dpo.rows import Row
+from dpo.trees import Completion, Pair, Tree, TreeSettings, build_trees
+from models.files import atomic_folder
+from models.tokenizer import Tokenizer
+
+CODE: tuple[ModuleType, ...] = (dpo.trees, dpo.judge.prompts, models.tokenizer)  # what makes tokens of rows
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TABLE = ("begin", "end", "row", "pairs", "cut", "merges")  # bytes of the tree's line; its row's place; pairs; of Built
+CHUNK_ROWS = 128  # rows that a worker takes at a time
+PARALLEL_ROWS = 2048  # below, starting workers costs more than it saves
+MOST_WORKERS = 16
+
+Lines = tuple[bytes, NDArray[np.int64]]  # of some trees: their lines, and their rows of TABLE
+
+
+@dataclass(frozen=True)
+class Trees(Sequence[Tree]):
+    """Stored trees, each decoded when it is asked for. `digest` changes with any of them, and with their order."""
+
+    data: mmap.mmap | bytes
+    table: NDArray[np.int64]  # [trees, TABLE]
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, place: int) -> Tree: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Tree]: ...
+    def __getitem__(self, place: int | slice) -> Tree | list[Tree]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        begin, end = self.table[place, :2].tolist()
+        return _decode(self.data[begin:end])
+
+    def column(self, name: str) -> list[int]:
+        """One of TABLE, a number a tree."""
+        values: list[int] = self.table[:, TABLE.index(name)].tolist()
+        return values
+
+
+def token_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings, cache: Path) -> Trees:
+    """The trees of `rows` (dpo.trees.build_trees), from the cache where it has them, else built and kept there."""
+    folder = cache / "tokens" / _address(rows, tokenizer, settings)
+    with _alone(folder.with_suffix(".lock")):
+        found = _open(folder)
+        if found is None:
+            with atomic_folder(folder) as new:
+                _write(new, rows, tokenizer, settings)
+            found = _open(folder)
+            assert found is not None, f"{folder} is not what was just written there"
+    return found
+
+
+def _address(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> str:
+    told = (settings, sorted(tokenizer.end_ids), importlib.metadata.version("tokenizers"))
+    digest = hashlib.sha256(repr(told).encode())
+    for module in CODE:
+        digest.update(inspect.getsource(module).encode())
+    for path in (tokenizer.folder / name for name in TOKENIZER_FILES):
+        digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"no such file")
+    for row in rows:
+        digest.update(repr((row.id, row.prompt, row.chosen, row.rejected, row.pair_values)).encode())
+    return digest.hexdigest()[:24]
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Within it no other process is within it; the system lifts the lock of one that dies."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _open(folder: Path) -> Trees | None:
+    """The folder's trees, or None where it is not there, torn or altered."""
+    try:
+        with (folder / "trees.jsonl").open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")  # read, not mapped: what is mapped and touched counts as ours
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
+        with safetensors.safe_open(folder / "table.safetensors", "numpy") as part:
+            table = part.get_tensor("table")
+            sound = (part.metadata() or {}).get("sha256") == _checksum(digest.digest(), table)
+    except (OSError, safetensors.SafetensorError):
+        return None
+    return Trees(data, table, digest.hexdigest()) if sound else None
+
+
+def _write(folder: Path, rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> None:
+    digest = hashlib.sha256()
+    tables: list[NDArray[np.int64]] = []
+    end = done = 0
+    with (folder / "trees.jsonl").open("wb") as file, progress(len(rows), "tokenising", "rows") as bar:
+        for lines, table in _encoded(rows, partial(_encode, tokenizer=tokenizer, settings=settings)):
+            file.write(lines)
+            digest.update(lines)
+            tables.append(table + np.array([end, end, done, 0, 0, 0]))
+            end += len(lines)
+            more = min(CHUNK_ROWS, len(rows) - done)
+            done += more
+            bar.update(more)
+    whole = np.concatenate([np.zeros((0, len(TABLE)), np.int64), *tables])
+    checksum = {"sha256": _checksum(digest.digest(), whole)}
+    safetensors.numpy.save_file({"table": whole}, folder / "table.safetensors", checksum)
+
+
+def _checksum(trees: bytes, table: NDArray[np.int64]) -> str:
+    return hashlib.sha256(trees + table.tobytes()).hexdigest()
+
+
+def _encoded(rows: Sequence[Row], encode: Callable[[Sequence[Row]], Lines]) -> Iterator[Lines]:
+    """`encode` of CHUNK_ROWS rows after CHUNK_ROWS rows, by forked workers where there are enough of them."""
+    chunks = (rows[begin : begin + CHUNK_ROWS] for begin in range(0, len(rows), CHUNK_ROWS))
+    workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    if workers == 1 or len(rows) < PARALLEL_ROWS:
+        yield from map(encode, chunks)
+    else:
+        with multiprocessing.get_context("fork").Pool(workers, _begin_work, (encode,)) as pool:
+            yield from pool.imap(_work, chunks)
+
+
+_of_worker: list[Callable[[Sequence[Row]], Lines]] = []  # of a forked process: neither templates nor tokenizers travel
+
+
+def _begin_work(encode: Callable[[Sequence[Row]], Lines]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
+    _of_worker.append(encode)
+
+
+def _work(rows: Sequence[Row]) -> Lines:
+    return _of_worker[0](rows)
+
+
+def _encode(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> Lines:
+    lines: list[bytes] = []
+    table: list[tuple[int, ...]] = []
+    begin = 0
+    for built in build_trees(rows, tokenizer, settings):
+        tree = built.tree
+        completions = [(c.branch, c.start, c.targets) for c in tree.completions]
+        pairs = [(p.winner, p.loser, p.weight, p.margin, p.soft_label, p.twin) for p in tree.pairs]
+        record = (tree.id, tree.prompt, tree.branches, completions, pairs, tree.prefix)
+        lines.append(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        end = begin + len(lines[-1])
+        table.append((begin, end, built.row, len(pairs), built.cut, built.merges))
+        begin = end
+    return b"".join(lines), np.array(table, np.int64).reshape(-1, len(TABLE))
+
+
+def _decode(line: bytes) -> Tree:
+    name, prompt, branches, completions, pairs, prefix = json.loads(line)
+    return Tree(
+        name,
+        tuple(prompt),
+        tuple(map(tuple, branches)),
+        tuple(Completion(branch, start, tuple(targets)) for branch, start, targets in completions),
+        tuple(Pair(*pair) for pair in pairs),
+        prefix,
+    )
