@@ -196,7 +196,7 @@ def _fit(
             "tokens; raise data.max_tokens or pack.tokens"
         )
     left = {row.id for row in fitting}
-    counts = {"dropped": len(rows) - len(fitting), "truncated": len(noted["cut"] & left)}
+    counts = {"too_long": len(rows) - len(fitting), "truncated": len(noted["cut"] & left)}
     return _Fitted(fitting, trees, {**counts, "boundary_differs": len(noted["merges"] & left)})
 
 
@@ -228,7 +228,7 @@ def read_inputs(config: Config, device: str) -> Inputs:
     test = _fit("test", splits.test, [judge], tokenizer, cache)
     parts = {"train": train, "validation": validation, "test": test}
     counts = {name: {split: part.counts[name] for split, part in parts.items()} for name in train.counts}
-    report = {**splits.report, "too_long": config.data.too_long, **counts}
+    report = {**splits.report, **counts}
     return Inputs(
         dtype,
         cache,

@@ -216,6 +216,14 @@ def _data(results: Results, config: Config) -> list[Block]:
     notes += "".join(f"; dropped, {reason}: {count:,}" for reason, count in data["dropped"].items())
     for name, most in (("data.rows", config.data.rows), ("judge.rows", config.judge.rows)):
         notes += f"; {name} took {most:,} rows of these at most" if most else ""
+    noted = {
+        "rows left out as too long": data["too_long"],
+        "rows whose prompt was cut from the left": data["truncated"],
+        "rows with an answer that the tokenizer would join to its prompt": data["boundary_differs"],
+    }
+    for name, of_split in noted.items():
+        told = ", ".join(f"{count:,} {split}" for split, count in of_split.items())
+        notes += f"; {name}: {told}" if any(of_split.values()) else ""
     return [Table([("", *data["rows"]), *rows]), Text("paragraph", f"{notes}.")]
 
 

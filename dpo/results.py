@@ -31,6 +31,9 @@ class Data(TypedDict):
     unused_rows: int
     dropped: Counts  # while reading, by reason
     leaks: Counts  # by kind
+    too_long: Counts  # rows left out for it, by split
+    truncated: Counts  # rows whose prompt was cut, by split
+    boundary_differs: Counts  # rows with an answer that the tokenizer would join to its prompt, by split
 
 
 class Alarm(TypedDict):

@@ -73,6 +73,9 @@ def results_of_a_run() -> dict:
             "unused_rows": 0,
             "dropped": {"equal scores": 1234},
             "leaks": {"group": 0, "prompt": 0, "answer": 0},
+            "too_long": {"train": 3, "validation": 0, "test": 1},
+            "truncated": {"train": 0, "validation": 0, "test": 0},
+            "boundary_differs": {"train": 0, "validation": 0, "test": 0},
         },
         "time_s": {"inputs": 3.2, "reference": 61.0, "train": 421.5, "judge trained": 33.3},
     }

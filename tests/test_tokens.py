@@ -140,6 +140,7 @@ def test_many_rows_are_built_by_many_processes_as_by_one(tmp_path, tokenizer, to
     rows = many(2 * dpo.tokens.CHUNK_ROWS + 7)
     alone = token_trees(rows, tokenizer, RESPONSES, tmp_path / "alone")
     assert sum(tokenised) == len(rows)
+    assert list(alone) == plain(rows, tokenizer, RESPONSES) and alone.column("row") == list(range(len(rows)))
     monkeypatch.setattr(dpo.tokens, "PARALLEL_ROWS", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
     together = token_trees(rows, tokenizer, RESPONSES, tmp_path / "together")
@@ -181,6 +182,14 @@ SHORT = ROWS[0]
 
 def longest(tree: Tree) -> int:
     return len(tree.prompt) + max(map(len, tree.branches))
+
+
+def test_a_character_of_several_tokens_goes_whole(tokenizer):
+    row = dataclasses.replace(LONG, prompt=({"role": "user", "content": "🙂abc"},))
+    (whole,) = plain([row], tokenizer, RESPONSES)
+    settings = dataclasses.replace(RESPONSES, max_tokens=longest(whole) - 1, too_long="cut_prompt")
+    (built,) = build_trees([row], tokenizer, settings)
+    assert list(built.tree.prompt) == tokenizer.prompt_ids([{"role": "user", "content": "abc"}])
 
 
 @pytest.mark.parametrize("settings", [RESPONSES, VERDICTS], ids=["responses", "verdicts"])
@@ -262,7 +271,7 @@ def test_dropped_and_cut_rows_of_every_split_are_counted_and_leave_rows_and_tree
         for too_long, dropped, truncated in (("drop", 2, 0), ("cut_prompt", 1, 1)):
             inputs = read(f"objective={objective}", f"data.too_long={too_long}")
             data = inputs.splits.report
-            assert data["dropped"] == dict.fromkeys(each, dropped)
+            assert data["too_long"] == dict.fromkeys(each, dropped)
             assert data["truncated"] == dict.fromkeys(each, truncated)
             assert [row.id for row in inputs.splits.train] == [tree.id for tree in inputs.train_trees]
             assert [row.id for row in inputs.splits.validation] == [tree.id for tree in inputs.validation_trees]
