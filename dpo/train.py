@@ -22,7 +22,7 @@ from dpo.inputs import Inputs, pick_device, read_inputs
 from dpo.judge.local import Score, evaluation, judge_results, verdicts, write_verdicts
 from dpo.judge.statistics import Verdict
 from dpo.log import peak_rss_mib, stage
-from dpo.logprobs import score_trees
+from dpo.logprobs import WINDOW_TREES, score_trees
 from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
 from dpo.pairs import tree_sums
@@ -70,12 +70,18 @@ def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ran
     trees = inputs.train_trees
     first = plan_steps(trees.column("pairs"), config)[0] if trees else []
     chosen = range(len(trees)) if reads(config.loss, "reference") else sorted(first)
-    scored = dict(zip(chosen, score([trees[i] for i in chosen]), strict=True))
-    if ranks.first:
-        for i in list(chosen)[: config.show]:
-            print(render_tree(trees[i], scored[i], inputs.tokenizer))
-    zeros = ([np.zeros(len(c.targets)) for c in tree.completions] for tree in trees)
-    return [tree_sums(scored.get(i, zero), trees[i], config.loss) for i, zero in enumerate(zeros)]
+    sums: dict[int, Tensor] = {}
+    for begin in range(0, len(chosen), WINDOW_TREES):  # of many trees only the sums are held, not what is summed
+        window = chosen[begin : begin + WINDOW_TREES]
+        part = [trees[i] for i in window]
+        for i, tree, logps in zip(window, part, score(part), strict=True):
+            if ranks.first and len(sums) < config.show:
+                print(render_tree(tree, logps, inputs.tokenizer))
+            sums[i] = tree_sums(logps, tree, config.loss)
+    if len(sums) < len(trees):
+        zeros = ([np.zeros(len(c.targets)) for c in tree.completions] for tree in trees)
+        return [sums.get(i, tree_sums(zero, trees[i], config.loss)) for i, zero in enumerate(zeros)]
+    return list(sums.values())
 
 
 def used_kernels(policy: Decoder, inputs: Inputs, config: Config, ranks: Ranks) -> dict[str, dict[str, str]]:
