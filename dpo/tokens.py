@@ -90,7 +90,12 @@ def token_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSetting
 
 
 def _address(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> str:
-    told = (settings, sorted(tokenizer.end_ids), importlib.metadata.version("tokenizers"))
+    told = (
+        settings,
+        sorted(tokenizer.end_ids),
+        sorted(tokenizer.variables.items()),
+        importlib.metadata.version("tokenizers"),
+    )
     digest = hashlib.sha256(repr(told).encode())
     for module in CODE:
         digest.update(inspect.getsource(module).encode())

@@ -110,7 +110,7 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     policy = load_policy(config, inputs, ranks)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, config.train)
-    plan = step.plan_steps(inputs.train_trees, config)[: steps + 1]
+    plan = step.plan_steps(inputs.train_trees.column("pairs"), config)[: steps + 1]
 
     def one(members: Sequence[int]) -> None:
         trees = [inputs.train_trees[i] for i in members]
