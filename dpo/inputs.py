@@ -1,4 +1,4 @@
-"""Everything a run reads, checked before anything is written: machine, model folder, tokenizer, rows, trees.
+"""Everything a run reads, checked before a run begins: machine, model folder, tokenizer, rows, trees.
 
 A user's mistake ends here, with the run folder not yet made. Read next: dpo/train.py.
 """
