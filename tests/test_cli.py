@@ -216,7 +216,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "template drops the user": (
         lambda f: (f / "chat_template.jinja").write_text("{{ messages[0]['content'] }} ..."),
-        ["the same in both orders", "shows no user message", "checkable-validation-"],
+        ["the same in both orders", "shows no user message", "checkable-train-"],
     ),
     "template is broken": (
         lambda f: (f / "chat_template.jinja").write_text("{% for m in messages %}"),

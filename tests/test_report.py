@@ -227,7 +227,10 @@ def test_every_figure_of_the_judges_stands_in_both_renderings(run_folder: Path) 
 
 
 def test_what_was_dropped_while_reading_is_told_with_its_reason(run_folder: Path) -> None:
-    assert "; dropped, equal scores: 1,234." in (run_folder / "report.md").read_text()
+    assert (
+        "; dropped, equal scores: 1,234; rows left out as too long: 3 train, 0 validation, 1 test."
+        in (run_folder / "report.md").read_text()
+    )
 
 
 def test_markdown_and_html_hold_the_same_tables(run_folder: Path) -> None:
