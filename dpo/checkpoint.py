@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpo.config import Config
 from dpo.distributed import Ranks, copy_into, full_parameters, full_tensor
+from dpo.policy import adapter_of
 from models.checkpoint import save_folder
 from models.decoder import Decoder
 from models.errors import UserError
@@ -118,7 +119,6 @@ def export(folder: Path, model: Decoder, source: Path, config: Config, ranks: Ra
     if not ranks.first:
         return
     if config.lora.rank:
-        alpha = config.lora.alpha or 2.0 * config.lora.rank
-        save_adapter(folder / "adapter", tensors, rank=config.lora.rank, alpha=alpha, base=str(source))
+        save_adapter(folder / "adapter", tensors, adapter_of(config.lora), base=str(source))
     dtype = getattr(torch, model.config.dtype)
     save_folder(folder / "model", merged_weights(model, tensors), source, dtype=dtype)

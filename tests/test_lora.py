@@ -13,7 +13,7 @@ from dpo.config import Config
 from dpo.distributed import Ranks
 from models.decoder import Decoder, load_decoder, next_token_logits
 from models.errors import UserError
-from models.lora import add_lora, merged_weights, save_adapter
+from models.lora import Adapter, add_lora, merged_weights, save_adapter
 from models.tiny import write_tiny_model
 
 RANK, ALPHA = 4, 12.0
@@ -32,7 +32,7 @@ def fp32_folder(tmp_path_factory) -> Path:
 
 def with_lora(folder: Path, dtype: torch.dtype, targets: tuple[str, ...] = ("all-linear",), seed: int = 0) -> Decoder:
     model = load_decoder(folder, weight_dtype=dtype, compute_dtype=dtype)
-    add_lora(model, rank=RANK, alpha=ALPHA, targets=targets, seed=seed)
+    add_lora(model, Adapter(RANK, ALPHA, targets), seed=seed)
     return model
 
 
@@ -65,7 +65,7 @@ def transformers_model(folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def adapter_of(model: Decoder, folder: Path) -> Path:
-    save_adapter(folder, dict(model.named_parameters()), rank=RANK, alpha=ALPHA, base="base")
+    save_adapter(folder, dict(model.named_parameters()), Adapter(RANK, ALPHA), base="base")
     return folder
 
 
@@ -165,7 +165,7 @@ def test_gradients_of_the_updates_are_pefts_with_an_error_at_most_twice_pefts(fp
 def test_an_unknown_target_is_refused_with_the_nearest_and_all_allowed(tiny_folder, written, nearest):
     model = load_decoder(tiny_folder, weight_dtype=torch.float32, compute_dtype=torch.float32)
     with pytest.raises(UserError) as error:
-        add_lora(model, rank=RANK, alpha=ALPHA, targets=["v_proj", written], seed=0)
+        add_lora(model, Adapter(RANK, ALPHA, ("v_proj", written)), seed=0)
     message = str(error.value)
     assert repr(written) in message and "lora.targets" in message and not lora_parameters(model)
     for kind in ("all-linear", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
@@ -221,8 +221,8 @@ def test_the_export_of_a_bf16_model_holds_the_merged_weights_rounded_once(tiny_f
 
 def test_an_alpha_of_zero_means_twice_the_rank_in_the_adapter_too(tiny_folder, tmp_path):
     model = load_decoder(tiny_folder, weight_dtype=torch.float32, compute_dtype=torch.float32)
-    add_lora(model, rank=RANK, alpha=2 * RANK, targets=["q_proj"], seed=0)
-    export(tmp_path, model, tiny_folder, Config(exp="test", lora={"rank": RANK}), ALONE)
+    add_lora(model, Adapter(RANK, 2.0 * RANK, ("q_proj",)), seed=0)
+    export(tmp_path, model, tiny_folder, Config(exp="test", lora={"rank": RANK, "targets": ["q_proj"]}), ALONE)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (RANK, 2 * RANK, ["q_proj"])
     assert Path(config["base_model_name_or_path"]) == tiny_folder
