@@ -241,13 +241,11 @@ def _check_together(config: Config, settings: Settings) -> None:
             raise UserError(f"{said(f'lora.{name}')}: there is no adapter, for {said('lora.rank')}; e.g. lora.rank=16")
     if config.train.num_cycles != 0.5 and config.train.schedule != "cosine":
         raise UserError(f"{said('train.num_cycles')}: {said('train.schedule')} has no waves; set train.schedule=cosine")
-    train = config.train
-    for count, every, both in (
-        ("train.n_evals", "train.eval_every_steps", train.n_evals and train.eval_every_steps),
-        ("train.n_checkpoints", "train.checkpoint_every_steps", train.n_checkpoints and train.checkpoint_every_steps),
-    ):
-        if both:
-            raise UserError(f"{said(count)} and {said(every)}: say either how many or how often; set one of them to 0")
+    train = config.train.model_dump()
+    for count, every in (("n_evals", "eval_every_steps"), ("n_checkpoints", "checkpoint_every_steps")):
+        if train[count] and train[every]:
+            both = f"{said(f'train.{count}')} and {said(f'train.{every}')}"
+            raise UserError(f"{both}: say either how many or how often; set one of them to 0")
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         fractions = f"{said('data.validation_fraction')} and {said('data.test_fraction')}"
         raise UserError(f"{fractions}: leave no rows for training; together they must be < 1")

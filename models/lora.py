@@ -105,7 +105,7 @@ def add_lora(model: Decoder, adapter: Adapter, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linears.items():
         if ALL_LINEAR in adapter.targets or any(f".{name}".endswith(f".{target}") for target in adapter.targets):
-            linear.lora = LowRank(linear.weight, adapter, generator)
+            linear.lora = LowRank(linear.weight, adapter, generator).train(model.training)
 
 
 @torch.no_grad()
@@ -161,7 +161,7 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder / ADAPTER_CONFIG}: {told}: not supported; merge the adapter with peft, then set model.path"
         )
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or rank < 1 or not 0 < alpha < math.inf:
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise UserError(
             f"{folder / ADAPTER_CONFIG}: r = {rank!r}, lora_alpha = {alpha!r}; both must be numbers above 0"
         )

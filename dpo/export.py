@@ -1,0 +1,115 @@
+"""Merge what was trained into one Hugging Face folder, and check that it computes the same.
+
+Letters: `T` tokens, `V` vocabulary. Read next: models/lora.py, dpo/checkpoint.py (a run's own export).
+"""
+
+import argparse
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dpo.checkpoint import load_weights_into
+from dpo.config import Config
+from dpo.distributed import Ranks, full_parameters
+from dpo.inputs import DTYPES, cache_folder
+from dpo.policy import load_policy, with_adapter
+from models.checkpoint import ADAPTER_CONFIG, save_folder
+from models.decoder import Decoder, load_decoder, next_token_logits
+from models.errors import UserError
+from models.files import read_json_object
+from models.gguf_import import resolve_model_path
+from models.lora import merged_weights
+
+ROWS, TOKENS = 4, 64
+NOISE = 2  # what was written may differ by so many times what arithmetic in its dtype changes by itself
+
+
+def _read_source(source: Path, base: str) -> tuple[Config, Path | None]:
+    """The configuration whose policy `source` holds, its model.path set to `base` if given; a run's best weights."""
+    if (source / ADAPTER_CONFIG).is_file():
+        base = base or str(read_json_object(source / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+        if not base:
+            raise UserError(f"{source / ADAPTER_CONFIG}: names no base model; say which by --base MODEL_FOLDER")
+        model = {"path": base, "adapter": str(source)}
+        return with_adapter(Config.model_validate({"exp": "export", "model": model})), None
+    best = source / "checkpoints" / "best"
+    if not (source / "config.json").is_file() or not best.is_dir():
+        raise UserError(
+            f"{source}: holds nothing to merge; give a run's folder with trained weights (checkpoints/best), "
+            f"or a peft adapter's ({ADAPTER_CONFIG})"
+        )
+    try:
+        config = Config.model_validate(read_json_object(source / "config.json"))
+    except ValidationError as error:
+        raise UserError(f"{source / 'config.json'}: {error.errors()[0]['msg']}; the file was altered") from None
+    # An adapter that the run began with is in its best weights.
+    own = config.model.model_copy(update={"path": base or config.model.path, "adapter": ""})
+    return config.model_copy(update={"model": own}), best
+
+
+@torch.no_grad()
+def fixed_logits(model: Decoder) -> Tensor:
+    """Logits [rows * T, V] of a few rows of tokens, the same ones for the same vocabulary."""
+    draw = random.Random("export")
+    rows = [[draw.randrange(model.config.vocab) for _ in range(TOKENS)] for _ in range(ROWS)]
+    return torch.cat([next_token_logits(model, row).double() for row in rows])
+
+
+def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch.bfloat16) -> tuple[float, float]:
+    """Write the merged weights of a run or a peft adapter to `out` in `dtype`, whole or not at all.
+
+    Returns the largest difference between the logits of what was written, read again, and of the unmerged policy, both
+    in fp32 (fp64 for fp32), and what it may be: NOISE times that which the policy shows when it computes in `dtype`.
+    """
+    if out.exists():
+        raise UserError(f"--out {out}: is there already; choose another place, or remove it")
+    config, best = _read_source(source, base)
+    folder = resolve_model_path(config.model.path, cache_folder(config), "--base")
+
+    def policy(dtype: torch.dtype) -> Decoder:
+        model = load_policy(config, folder, dtype, Ranks(0, 1, torch.device("cpu")))
+        if best is not None:
+            load_weights_into(best, model)
+        return model
+
+    exact = torch.float32 if dtype is torch.bfloat16 else torch.float64
+    unmerged = policy(exact)
+    truth = fixed_logits(unmerged)
+    allowed = NOISE * (fixed_logits(policy(dtype)) - truth).abs().max()
+    save_folder(out, merged_weights(unmerged, full_parameters(unmerged)), folder, dtype=dtype)
+    difference = (fixed_logits(load_decoder(out, weight_dtype=exact, compute_dtype=exact)) - truth).abs().max()
+    if not difference <= allowed:
+        shutil.rmtree(out)
+        raise UserError(
+            f"{out}: the merged model's logits differ by {difference:.3g} from the unmerged ones, more than the "
+            f"{allowed:.3g} allowed; it was removed. Try --dtype fp32; if that fails too, report it"
+        )
+    return float(difference), float(allowed)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line: exit code 0 when the model is written and checked, 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(prog="python -m dpo.export", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("source", type=Path, help="a run folder, or a peft adapter's")
+    parser.add_argument("--base", default="", help="the base model; by default the one that the source names")
+    parser.add_argument("--out", type=Path, help="folder to write; by default SOURCE/merged")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (%(default)s)")
+    asked = parser.parse_args(arguments)
+    out = asked.out or asked.source / "merged"
+    try:
+        difference, allowed = merge(asked.source, out, base=asked.base, dtype=DTYPES[asked.dtype])
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{out}: largest difference of a logit, merged - unmerged, {difference:.3g} (allowed {allowed:.3g})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

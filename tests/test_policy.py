@@ -1,0 +1,71 @@
+"""dpo/policy.py in whole commands: SFT, then DPO on what it left, as merged weights or as an adapter that trains on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_reference import Runs, runs  # noqa: F401
+
+import dpo.train
+
+SMALL = ("objective=responses", "judge.rows=2", "judge.blind_control=false", "train.lr=1e-2", "checkable.subsets=Focus")
+SHAPE = ("lora.rank=2", "lora.alpha=3", "lora.dora=true", "lora.rslora=true", "lora.targets=v_proj,up_proj")
+
+
+def run_folder(runs: Runs, root: str = "runs") -> Path:  # noqa: F811
+    return (runs.folder / root / "smoke" / "latest").resolve()
+
+
+def adapter_values(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "adapter" / "adapter_model.safetensors")
+
+
+def test_dpo_goes_on_from_the_merged_weights_of_sft(runs):  # noqa: F811
+    runs.results(*SMALL, "loss.name=sft")
+    sft = run_folder(runs)
+    results = runs.results(*SMALL, f"model.path={sft / 'export' / 'model'}")
+    assert results["step0_max_difference"] == 0 and results["step0_loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert results["reference"]["misses"] > 0  # SFT did change the weights: the reference is what it left
+
+
+def test_dpo_trains_the_adapter_of_sft_on_against_it_or_against_the_base(runs):  # noqa: F811
+    base = runs.results(*SMALL, *SHAPE, "loss.name=sft")
+    sft = run_folder(runs)
+    going_on = (*SMALL, f"model.adapter={sft / 'export' / 'adapter'}", "lora.dropout=0.2")
+    results = runs.results(*going_on)
+    first = run_folder(runs)
+    assert results["step0_max_difference"] == 0 and results["step0_loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert results["reference"]["misses"] == sum(base["reference"].values())  # the adapter is part of the weights
+    assert results["judge"]["base"] == base["judge"]["trained"]  # it starts as the judge that SFT left
+    before, after = adapter_values(sft), adapter_values(first)
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in before)
+    told = json.loads((first / "config.json").read_text())["lora"]
+    assert (told["rank"], told["alpha"], told["dora"], told["rslora"]) == (2, 3, True, True)
+    written = json.loads((first / "export" / "adapter" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["up_proj", "v_proj"] and written["lora_dropout"] == 0.2
+
+    results = runs.results(*going_on, "reference.path=tiny-random", "seed=1")
+    assert results["step0_max_difference"] > 1e-3  # an adapter on the reference: reported, not checked
+    assert runs.reference_forwards() == 0  # the base's log-probs are SFT's, the policy's judging the run's before
+
+
+@pytest.mark.parametrize("wrong", ["lora.rank=4", "lora.alpha=8", "lora.targets=q_proj"])
+def test_a_lora_key_that_the_given_adapter_contradicts_is_refused(runs, capsys, wrong):  # noqa: F811
+    runs.results(*SMALL, *SHAPE, "train.max_steps=1")
+    adapter = run_folder(runs) / "export" / "adapter"
+    assert dpo.train.main(runs.argv(f"model.adapter={adapter}", wrong, f"run.root={runs.folder / 'other'}")) == 2
+    assert wrong.partition("=")[0] in capsys.readouterr().err and not (runs.folder / "other").exists()
+
+
+@pytest.mark.parametrize("adapter", ["nowhere", "model.safetensors of another model"])
+def test_an_adapter_that_is_not_there_or_does_not_fit_is_named(runs, capsys, tmp_path, adapter):  # noqa: F811
+    place = tmp_path / "nowhere"
+    if adapter != "nowhere":
+        runs.results(*SMALL, *SHAPE, "train.max_steps=1")
+        place = run_folder(runs) / "export" / "adapter"
+        config = place / "adapter_config.json"
+        config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
+    assert dpo.train.main(runs.argv(f"model.adapter={place}", f"run.root={runs.folder / 'other'}")) == 2
+    assert f"error: {place}" in capsys.readouterr().err and not (runs.folder / "other").exists()
