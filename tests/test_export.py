@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 from test_reference import Runs, runs  # noqa: F401
 
 from dpo import export
-from dpo.checkpoint import load_weights_into
-from models.decoder import load_decoder
 
 SMALL = ("objective=responses", "judge.rows=2", "judge.blind_control=false", "train.lr=1e-2", "lora.rank=2")
 
