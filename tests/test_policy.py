@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import load_file
 from test_reference import Runs, runs  # noqa: F401
 
+import dpo.loop
 import dpo.train
+from dpo.config import Config
+from dpo.distributed import Ranks
+from dpo.step import set_dropout
 
 SMALL = ("objective=responses", "judge.rows=2", "judge.blind_control=false", "train.lr=1e-2", "checkable.subsets=Focus")
 SHAPE = ("lora.rank=2", "lora.alpha=3", "lora.dora=true", "lora.rslora=true", "lora.targets=v_proj,up_proj")
@@ -49,6 +53,36 @@ def test_dpo_trains_the_adapter_of_sft_on_against_it_or_against_the_base(runs): 
     results = runs.results(*going_on, "reference.path=tiny-random", "loss.beta=0.3")
     assert results["step0_max_difference"] > 1e-3  # an adapter on the reference: reported, not checked
     assert runs.reference_forwards() == 0  # the base's log-probs are SFT's, the policy's judging the run's before
+
+
+def test_dropout_is_on_in_the_gradients_of_all_steps_but_the_first_and_nowhere_else(runs, monkeypatch):  # noqa: F811
+    on: dict[str, list[bool]] = {"gradient": [], "score": []}
+    score, accumulate = dpo.train.score_trees, dpo.loop.accumulate_gradients
+
+    def scored(model, *rest):
+        on["score"].append(model.training)
+        return score(model, *rest)
+
+    def accumulated(policy, *rest, one_kernel):
+        on["gradient"].append(policy.training)
+        return accumulate(policy, *rest, one_kernel=one_kernel)
+
+    monkeypatch.setattr("dpo.train.score_trees", scored)
+    monkeypatch.setattr("dpo.loop.accumulate_gradients", accumulated)
+    runs.results(*SMALL, *SHAPE, "lora.dropout=0.2", "train.max_steps=3", "train.eval_every_steps=1")
+    assert on["gradient"] == [False, True, True]
+    assert len(on["score"]) >= 6 and not any(on["score"])
+
+
+def test_dropout_draws_anew_for_every_step_seed_and_rank_and_the_same_for_the_same():
+    def draw(step: int, seed: int, rank: int) -> float:
+        config = Config(exp="test", seed=seed, lora={"rank": 1, "dropout": 0.5})
+        set_dropout(torch.nn.Identity(), step, config, Ranks(rank, 2, torch.device("cpu")))
+        return float(torch.rand(1))
+
+    places = [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]
+    assert [draw(*place) for place in places] == [draw(*place) for place in places]
+    assert len({draw(*place) for place in places}) == len(places)
 
 
 @pytest.mark.parametrize("wrong", ["lora.rank=4", "lora.alpha=8", "lora.targets=q_proj"])
