@@ -1,6 +1,7 @@
 """dpo/policy.py in whole commands: SFT, then DPO on what it left, as merged weights or as an adapter that trains on."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_dropout_draws_anew_for_every_step_seed_and_rank_and_the_same_for_the_sa
     places = [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]
     assert [draw(*place) for place in places] == [draw(*place) for place in places]
     assert len({draw(*place) for place in places}) == len(places)
+
+
+def test_the_services_job_runs_with_its_checkpoints_and_validations_evenly_spaced_and_all_kept(runs):  # noqa: F811
+    counts = ("train.n_checkpoints=3", "train.n_evals=2", "train.max_steps=6", "train.epochs=3", "train.batch_pairs=6")
+    runs.results("model.path=tiny-random", "judge.rows=2", *counts, exp="together")
+    folder = (runs.folder / "runs" / "together" / "latest").resolve()
+    assert sorted(path.name[-1] for path in (folder / "checkpoints").glob("step-*")) == ["2", "4", "6"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [3, 6]
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert rates == pytest.approx([1e-5 * (1 + math.cos(math.pi * n / 6)) / 2 for n in range(6)])
+    adapter = json.loads((folder / "export" / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], len(adapter["target_modules"])) == (8, 8, 7)
 
 
 @pytest.mark.parametrize("wrong", ["lora.rank=4", "lora.alpha=8", "lora.targets=q_proj"])
