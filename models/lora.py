@@ -165,7 +165,10 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(
             f"{folder / ADAPTER_CONFIG}: r = {rank!r}, lora_alpha = {alpha!r}; both must be numbers above 0"
         )
-    layers = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in stored_tensors(folder)}
+    stored = [name.rpartition(".lora_")[0] for name in stored_tensors(folder)]
+    layers = {name.removeprefix("base_model.model.") for name in stored if name}
+    if not layers:
+        raise UserError(f"{folder / ADAPTER}: holds no tensor of a low-rank update (lora_A, lora_B)")
     targets = fields.get("target_modules")
     everywhere = isinstance(targets, list) and not any("." in str(target) for target in targets)
     if everywhere and not fields.get("layers_to_transform") and not fields.get("exclude_modules"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpo.checkpoint import export
 from dpo.config import Config
@@ -208,6 +208,25 @@ def test_an_adapter_that_we_would_not_compute_as_peft_does_is_refused_by_its_key
     with pytest.raises(UserError) as error:
         with_adapter(tiny_folder, place.parent, torch.float32)
     assert named in str(error.value) and str(place.parent) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda tensors: tensors | {"base_model.model.model.embed_tokens.weight": torch.zeros(2)},
+            "embed_tokens.weight",
+        ),
+        (lambda tensors: dict(list(tensors.items())[1:]), "missing: base_model.model.model.layers.0"),
+        (lambda tensors: {"lora": torch.zeros(2)}, "holds no tensor of a low-rank update"),
+        (lambda tensors: {f"{name}.x": tensor for name, tensor in tensors.items()}, "unexpected: base_model"),
+    ],
+)
+def test_other_tensors_than_the_adapters_are_named(tiny_folder, tmp_path, change, named):
+    place = adapter_of(with_lora(tiny_folder, torch.float32), tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file(change(load_file(place)), place)
+    with pytest.raises(UserError, match=named):
+        with_adapter(tiny_folder, place.parent, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
