@@ -65,8 +65,10 @@ def save_weights(folder: Path, model: Decoder, state: dict[str, object], ranks: 
 @torch.no_grad()
 def load_weights_into(folder: Path, model: Decoder) -> dict[str, object]:
     """Put saved trained parameters back, bit for bit; the state saved with them."""
-    tensors = _read(folder / WEIGHTS)
-    for name, parameter in trained_parameters(model).items():
+    tensors, parameters = _read(folder / WEIGHTS), trained_parameters(model)
+    if {name: value.shape for name, value in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise UserError(f"{folder / WEIGHTS}: these are not the tensors that this model trains; give it its own base")
+    for name, parameter in parameters.items():
         copy_into(parameter, tensors[name])
     return json.loads((folder / STATE).read_text())
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from test_reference import Runs, runs  # noqa: F401
 
 from dpo import export
+from models.tiny import write_tiny_model
 
 SMALL = ("objective=responses", "judge.rows=2", "judge.blind_control=false", "train.lr=1e-2", "lora.rank=2")
 
@@ -70,6 +71,9 @@ def test_a_users_mistakes_are_named(runs, capsys, tmp_path):  # noqa: F811
     assert "holds nothing to merge" in capsys.readouterr().err
     assert export.main([str(folder), "--out", str(tmp_path / "out"), "--base", "nowhere"]) == 2
     assert "--base = 'nowhere'" in capsys.readouterr().err
+    write_tiny_model(tmp_path / "wider", head_dim=32)
+    assert export.main([str(folder), "--out", str(tmp_path / "out"), "--base", str(tmp_path / "wider")]) == 2
+    assert "not the tensors that this model trains" in capsys.readouterr().err
     config = folder / "export" / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace('"base_model_name_or_path": "', '"base": "'))
     assert export.main([str(config.parent), "--out", str(tmp_path / "out")]) == 2
