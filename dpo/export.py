@@ -28,7 +28,7 @@ from models.gguf_import import resolve_model_path
 from models.lora import merged_weights
 
 ROWS, TOKENS = 4, 64
-NOISE = 2  # what was written may differ by so many times what arithmetic in its dtype changes by itself
+NOISE = 2  # what was written may differ by so many times what random errors of half its dtype's eps do
 
 
 def _read_source(source: Path, base: str) -> tuple[Config, Path | None]:
@@ -66,7 +66,7 @@ class Checked(NamedTuple):
     """Largest differences of a logit to the unmerged policy's, computed in fp32 (fp64 for fp32)."""
 
     written: float  # of what was written, read again
-    allowed: float  # NOISE times that of the policy when it computes in the written dtype
+    allowed: float  # NOISE times that of the merged model with an error of at most eps / 2 in every weight, at random
     trained: float  # of the base model: where `written` is not far below it, the dtype has rounded the training away
 
 
@@ -77,25 +77,29 @@ def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch
     config, best = _read_source(source, base)
     folder = resolve_model_path(config.model.path, cache_folder(config), "--base")
 
-    def policy(dtype: torch.dtype) -> Decoder:
-        model = load_policy(config, folder, dtype, Ranks(0, 1, torch.device("cpu")))
-        if best is not None:
-            load_weights_into(best, model)
-        return model
-
     exact = torch.float32 if dtype is torch.bfloat16 else torch.float64
-    unmerged = policy(exact)
-    truth = fixed_logits(unmerged)
-
-    def difference(model: Decoder) -> float:
-        return float((fixed_logits(model) - truth).abs().max())
+    unmerged = load_policy(config, folder, exact, Ranks(0, 1, torch.device("cpu")))
+    if best is not None:
+        load_weights_into(best, unmerged)
+    truth, merged = fixed_logits(unmerged), merged_weights(unmerged, full_parameters(unmerged))
 
     def published(folder: Path) -> Decoder:
         return load_decoder(folder, weight_dtype=exact, compute_dtype=exact)
 
-    allowed, trained = NOISE * difference(policy(dtype)), difference(published(folder))
-    save_folder(out, merged_weights(unmerged, full_parameters(unmerged)), folder, dtype=dtype)
-    found = Checked(difference(published(out)), allowed, trained)
+    def gap(one: Tensor, other: Tensor) -> float:
+        return float((one - other).abs().max())
+
+    model, generator = published(folder), torch.Generator().manual_seed(0)
+    trained = gap(fixed_logits(model), truth)
+    for name, weight in model.named_parameters():
+        weight.copy_(merged[name])
+    unrounded = fixed_logits(model)
+    for weight in model.parameters():
+        errors = torch.rand(weight.shape, generator=generator, dtype=exact) - 0.5
+        weight.mul_(1 + torch.finfo(dtype).eps * errors)
+    allowed = NOISE * gap(fixed_logits(model), unrounded)
+    save_folder(out, merged, folder, dtype=dtype)
+    found = Checked(gap(fixed_logits(published(out)), truth), allowed, trained)
     if not found.written <= allowed:
         shutil.rmtree(out)
         raise UserError(
