@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test test-long check format clean
+.PHONY: help quickstart test test-long check format bench-trl bench-rows clean
 
 help:
 	@echo "make quickstart   fine-tune a 135M model into a judge and measure it (a quarter of an hour on 2 cores)"
@@ -10,6 +10,8 @@ help:
 	@echo "make test-long    the tests of minutes"
 	@echo "make check        format, lint and types"
 	@echo "make format       rewrite the files in the house's format"
+	@echo "make bench-trl    race TRL on pinned pairs (PEERS=folder of them; hours; nothing else may run)"
+	@echo "make bench-rows   cost and memory at 1k, 10k and 100k rows, and the time to the first step"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 # Torch goes first: its plain version takes whichever build (CPU, CUDA) this machine's pip is set up for.
@@ -39,6 +41,25 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The peer lives in an environment of its own: it is what we are measured against, never what we use.
+PEERS ?= ../shared/peers
+RUNS ?= 3
+DTYPES ?= bf16
+WORKS ?= hh64 rb24
+PEER_PYTHON ?= .venv-trl/bin/python
+
+.venv-trl/bin/python:
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install -q torch==2.13.0 trl==1.16.0 transformers==5.23.0 peft
+
+bench-trl: .venv/.installed $(PEER_PYTHON)
+	$(BIN)/python experiments/bench_trl.py --peers $(PEERS) --peer-python $(PEER_PYTHON) \
+		--runs $(RUNS) --dtypes $(DTYPES) --works $(WORKS)
+
+bench-rows: .venv/.installed
+	$(BIN)/python experiments/bench_rows.py
+	$(BIN)/python experiments/bench_rows.py --start-up
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-trl build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find dpo kernels models tests -name __pycache__ -prune -exec rm -rf {} +

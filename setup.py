@@ -19,6 +19,7 @@ setup(
         "triton; platform_system == 'Linux'",
         "safetensors",
         "tokenizers",
+        "huggingface_hub",
         "numpy",
         "pydantic>=2",
         "jinja2",

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dpo.adamw import AdamW
 from dpo.config import Config
 from dpo.distributed import Ranks, copy_into, full_parameters, full_tensor
 from dpo.policy import adapter_of
@@ -74,7 +75,7 @@ def load_weights_into(folder: Path, model: Decoder) -> dict[str, object]:
 
 
 def save_checkpoint(
-    folder: Path, model: Decoder, optimizer: torch.optim.Optimizer, state: dict[str, object], ranks: Ranks, keep: int
+    folder: Path, model: Decoder, optimizer: AdamW, state: dict[str, object], ranks: Ranks, keep: int
 ) -> None:
     """A resumable checkpoint `folder/step-N` (N = state["step"]): weights, optimizer moments, state; the oldest go."""
     weights = {name: full_tensor(p.detach()) for name, p in trained_parameters(model).items()}
@@ -96,7 +97,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 @torch.no_grad()
-def load_checkpoint(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+def load_checkpoint(folder: Path, model: Decoder, optimizer: AdamW) -> dict[str, object]:
     """Put weights and optimizer moments back, bit for bit; the state saved with them."""
     state = load_weights_into(folder, model)
     moments = _read(folder / OPTIMIZER)

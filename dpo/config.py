@@ -21,14 +21,25 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The policy's weights."""
 
-    path: Place = Field("smollm2-135m-instruct", min_length=1, description="a folder, or this name, or tiny-random")
+    path: Place = Field(
+        "smollm2-135m-instruct",
+        min_length=1,
+        description="a folder, this name, tiny-random, or on the Hub ORG/NAME or ORG/NAME@REVISION",
+    )
     adapter: Place = Field("", description='folder of a peft adapter to start with and train on; "" = none')
+    template_variables: list[str] = Field(
+        ["enable_thinking=false"], description="what the chat template is told, NAME=VALUE each; nothing = []"
+    )
 
 
 class DataConfig(Section):
     """The preference rows and their split."""
 
-    path: Place = Field("checkable", min_length=1, description="checkable (made here), or a .jsonl or .parquet file")
+    path: Place = Field(
+        "checkable",
+        min_length=1,
+        description="checkable (made here), a .jsonl or .parquet file, or a Hub dataset ORG/NAME[@REVISION][:FILE]",
+    )
     rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
     pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")
     split: Literal["group", "study"] = Field("group", description="by group without leaks, or the study's leaky way")
@@ -140,7 +151,9 @@ class TrainConfig(Section):
 class ReferenceConfig(Section):
     """The reference policy and the store of its log-probs."""
 
-    path: Place = Field("", description='another model folder as the reference; "" = the policy before training')
+    path: Place = Field(
+        "", description='another model, as model.path, as the reference; "" = the policy before training'
+    )
     store: Place = Field("", description='folder of the stored log-probs; "" = reference/ in run.cache')
 
 

@@ -8,16 +8,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from models.decoder import Decoder
+
+if TYPE_CHECKING:  # importing it takes longer than all of ours: only where there are several processes
+    from torch.distributed.tensor import DTensor
 
 Item = TypeVar("Item")
 
@@ -66,6 +66,9 @@ def shard(model: Decoder, ranks: Ranks) -> Decoder:
     """Shard parameters over the ranks, a unit a layer; gradients are summed (the loss is divided by all pairs)."""
     if ranks.world == 1:
         return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     exact = torch.promote_types(model.compute_dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=exact, cast_forward_inputs=False)
@@ -104,11 +107,20 @@ def broadcast_first(item: Item, ranks: Ranks) -> Item:
     return gather([item], ranks)[0]
 
 
+def _sharded(tensor: Tensor) -> "DTensor | None":
+    """The tensor, if this process holds a shard of it."""
+    if not dist.is_initialized():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return tensor if isinstance(tensor, DTensor) else None
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a parameter, gathered if it is sharded (a collective: all ranks must call)."""
-    if not isinstance(tensor, DTensor):
+    if (shard := _sharded(tensor)) is None:
         return tensor
-    local, ranks = tensor.to_local(), tensor.device_mesh.size()
+    local, ranks = shard.to_local(), shard.device_mesh.size()
     rows = math.ceil(tensor.shape[0] / ranks)  # of every rank's shard; the last ones may hold fewer, or none
     padded = local.new_zeros(rows, *tensor.shape[1:])
     padded[: local.shape[0]] = local
@@ -120,10 +132,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_into(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter, of which this process may hold a shard, to a whole value."""
-    if isinstance(parameter, DTensor):
-        rows = math.ceil(value.shape[0] / parameter.device_mesh.size())
-        begin = parameter.device_mesh.get_local_rank() * rows
-        parameter, value = parameter.to_local(), value[begin : begin + rows]
+    if (shard := _sharded(parameter)) is not None:
+        rows = math.ceil(value.shape[0] / shard.device_mesh.size())
+        begin = shard.device_mesh.get_local_rank() * rows
+        parameter, value = shard.to_local(), value[begin : begin + rows]
     parameter.copy_(value)
 
 
@@ -136,7 +148,7 @@ def full_parameters(model: Decoder) -> dict[str, Tensor]:
 def clip_gradients(parameters: Sequence[Tensor], limit: float, ranks: Ranks) -> float:
     """Scale gradients so that their global L2 norm is at most `limit` (0: leave them); the norm before."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    local = [g if (mine := _sharded(g)) is None else mine.to_local() for g in gradients]
     norms = torch._foreach_norm(local, dtype=torch.float64)
     norm = math.sqrt(total({"square": float(torch.stack(norms).square().sum())}, ranks)["square"])
     if limit and norm > limit:

@@ -28,7 +28,7 @@ from models.gguf_import import resolve_model_path
 from models.lora import merged_weights
 
 ROWS, TOKENS = 4, 64
-NOISE = 2  # what was written may differ by so many times what random errors of half its dtype's eps do
+NOISE = 4  # what was written may differ by so many times what its rounding errors do with signs drawn at random
 
 
 def _read_source(source: Path, base: str) -> tuple[Config, Path | None]:
@@ -66,7 +66,7 @@ class Checked(NamedTuple):
     """Largest differences of a logit to the unmerged policy's, computed in fp32 (fp64 for fp32)."""
 
     written: float  # of what was written, read again
-    allowed: float  # NOISE times that of the merged model with an error of at most eps / 2 in every weight, at random
+    allowed: float  # NOISE times that of the merged weights with errors as large as those of rounding, signs at random
     trained: float  # of the base model: where `written` is not far below it, the dtype has rounded the training away
 
 
@@ -95,8 +95,8 @@ def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch
         weight.copy_(merged[name])
     unrounded = fixed_logits(model)
     for weight in model.parameters():
-        errors = torch.rand(weight.shape, generator=generator, dtype=exact) - 0.5
-        weight.mul_(1 + torch.finfo(dtype).eps * errors)
+        signs = torch.randint(2, weight.shape, generator=generator) * 2 - 1
+        weight.add_(signs * (weight.to(dtype) - weight))
     allowed = NOISE * gap(fixed_logits(model), unrounded)
     save_folder(out, merged, folder, dtype=dtype)
     found = Checked(gap(fixed_logits(published(out)), truth), allowed, trained)

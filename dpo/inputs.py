@@ -16,14 +16,15 @@ import torch
 from dpo.checkable import make_rows
 from dpo.config import Config
 from dpo.losses import check_loss
-from dpo.rows import Row, columns_of, read_rows
+from dpo.rows import READERS, Row, columns_of, read_rows
 from dpo.split import Splits, split_rows
 from dpo.trees import Tree, build_trees
 from kernels.backend import why_not_triton
 from models.config import read_model_config
 from models.errors import UserError
 from models.gguf_import import resolve_model_path
-from models.tokenizer import Tokenizer, load_tokenizer, read_backend
+from models.hub import fetch_data, is_hub_id
+from models.tokenizer import Tokenizer, load_tokenizer, read_backend, read_variables
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -84,7 +85,8 @@ def load_splits(config: Config) -> Splits:
     if config.data.path == "checkable":
         rows = make_rows(**config.checkable.model_dump(), seed=config.seed)
     else:
-        rows = read_rows(Path(config.data.path))
+        path, endings = config.data.path, tuple(READERS)
+        rows = read_rows(fetch_data(path, "data.path", endings) if is_hub_id(path, endings) else Path(path))
     data, seed = config.data, config.seed
     fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
     splits = split_rows(rows, split=data.split, seed=seed, **fractions)
@@ -153,7 +155,7 @@ def read_inputs(config: Config, device: str) -> Inputs:
     if not splits.test:
         raise UserError("no test rows: a run ends with judging held-out rows; set data.test_fraction above 0")
     model_folder = resolve_model_path(config.model.path, cache)
-    tokenizer = load_tokenizer(model_folder)
+    tokenizer = load_tokenizer(model_folder, read_variables(config.model.template_variables))
     check_vocabulary(model_folder, tokenizer)
     reference_folder = _reference_folder(config, cache, tokenizer)
     trees = partial(

@@ -29,6 +29,7 @@ from dpo.config import Config, config_dict
 from dpo.results import read_metrics
 from models.errors import UserError
 from models.files import atomic_write_text
+from models.hub import revisions
 
 if TYPE_CHECKING:
     import wandb
@@ -135,6 +136,7 @@ def environment() -> dict[str, object]:
         "start_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "git": _git_state(),
+        "hub": revisions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": cpu_name(),

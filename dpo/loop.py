@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpo.adamw import AdamW
 from dpo.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -73,14 +74,7 @@ def train(
     one_kernel = in_one_kernel(config, inputs.train_trees, ranks.device, exact)
     epoch_pairs = sum(len(tree.pairs) for tree in inputs.train_trees)
     parameters = list(trained_parameters(policy).values())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.train.lr,
-        betas=(config.train.beta1, config.train.beta2),
-        eps=config.train.eps,
-        weight_decay=config.train.weight_decay,
-        fused=True,
-    )
+    optimizer = AdamW(parameters, config.train)
     done = TrainState(trees_digest(inputs.train_trees), reference)
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
@@ -119,16 +113,13 @@ def train(
                         "machine or build: set reference.store to a new folder, and report this if it happens again"
                     )
             rate = learning_rate(done.step, len(steps), config.train)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             grad_norm = clip_gradients(parameters, config.train.clip_norm, ranks)
             if not math.isfinite(grad_norm):
                 raise UserError(
                     f"step {done.step}: the gradient's norm is {grad_norm}; the weights are left as they were. "
                     "Lower train.lr or raise loss.beta; checkpoints written so far are whole"
                 )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.step(rate)
 
             done.step += 1
             done.pairs += sum(len(inputs.train_trees[i].pairs) for i in members)

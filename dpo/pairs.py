@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,8 @@ class PairLogps:
 def reference_sums(logps: TreeLogps, tailed: Sequence[Pair] = ()) -> Tensor:
     """Sums [S] of one tree's completions, then the tails [2B] of the pairs in `tailed` (all of the tree's, or none)."""
     logp_R = torch.cat([torch.from_numpy(value) for value in logps])
-    completion_R = torch.arange(len(logps)).repeat_interleave(torch.tensor([len(value) for value in logps]))
+    # numpy's: torch's repeat_interleave wakes all threads, milliseconds a tree.
+    completion_R = torch.from_numpy(np.repeat(np.arange(len(logps)), [len(value) for value in logps]))
     sums_S = completion_sums(logp_R, completion_R, len(logps))
     if not tailed:
         return sums_S

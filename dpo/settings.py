@@ -1,12 +1,15 @@
 """Where a configuration comes from, and what is wrong with it when it is wrong.
 
     experiments/NAME.toml (below it: what it extends) <- key=value of the command line -> Config, frozen
+    the same with [sweep] <- sweep.key=values -> one Config an arm
 
 No dimension letters. Read next: dpo/config.py, which declares the keys.
 """
 
 import difflib
 import functools
+import hashlib
+import itertools
 import json
 import re
 import tomllib
@@ -21,6 +24,7 @@ from dpo.config import Config
 from models.errors import UserError
 
 COMMAND_LINE = "command line"
+SWEEP = "sweep."  # before a key: not its value but the list of those that a sweep gives it
 USAGE = """\
 usage: python -m dpo.train exp=NAME [key=value ...]
   python -m dpo.train exp=quickstart train.lr=1e-5 loss.beta=0.2
@@ -37,7 +41,9 @@ TYPES: dict[str, tuple[str, Callable[[str], object]]] = {  # in words, and how t
     "string": ("text", str),
     "array": (
         "a list",
-        lambda text: json.loads(text) if text[:1] == "[" else [part.strip() for part in text.split(",") if part],
+        lambda text: (
+            json.loads(text) if text[:1] == "[" else [part.strip() for part in text.split(",")] if text else []
+        ),
     ),
 }
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -86,10 +92,11 @@ def help_text() -> str:
 
 
 def _written(value: object) -> str:
-    """A value as one writes it: 5e-5, true, ["a", "b"], "text"."""
+    """A value as one writes it: 5e-5, true, ["a", "b"], "text"; of a long one the beginning."""
     if isinstance(value, float):
         return re.sub(r"e([-+])0*", r"e\1", f"{value:.12g}").replace("e+", "e")
-    return json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 # Where it comes from --------------------------------------------------------------------------------------------------
@@ -100,6 +107,71 @@ Settings = dict[str, tuple[object, str]]  # by key: the value that somebody set,
 
 def load_config(argv: list[str]) -> Config:
     """The configuration that `exp=NAME key=value ...` asks for; a UserError names what is wrong with it, and where."""
+    if swept := next((argument for argument in argv if argument.startswith(SWEEP)), ""):
+        raise UserError(f"{swept} ({COMMAND_LINE}): only python -m dpo.sweep runs an arm for every value")
+    return _checked({name: given for name, given in _read_all(argv).items() if not name.startswith(SWEEP)})
+
+
+class Arm(NamedTuple):
+    """One run of a sweep."""
+
+    varied: dict[str, object]  # by key, the value that is this arm's
+    sources: str  # the files that say so, or the command line
+    argv: list[str]  # what dpo.train is given for it
+    config: Config
+
+
+def load_sweep(argv: list[str]) -> list[Arm]:
+    """The runs that [sweep] (or sweep.KEY=VALUES) asks for, every combination, seeds innermost; a UserError as above.
+
+    An arm's run folder lies in ROOT/NAME-sweep/ARM, ARM being its keys and values.
+    """
+    settings = _read_all(argv)
+    grid = {name.removeprefix(SWEEP): settings.pop(name) for name in list(settings) if name.startswith(SWEEP)}
+    if not grid:
+        raise UserError(
+            'nothing to sweep: write [sweep] "loss.beta" = [0.1, 0.5] in the file, or sweep.loss.beta=0.1,0.5'
+        )
+    if settings.get("run.resume", ("", ""))[0]:
+        raise UserError(f"run.resume ({settings['run.resume'][1]}): a sweep goes on by itself; leave it out")
+    for name, (values, source) in grid.items():
+        if name == "exp" or name.startswith("run."):
+            raise UserError(f"{name} ({source}): cannot be swept, for the folders of its arms are the sweep's own")
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{name} = {_written(values)} ({source}): must be a list of the values that it is to have")
+        if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+            raise UserError(f"{name} ({source}): has {_written(twice[0])} twice; leave one out")
+        if settings.get(name, ("", ""))[1] == COMMAND_LINE:
+            raise UserError(f"{name} ({COMMAND_LINE}): is swept by {source}; write {SWEEP}{name}= for other values")
+    sources = ", ".join(dict.fromkeys(source for _, source in grid.values()))
+    given = [argument for argument in argv if not argument.startswith((SWEEP, "run.root="))]
+    names = sorted(grid, key=lambda name: name == "seed")
+    arms = []
+    for values in itertools.product(*(grid[name][0] for name in names)):  # type: ignore[call-overload]
+        varied = dict(zip(names, values, strict=True))
+        config = _checked(settings | {name: (value, grid[name][1]) for name, value in varied.items()})
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in varied.items()}
+        folder = Path(config.run.root) / f"{config.exp}-sweep" / _folder_name(texts)
+        arguments = [*given, f"run.root={folder}", *(f"{name}={text}" for name, text in texts.items())]
+        arms.append(Arm(varied, sources, arguments, load_config(arguments)))
+    return arms
+
+
+def _folder_name(texts: dict[str, str]) -> str:
+    """Readable and one's own: what a folder's name cannot hold becomes "_", told apart by a digest."""
+    whole = ",".join(f"{name}={text}" for name, text in texts.items())
+    safe = re.sub(r"[^\w.,=+-]", "_", whole)[:100]
+    return safe if safe == whole else f"{safe}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+
+
+def _checked(settings: Settings) -> Config:
+    config = _validate(settings)
+    _check_together(config, settings)
+    return config
+
+
+def _read_all(argv: list[str]) -> Settings:
+    """Every key that somebody set, and under sweep.KEY the values that a sweep is to give it."""
     arguments = _split_arguments(argv)
     exp = arguments.pop("exp", None)
     if exp is None:
@@ -107,13 +179,11 @@ def load_config(argv: list[str]) -> Config:
     path = _find_experiment(exp, COMMAND_LINE, Path())
     settings = _read_settings(path, ())
     for name, text in arguments.items():
-        if name not in keys():
+        if (key := keys().get(name.removeprefix(SWEEP))) is None:
             raise _unknown_key(name, COMMAND_LINE)
-        settings[name] = (_parse(keys()[name], text), COMMAND_LINE)
+        settings[name] = ((_parse_values if name.startswith(SWEEP) else _parse)(key, text), COMMAND_LINE)
     settings["exp"] = (path.stem, COMMAND_LINE)
-    config = _validate(settings)
-    _check_together(config, settings)
-    return config
+    return settings
 
 
 def _split_arguments(argv: list[str]) -> dict[str, str]:
@@ -122,9 +192,12 @@ def _split_arguments(argv: list[str]) -> dict[str, str]:
         name, equals, text = argument.partition("=")
         if not equals:
             meant = f"exp={argument}" if argument in _experiments() else f"{_nearest_key(name) or 'seed'}=VALUE"
-            raise UserError(f'"{argument}" ({COMMAND_LINE}): arguments have the form key=value; did you mean {meant}?')
+            raise UserError(
+                f"{_written(argument)} ({COMMAND_LINE}): arguments have the form key=value; did you mean {meant}?"
+            )
         if name in arguments:
-            raise UserError(f'{name} ({COMMAND_LINE}): given twice, as "{arguments[name]}" and "{text}"; leave one out')
+            values = f"{_written(arguments[name])} and {_written(text)}"
+            raise UserError(f"{name} ({COMMAND_LINE}): given twice, as {values}; leave one out")
         arguments[name] = text
     return arguments
 
@@ -133,8 +206,18 @@ def _parse(key: Key, text: str) -> object:
     """The text as a value of the key's type; as it stands where it is none, which _validate then refuses."""
     try:
         return TYPES[key.type][1](text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, RecursionError):
         return text
+
+
+def _parse_values(key: Key, text: str) -> object:
+    """The text as a list of the key's values, which may stand in JSON or between commas."""
+    values = _parse(key._replace(type="array"), text)
+    return (
+        [_parse(key, value) if isinstance(value, str) else value for value in values]
+        if isinstance(values, list)
+        else text
+    )
 
 
 def _read_settings(path: Path, above: tuple[Path, ...]) -> Settings:
@@ -143,28 +226,40 @@ def _read_settings(path: Path, above: tuple[Path, ...]) -> Settings:
     if path.resolve() in [file.resolve() for file in above]:
         raise UserError(f"{source}: extends itself: {' -> '.join(map(str, (*above, path)))}")
     try:
-        table: dict[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r"at line (\d+)", str(error))
-        raise UserError(f"{source}{':' + line[1] if line else ''}: not valid TOML: {error}") from None
+        table: dict[str, object] = tomllib.loads(path.read_bytes().decode())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:  # plain ones too: of a number of 5,000 digits, of 1,000 brackets
+        line = re.search(r"at line (\d+)", str(error))
+        raise UserError(f"{source}{':' + line[1] if line else ''}: not valid TOML: {error}") from None
     below = table.pop("extends", None)
-    table.pop("sweep", None)  # the sweep's own business
+    sweep = table.pop("sweep", {})
     settings: Settings = {}
     if below is not None:
         if not isinstance(below, str):
             raise UserError(f'extends = {_written(below)} ({source}): must be one name or path, e.g. "quickstart"')
         settings = _read_settings(_find_experiment(below, source, path.parent), (*above, path))
-    for name, value in table.items():
-        if name == "exp":
-            raise UserError(f"exp ({source}): is set on the command line only; to build on another file write extends")
-        values = {f"{name}.{key}": given for key, given in value.items()} if isinstance(value, dict) else {name: value}
-        for key, given in values.items():
+    if "exp" in table:
+        raise UserError(f"exp ({source}): is set on the command line only; to build on another file write extends")
+    if not isinstance(sweep, dict):
+        raise UserError(f'sweep = {_written(sweep)} ({source}): must be a table, [sweep] "loss.beta" = [0.1, 0.5]')
+    for prefix, here, given_keys in (("", source, table), (SWEEP, f"{source} [sweep]", sweep)):
+        for key, given in _dotted(given_keys).items():
             if key not in keys():
-                raise _unknown_key(key, source)
-            settings[key] = (given, source)
+                raise _unknown_key(key, here)
+            settings[prefix + key] = (given, here)
     return settings
+
+
+def _dotted(table: dict[str, object]) -> dict[str, object]:
+    """A file's keys by their dotted names, whether written as tables or not."""
+    dotted: dict[str, object] = {}
+    for name, value in table.items():
+        if isinstance(value, dict) and (value or any(key.startswith(f"{name}.") for key in keys())):
+            dotted |= {f"{name}.{key}": given for key, given in value.items()}
+        else:
+            dotted[name] = value
+    return dotted
 
 
 def _experiments() -> dict[str, Path]:
@@ -183,7 +278,7 @@ def _find_experiment(name: str, source: str, folder: Path) -> Path:
     if found is None or not found.is_file():
         near = difflib.get_close_matches(name, _experiments(), n=1)
         meant = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f'there is no experiment "{name}" ({source}); {meant}{_list_experiments()}')
+        raise UserError(f"there is no experiment {_written(name)} ({source}); {meant}{_list_experiments()}")
     return found
 
 
@@ -204,6 +299,7 @@ def _nearest_key(name: str) -> str | None:
 
 def _unknown_key(name: str, source: str) -> UserError:
     near = _nearest_key(name)
+    name = name if name.isprintable() and len(name) <= 80 else _written(name)
     return UserError(f"unknown key {name} ({source}); {f'did you mean {near}? ' if near else ''}--help lists all keys")
 
 

@@ -115,7 +115,7 @@ def judge_prefix(tokenizer: Tokenizer, *, sighted: bool) -> tuple[int, ...]:
     Less one, so that a tree whose orders share nothing more still has a prompt token of its own.
     """
     one, other = (
-        tokenizer.prompt_ids(judge_messages(({"role": "user", "content": word},), word, word, sighted=sighted))
+        tokenizer.verdict_prompt_ids(judge_messages(({"role": "user", "content": word},), word, word, sighted=sighted))
         for word in ("0", "~")
     )
     return tuple(one[: _shared_tokens([one, other]) - 1])
@@ -150,7 +150,7 @@ def verdict_tree(
             "but each must be one token of its own; take another model"
         )
     orders = [
-        tuple(tokenizer.prompt_ids(judge_messages(row.prompt, first, second, sighted=sighted)))
+        tuple(tokenizer.verdict_prompt_ids(judge_messages(row.prompt, first, second, sighted=sighted)))
         for i, j in pairs
         for first, second in ((row.chosen[i], row.rejected[j]), (row.rejected[j], row.chosen[i]))
     ]

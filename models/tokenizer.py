@@ -2,7 +2,7 @@
 
 Rendering equals transformers' apply_chat_template, tokens equal its tokenizers'; both are tested. One difference is
 meant: the template's clock stands still at FROZEN_DATE, so that tomorrow's prompt is today's, and cached reference
-log-probs stay valid.
+log-probs stay valid. A template that writes no beginning-of-sequence token gets none, as in transformers.
 Read next: models/gguf_import.py and models/tiny.py write such folders; dpo/trees.py is where prompts become trees.
 """
 
@@ -29,6 +29,8 @@ FROZEN_DATE = datetime(2026, 1, 1)
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Ends of an assistant's turn in ChatML, Llama 3, Llama 4 and harmony. A folder's own eos ids come on top.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|return|>")
+BOUNDARY = 100  # characters on each side of where the answer begins: no token of both sides reaches further
+GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is told
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -39,6 +41,7 @@ class Tokenizer:
 
     folder: Path
     special_tokens: Mapping[str, str]  # "bos_token" -> "<|im_start|>", ...: what the template may print
+    variables: Mapping[str, object]  # what else it is told: "enable_thinking" -> False, ...
     end_ids: frozenset[int]  # an assistant's turn may end in these
     backend: tokenizers.Tokenizer
     template: jinja2.Template
@@ -64,7 +67,7 @@ class Tokenizer:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
+                **{**self.special_tokens, **self.variables},
             )
         except Exception as error:  # a template is a foreign program: whatever it raises is about it and its messages
             roles = ", ".join(message["role"] for message in messages)
@@ -78,7 +81,27 @@ class Tokenizer:
         ids = self.encode(self.render(messages))
         if not ids:
             raise UserError(f"the chat template of {self.folder} writes nothing; put the model's own there")
+        bos = self.special_tokens.get("bos_token", "")
+        if ids[:2] == [self.backend.token_to_id(bos)] * 2:
+            raise UserError(
+                f"a chat begins with {bos} twice: the chat template of {self.folder} writes it twice, or the row's own "
+                "text begins with it; take one away"
+            )
         return ids
+
+    def verdict_prompt_ids(self, messages: Messages) -> list[int]:
+        """Tokens up to where the text of the assistant's answer begins: prompt_ids, and how the template opens a turn.
+
+        In harmony a verdict stands in the final channel, and after Qwen3's think block, also where the prompt has none.
+        """
+        return self.prompt_ids(messages) + self._opening
+
+    @functools.cached_property
+    def _opening(self) -> list[int]:
+        """What the template writes between prompt and answer, where it has tags; a mere space belongs to the answer."""
+        question = {"role": "user", "content": "?"}
+        ids = self.encode(os.path.commonprefix([self._answered([question], answer)[1] for answer in "AB"]))
+        return ids if self.backend.get_added_tokens_decoder().keys() & set(ids) else []
 
     def completion_ids(self, messages: Messages, answer: str) -> list[int]:
         """Tokens of `answer` as the assistant's turn after `prompt_ids(messages)`, its end-of-turn token included.
@@ -86,25 +109,45 @@ class Tokenizer:
         Prompt and answer are encoded apart, as in generation. What the template writes after the end-of-turn token
         (ChatML's newline) is left out. UserError if the template doesn't continue its own prompt or end the turn.
         """
-        prompt = self.render(messages)
-        whole = self.render([*messages, {"role": "assistant", "content": answer}], add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            at = len(os.path.commonprefix([prompt, whole]))
-            raise UserError(
-                f"the chat template of {self.folder} doesn't continue its prompt with the answer: the prompt has "
-                f"{prompt[at : at + 40]!r} where the answered chat has {whole[at : at + 40]!r} (character {at}); "
-                "use a template whose generation prompt is how it begins an assistant's turn"
-            )
-        ids = self.encode(whole[len(prompt) :])
+        _, rest = self._answered(messages, answer)
+        ids = self.encode(rest)
         ends = [i for i, token in enumerate(ids) if token in self.end_ids]
         if not ends or self.decode(ids[ends[-1] + 1 :]).strip():
             allowed = ", ".join(repr(self.backend.id_to_token(token)) for token in sorted(self.end_ids)) or "none known"
             raise UserError(
                 f"the chat template of {self.folder} writes no end-of-turn token after the answer: it ends in "
-                f"{whole[-40:]!r}, allowed ends: {allowed}; mend the template, or name its end in eos_token_id of "
+                f"{rest[-40:]!r}, allowed ends: {allowed}; mend the template, or name its end in eos_token_id of "
                 "generation_config.json"
             )
         return ids[: ends[-1] + 1]
+
+    def boundary_differs(self, messages: Messages, answer: str) -> bool:
+        """Whether the answered chat, encoded in one piece, has other tokens than its prompt and its rest apart."""
+        prompt, rest = self._answered(messages, answer)
+        before, after = prompt[-BOUNDARY:], rest[:BOUNDARY]
+        return self.encode(before + after) != self.encode(before) + self.encode(after)
+
+    def _answered(self, messages: Messages, answer: str) -> tuple[str, str]:
+        """The answered chat in two: the prompt, and what the template writes after it.
+
+        Where the answered chat doesn't continue the prompt, the last message's own decides: some of Mistral's templates
+        show the system turn in a chat that ends in the user's turn, and not in an answered one.
+        """
+        reply = {"role": "assistant", "content": answer}
+        rendered = []
+        for turns in (messages, messages[-1:]):
+            prompt, whole = self.render(turns), self.render([*turns, reply], add_generation_prompt=False)
+            rendered.append((prompt, whole))
+            if whole.startswith(prompt):
+                return rendered[0][0], whole[len(prompt) :]
+        prompt, whole = rendered[0]
+        at = len(os.path.commonprefix([prompt, whole]))
+        raise UserError(
+            f"the chat template of {self.folder} doesn't continue its prompt with the answer: the prompt has "
+            f"{prompt[at : at + 40]!r} where the answered chat has {whole[at : at + 40]!r} (character {at}); "
+            "use a template whose generation prompt is how it begins an assistant's turn, or tell it so in "
+            "model.template_variables"
+        )
 
 
 def read_backend(folder: Path) -> tokenizers.Tokenizer:
@@ -124,10 +167,28 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def read_variables(settings: Sequence[str]) -> dict[str, object]:
+    """What `model.template_variables` says, NAME=VALUE each: VALUE as JSON where it is JSON, else as text."""
+    variables: dict[str, object] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.isidentifier() or name in (*GIVEN, *variables):
+            raise UserError(
+                f"model.template_variables = {setting!r}: must be NAME=VALUE, a name once and none of "
+                f"{', '.join(GIVEN)}; e.g. enable_thinking=false"
+            )
+        try:
+            variables[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            variables[name] = value
+    return variables
+
+
+def load_tokenizer(folder: Path, variables: Mapping[str, object] = {}) -> Tokenizer:
     """Tokenizer, chat template and end tokens of a Hugging Face model folder. UserError for what is missing or broken.
 
-    The template is chat_template.jinja, else tokenizer_config.json's.
+    The template is chat_template.jinja, else tokenizer_config.json's; `variables` (of read_variables) is what it is
+    told beside the messages.
     """
     backend = read_backend(folder)
     config = _read_optional(folder / "tokenizer_config.json")
@@ -141,7 +202,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         declared = _read_optional(folder / name).get("eos_token_id")
         end_ids |= {i for i in (declared if isinstance(declared, list) else [declared]) if isinstance(i, int)}
     template = _compile_template(folder, _find_template(folder, config))
-    return Tokenizer(folder, special_tokens, frozenset(end_ids), backend, template)
+    return Tokenizer(folder, special_tokens, variables, frozenset(end_ids), backend, template)
 
 
 def byte_level_bpe(tokens: Sequence[str], merges: Sequence[str], special: Sequence[str]) -> tokenizers.Tokenizer:

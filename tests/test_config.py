@@ -60,7 +60,7 @@ def test_extends_merges_key_by_key_through_several_files(folder: Path) -> None:
 
 
 def test_a_sweep_table_is_left_to_the_sweep(folder: Path) -> None:
-    write(folder, "swept", 'extends = "base"\n[sweep]\n"loss.beta" = [0.1, 0.2]\nanything = 1\n')
+    write(folder, "swept", 'extends = "base"\n[sweep]\n"loss.beta" = [0.1, 0.2]\n')
     assert load_config(["exp=swept"]).loss.beta == 0.5
 
 
@@ -122,6 +122,8 @@ def test_an_override_is_read_by_the_type_of_its_key(
         ("loss.bata=1", ["did you mean loss.beta?"]),
         ("zzzz=1", ["unknown key zzzz (command line); --help lists all keys"]),
         ("train=1", ["unknown key train (command line)"]),
+        ("a\nb=1", ['unknown key "a\\nb" (command line)']),
+        ("lora.targets=" + "[" * 99_999, ['lora.targets = "[[[', "[...", "(command line): must be a list"]),
         ("seed", ['"seed" (command line)', "key=value; did you mean seed=VALUE?"]),
         ("smoke", ["did you mean exp=smoke?"]),
         ("lora.alpha=8", ["lora.alpha = 8 (command line)", "lora.rank = 0 (default)", "lora.rank=16"]),
@@ -150,6 +152,11 @@ def test_a_wrong_argument_is_named_with_what_is_allowed(folder: Path, argument: 
         ("train = 3\n", ["unknown key train (experiments/x.toml); did you mean train."]),
         ('exp = "y"\n', ["exp (experiments/x.toml)", "command line only"]),
         ("seed = 1\n[train\nlr = 1\n", ["experiments/x.toml:2: not valid TOML"]),
+        ("seed = 1\rshow = 1\n", ["experiments/x.toml:1: not valid TOML"]),
+        (f"seed = {'9' * 5000}\n", ["experiments/x.toml: not valid TOML"]),
+        (f"seed = {'[' * 5000}\n", ["experiments/x.toml: not valid TOML"]),
+        ("[seed]\n", ["seed = {} (experiments/x.toml): must be a whole number"]),
+        ("[trane]\n", ["unknown key trane (experiments/x.toml); did you mean train."]),
         ("extends = 3\n", ["extends = 3 (experiments/x.toml)"]),
         ('extends = "x"\n', ["experiments/x.toml", "extends itself"]),
         ('extends = "bass"\n', ['no experiment "bass" (experiments/x.toml); did you mean base?']),

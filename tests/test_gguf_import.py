@@ -133,7 +133,9 @@ def test_missing_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_model_path_is_a_known_name_or_a_folder(tmp_path: Path) -> None:
     assert resolve_model_path(str(tmp_path), tmp_path) == tmp_path
-    with pytest.raises(UserError, match=f"model.path = 'smollm3' is not a folder; allowed: {SMOLLM2}, {TINY}, or"):
+    with pytest.raises(
+        UserError, match=f"model.path = 'smollm3' is not a folder; allowed: {SMOLLM2}, {TINY}, the path"
+    ):
         resolve_model_path("smollm3", tmp_path)
 
 

@@ -46,9 +46,18 @@ TEMPLATES = {
     "{{ {'b': '<é>', 'a': 1} | tojson(sort_keys=true) }}",
     "namespace and slices": "{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}"
     "{{ ns.n }}{{ m['content'].split('\\n')[-1].strip() }}{% endfor %}",
+    "reversed": "{% for m in messages | reverse %}{{ m.role }}{% endfor %}{{ (messages | last).content | reverse }}",
     "special tokens by name": "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ unk_token is defined }}",
     "absent tools": "{{ tools is none }}{{ documents is none }}{{ tools is defined }}{{ messages[0].name is defined }}",
 }
+
+
+class StoppedClock(datetime):
+    """What transformers is given for a clock: ours, that stands still."""
+
+    @classmethod
+    def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
+        return FROZEN_DATE
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +127,6 @@ def test_the_date_in_a_template_is_the_frozen_one(
     template = "{{ strftime_now('%Y-%m-%d %d %B %Y %H:%M') }}{{ messages[0].content }}"
     ours = with_template(copy, template).render([USER])
     assert ours.startswith(FROZEN_DATE.strftime("%Y-%m-%d"))
-
-    class StoppedClock(datetime):
-        @classmethod
-        def now(cls, tz: object = None) -> datetime:  # type: ignore[override]
-            return FROZEN_DATE
-
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", StoppedClock)
     assert theirs.apply_chat_template([USER], chat_template=template, tokenize=False) == ours
 

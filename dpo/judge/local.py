@@ -4,6 +4,7 @@ Read next: dpo/judge/protocols.py, dpo/judge/controls.py.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from dpo.pairs import pair_logps, tree_sums
 from dpo.rows import Row, pairs_of
 from dpo.step import means
 from dpo.trees import Tree
-from models.files import atomic_write_text
+from models.errors import UserError
+from models.files import atomic_write_text, read_text
 
 Score = Callable[[Sequence[Tree]], list[TreeLogps]]
 """A model as a function: trees in, per-token log-probs out."""
@@ -89,3 +91,17 @@ def write_verdicts(path: Path, judged: Mapping[str, Sequence[Verdict]]) -> None:
         json.dumps({"judge": name, **verdict_record(verdict)}) for name, judge in judged.items() for verdict in judge
     ]
     atomic_write_text(path, "\n".join(lines) + "\n")
+
+
+def read_verdicts(path: Path) -> dict[str, list[Verdict]]:
+    """What write_verdicts wrote, by judge; a UserError names a line that is none of it."""
+    judged: dict[str, list[Verdict]] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        try:
+            record = json.loads(line)
+            odds = {side: math.nan if record[side] is None else record[side] for side in ("first", "second")}
+            verdict = Verdict(record["id"], record["subset"], record["group"], tuple(record["pair"]), **odds)
+            judged.setdefault(record["judge"], []).append(verdict)
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}:{number}: no verdict: {line[:80]!r}; the file was altered") from None
+    return judged
