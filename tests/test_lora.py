@@ -290,7 +290,7 @@ def test_dora_stretches_the_product_and_not_the_bias(dtype):
         magnitude = weight.double().norm(dim=1) + plain.lora.M.double()
         exact = x.double() @ (magnitude / adapted.norm(dim=1) * adapted.T) + bias.double()
     eps = torch.finfo(dtype).eps
-    assert (plain(x) - exact).norm() < 4 * eps * exact.norm() < 0.1 * (start - exact).norm()
+    assert (plain(x) - exact).norm() < 4 * eps * exact.norm() < 0.2 * (start - exact).norm()
 
 
 def test_dropout_is_of_the_updates_in_train_mode_alone_and_keeps_their_mean(tiny_folder):
