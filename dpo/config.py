@@ -38,8 +38,11 @@ class DataConfig(Section):
     path: Place = Field(
         "checkable",
         min_length=1,
-        description="checkable (made here), a .jsonl or .parquet file, or a Hub dataset ORG/NAME[@REVISION][:FILE]",
+        description="checkable (made here), a row file, a folder of them, or a Hub dataset ORG/NAME[@REVISION][:FILE]",
     )
+    format: Literal[
+        "auto", "together", "rb2", "ours", "ranked", "ultrafeedback", "binarized", "hh", "trl", "implicit"
+    ] = Field("auto", description="of the rows (dpo/formats.py); auto = by the keys of each file's first row")
     rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
     pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")
     split: Literal["group", "study"] = Field("group", description="by group without leaks, or the study's leaky way")
@@ -141,7 +144,7 @@ class TrainConfig(Section):
     n_checkpoints: int = Field(
         0, ge=0, description="checkpoints, evenly spaced, all kept, instead of checkpoint_every_steps; 0 = off"
     )
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, besides the best weights")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     select: Literal["averaged_accuracy", "accuracy", "loss", "last"] = Field(
         "averaged_accuracy", description="validation figure that picks the weights to judge and export"
@@ -178,7 +181,7 @@ class RunConfig(Section):
     """Folders of runs and caches."""
 
     root: Place = Field("runs", min_length=1, description="runs go to ROOT/NAME/TIME-SEED")
-    resume: Place = Field("", description="run folder to go on with, or latest")
+    resume: Place = Field("", description="run folder to go on with, latest, or auto: what was begun, if not done")
     cache: Place = Field("", description='folder of imports and log-probs; "" = $DPO_CACHE or ~/.cache/dpo-judges')
 
 

@@ -6,7 +6,7 @@ Read next: dpo/train.py. Launch: `torchrun --nproc-per-node=N -m dpo.train exp=.
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -142,6 +142,18 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
 def full_parameters(model: Decoder) -> dict[str, Tensor]:
     """Every parameter whole, by its published name."""
     return {name: full_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def without_gradient(parameters: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """Names of those whose gradient is absent or zero, on every rank."""
+    moved = []
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        if gradient is not None and (shard := _sharded(gradient)) is not None:
+            gradient = shard.to_local()
+        moved += [name] if gradient is not None and bool(gradient.any()) else []
+    everywhere = set(gather(moved, ranks))
+    return [name for name in parameters if name not in everywhere]
 
 
 @torch.no_grad()

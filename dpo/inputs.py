@@ -16,7 +16,8 @@ import torch
 from dpo.checkable import make_rows
 from dpo.config import Config
 from dpo.losses import check_loss
-from dpo.rows import READERS, Row, columns_of, read_rows
+from dpo.rows import Row, columns_of, read_rows
+from dpo.shards import ENDINGS
 from dpo.split import Splits, split_rows
 from dpo.trees import Tree, build_trees
 from kernels.backend import why_not_triton
@@ -82,16 +83,19 @@ def cache_folder(config: Config) -> Path:
 
 def load_splits(config: Config) -> Splits:
     """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`."""
+    dropped: Counter[str] = Counter()
     if config.data.path == "checkable":
         rows = make_rows(**config.checkable.model_dump(), seed=config.seed)
     else:
-        path, endings = config.data.path, tuple(READERS)
-        rows = read_rows(fetch_data(path, "data.path", endings) if is_hub_id(path, endings) else Path(path))
+        path = config.data.path
+        plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
+        place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
+        rows = read_rows(place, config.data.format, dropped)
     data, seed = config.data, config.seed
     fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
     splits = split_rows(rows, split=data.split, seed=seed, **fractions)
     train, test = sample(splits.train, data.rows, seed), sample(splits.test, config.judge.rows, seed)
-    return replace(splits, train=train, test=test)
+    return replace(splits, train=train, test=test, report=splits.report | {"dropped": dict(sorted(dropped.items()))})
 
 
 def sample(rows: Sequence[Row], most: int, seed: int) -> tuple[Row, ...]:

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from dpo.config import Config, config_dict
-from dpo.results import read_metrics
+from dpo.results import Metrics, read_metrics
 from models.errors import UserError
 from models.files import atomic_write_text
 from models.hub import revisions
@@ -47,11 +47,12 @@ class MetricsLog:
     config: Config
     step: int = 0
     first: bool = True
+    kept: Metrics = field(default_factory=list, init=False)  # the lines from which a resumed run goes on
     _wandb: "wandb.Run | None" = field(default=None, init=False)
 
     def __enter__(self) -> Self:
         if self.first:
-            _drop_lines_after(self.folder / "metrics.jsonl", self.step)
+            self.kept = _drop_lines_after(self.folder / "metrics.jsonl", self.step)
             self._wandb = None if self.config.log.wandb == "off" else _start_wandb(self.folder, self.config)
         return self
 
@@ -75,14 +76,15 @@ class MetricsLog:
             self._wandb.log({name: value for name, value in finite.items() if value is not None}, step=step)
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep of a metrics file the lines up to `step`, or none at step 0; whole or not at all.
+def _drop_lines_after(path: Path, step: int) -> Metrics:
+    """Keep of a metrics file the lines up to `step`, or none at step 0; whole or not at all. Those kept.
 
     A torn last line goes too: lines are written before their checkpoint, so it is beyond `step`.
     """
-    kept = sum(line["step"] <= step for line in read_metrics(path, torn=True)) if step else 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:kept] if kept else []
+    kept = [line for line in read_metrics(path, torn=True) if line["step"] <= step] if step else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[: len(kept)] if kept else []
     atomic_write_text(path, "".join(lines))
+    return kept
 
 
 def _start_wandb(folder: Path, config: Config) -> "wandb.Run":

@@ -5,9 +5,10 @@ No dimension letters. Read next: dpo/step.py, which computes one step's gradient
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo.adamw import AdamW
+from dpo.alarms import DIFFERENCE, Watch, told
 from dpo.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -24,17 +26,17 @@ from dpo.checkpoint import (
     trained_parameters,
 )
 from dpo.config import Config
-from dpo.distributed import Ranks, clip_gradients, gather
+from dpo.distributed import Ranks, clip_gradients, gather, without_gradient
 from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
-from dpo.runs import write_json
+from dpo.runs import sole_process, write_json
 from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps, set_dropout
 from dpo.trees import trees_digest
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import read_json_object
 
-STEP0_TOLERANCE = 1e-5  # nats per completion on a CPU, where policy = reference is exact; on a GPU only reported so far
+STEP0_TOLERANCE = DIFFERENCE  # nats per completion on a CPU, where policy = reference is exact; on a GPU it is an alarm
 
 
 @dataclass
@@ -51,6 +53,7 @@ class TrainState:
     step0_max_difference: float | None = None
     best: list[float] = field(default_factory=list)
     best_step: int = 0
+    without_gradient: list[str] = field(default_factory=list)  # parameters that never had one but zero
 
 
 def train(
@@ -63,19 +66,21 @@ def train(
     folder: Path,
     *,
     reference: str,
-    check_step0: bool,
+    same_start: bool,
 ) -> TrainState:
     """Train to the end (or to Ctrl-C: a checkpoint, then KeyboardInterrupt); the policy then has the best weights.
 
     `reference` is the fingerprint of the weights behind `references`: a checkpoint goes on against the same alone.
+    `same_start`: the policy starts as those weights, so that its log-probs must be the stored ones.
     """
     steps = plan_steps(inputs.train_trees, config)
     exact = torch.promote_types(inputs.dtype, torch.float32)
     one_kernel = in_one_kernel(config, inputs.train_trees, ranks.device, exact)
     epoch_pairs = sum(len(tree.pairs) for tree in inputs.train_trees)
-    parameters = list(trained_parameters(policy).values())
+    named = trained_parameters(policy)
+    parameters = list(named.values())
     optimizer = AdamW(parameters, config.train)
-    done = TrainState(trees_digest(inputs.train_trees), reference)
+    done = TrainState(trees_digest(inputs.train_trees), reference, without_gradient=list(named))
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
     if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
@@ -87,9 +92,11 @@ def train(
     # Go!
     with (
         interruptible() as interrupted,
+        sole_process(folder) if ranks.first else nullcontext(),
         MetricsLog(folder, config, done.step, ranks.first) as log,
         progress(len(steps), "training", "steps", done.step) as bar,
     ):
+        watch = Watch(config, log.kept)
         while done.step < len(steps):
             begin = time.perf_counter()
             members = steps[done.step]
@@ -106,7 +113,7 @@ def train(
             if done.step == 0:
                 difference = float(torch.tensor(gather([sums["difference"]], ranks), dtype=torch.float64).max())
                 done.step0_loss, done.step0_max_difference = means(sums)["loss"], difference
-                if check_step0 and not difference <= STEP0_TOLERANCE:
+                if same_start and ranks.device.type == "cpu" and not difference <= STEP0_TOLERANCE:
                     raise UserError(
                         "step 0: policy and reference are the same weights, yet a completion's log-probs differ by "
                         f"{difference:.2e} nats (allowed {STEP0_TOLERANCE}); the stored log-probs do not fit this "
@@ -119,6 +126,9 @@ def train(
                     f"step {done.step}: the gradient's norm is {grad_norm}; the weights are left as they were. "
                     "Lower train.lr or raise loss.beta; checkpoints written so far are whole"
                 )
+            if done.without_gradient:  # none after a few steps
+                silent = {name: named[name] for name in done.without_gradient}
+                done.without_gradient = without_gradient(silent, ranks)
             optimizer.step(rate)
 
             done.step += 1
@@ -127,13 +137,20 @@ def train(
             time_s = time.perf_counter() - begin
             done.time_s += time_s
             line = {
+                "epoch": done.pairs / epoch_pairs,
                 **means(sums),
                 "lr": rate,
                 "grad_norm": grad_norm,
+                "without_gradient": len(done.without_gradient),
                 "tokens_per_s": sums["tokens"] / time_s,
                 "time_s": time_s,
             }
-            log.write(done.step, {"epoch": done.pairs / epoch_pairs, **line})
+            if same_start and done.step == 1:
+                line["reference_difference"] = done.step0_max_difference or 0.0
+            log.write(done.step, line)
+            for alarm in watch.after(done.step, line) if ranks.first else ():
+                log.write(done.step, {f"alarm/{alarm['name']}": alarm["value"]})
+                bar.write(told(alarm), file=sys.stderr)
             bar.update(1)
             bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_s']:.0f} tokens/s")
 

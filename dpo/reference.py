@@ -1,32 +1,27 @@
 """The reference store: log-probs under the reference as data, found again by content, never stale.
 
-Letters: `S` completions. Read next: dpo/logprobs.py.
+Letters: `S` completions. Read next: dpo/store.py, dpo/logprobs.py.
 
 A value is addressed by three things: the reference's weights (their fingerprint), the numerics tag (all that bit
 equality depends on), and the tokens with the scored span (Tree.key). Two name a folder, the third a row in it.
 Loss settings are in none of them, so a sweep over losses, betas, rates and seeds runs no reference forward.
-Parts are written once under a name of their own and renamed into place; a torn or altered part fails its checksum, is
-passed over, and its values are computed again.
+`python -m dpo.reference` lists, verifies and prunes what is stored.
 """
 
-import hashlib
-import json
-import uuid
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 import torch
 
 from dpo.config import PackConfig
 from dpo.distributed import Ranks, broadcast_first
 from dpo.log import cpu_name
 from dpo.logprobs import TreeLogps
+from dpo.store import main, read_values, write_part
 from dpo.trees import Tree
-from models.files import atomic_write_bytes
 
 WRITE_EVERY_TREES = 1024  # a killed run loses at most this much of its reference pass
 
@@ -59,55 +54,6 @@ def numerics_tag(
     }
 
 
-def open_store(root: Path, fingerprint: str, tag: dict[str, str]) -> Path:
-    """The store's folder for these weights and this tag, made if it is not there."""
-    digest = hashlib.sha256(json.dumps(tag, sort_keys=True).encode()).hexdigest()[:16]
-    folder = root / f"{fingerprint[:16]}-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_bytes(folder / "identity.json", json.dumps({"weights": fingerprint, **tag}, indent=2).encode())
-    return folder
-
-
-def write_part(folder: Path, values: dict[bytes, np.ndarray]) -> None:
-    """Add one part holding `values`, whole or not at all; safe beside other writers."""
-    tensors: dict[str, np.ndarray] = {
-        "keys": np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 16),
-        "ends": np.cumsum([len(value) for value in values.values()], dtype=np.int64),
-        "logps": np.concatenate(list(values.values())),
-    }
-    data = safetensors.numpy.save(tensors, {"sha256": _checksum(tensors)})
-    atomic_write_bytes(folder / f"part-{uuid.uuid4().hex}.safetensors", data)
-
-
-def read_store(folder: Path) -> dict[bytes, np.ndarray]:
-    """All values of the folder's sound parts, by key."""
-    values: dict[bytes, np.ndarray] = {}
-    for path in sorted(folder.glob("part-*.safetensors")):
-        part = _read_part(path)
-        if part is not None:
-            keys, ends, logps = part["keys"], part["ends"], part["logps"]
-            values.update(zip(map(bytes, keys), np.split(logps, ends[:-1]), strict=True))
-    return values
-
-
-def _checksum(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in ("keys", "ends", "logps"):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape} ".encode() + tensors[name].tobytes())
-    return digest.hexdigest()
-
-
-def _read_part(path: Path) -> dict[str, np.ndarray] | None:
-    """A part's tensors, or None where the file is torn, altered or gone."""
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in ("keys", "ends", "logps")}
-            sound = (file.metadata() or {}).get("sha256") == _checksum(tensors)
-    except (OSError, safetensors.SafetensorError):
-        return None
-    return tensors if sound else None
-
-
 def reference_logps(
     folder: Path,
     trees: Sequence[Tree],
@@ -120,10 +66,9 @@ def reference_logps(
     `score` runs the reference on whole trees, in order; all ranks must call together, the first one reads and writes.
     """
     keys = [[tree.key(c) for c in range(len(tree.completions))] for tree in trees]
-    wanted = {key for tree_keys in keys for key in tree_keys}
     found: dict[bytes, np.ndarray] = {}
     if ranks.first:
-        found = {key: value for key, value in read_store(folder).items() if key in wanted}
+        found = read_values(folder, {key for tree_keys in keys for key in tree_keys})
     found = broadcast_first(found, ranks)
     missing = [i for i, tree_keys in enumerate(keys) if any(key not in found for key in tree_keys)]
     misses = sum(key not in found for tree_keys in keys for key in tree_keys)
@@ -137,7 +82,11 @@ def reference_logps(
             for key, logps in zip(keys[i], tree_logps, strict=True)
             if key not in found
         }
-        if ranks.first:
+        if ranks.first and new:  # nothing where all of it stands earlier in `trees` too
             write_part(folder, new)
         found.update(new)
     return [[found[key] for key in tree_keys] for tree_keys in keys]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -17,10 +17,11 @@ from typing import Literal, cast
 
 from pydantic import ValidationError
 
+from dpo.alarms import ALARMS
 from dpo.config import Config
 from dpo.judge.statistics import PairedTest
 from dpo.plots import PLOTS, draw
-from dpo.results import Environment, Judgement, Results, read_metrics, widest_interval
+from dpo.results import Alarm, Environment, Judgement, Results, read_metrics, widest_interval
 from models.errors import UserError
 from models.files import atomic_write_bytes, atomic_write_text, read_json_object
 
@@ -83,6 +84,7 @@ def report_blocks(config: Config, results: Results, environment: Environment, fo
         "By subset": _by_subset(judge),
         "Controls: judges that have learnt nothing about judging": _controls(judge),
         "Training": [_training(results), *plots],
+        "Alarms": _alarms(results["alarms"]),
         "Data": _data(results, config),
         "Time": [_time(results["time_s"])],
         "Again": _again(config, environment, folder_name),
@@ -196,6 +198,15 @@ def _training(results: Results) -> Table:
     return Table([(name, figure.format_map(results)) for name, figure in rows.items()])
 
 
+def _alarms(alarms: Sequence[Alarm]) -> list[Block]:
+    if not alarms:
+        return [Text("paragraph", f"None of {', '.join(ALARMS)}.")]
+    rows = [("alarm", "first after step", "value")]
+    rows += [(alarm["name"], f"{alarm['step']:,}", f"{alarm['value']:.3g}") for alarm in alarms]
+    lines = [Text("paragraph", "{name}: {value:.3g} {meaning}. Try: {advice}.".format_map(alarm)) for alarm in alarms]
+    return [Table(rows), *lines]
+
+
 def _data(results: Results, config: Config) -> list[Block]:
     data = results["data"]
     counts = {"rows": data["rows"], "pairs": data["pairs"], "groups": data["groups"]}
@@ -203,6 +214,7 @@ def _data(results: Results, config: Config) -> list[Block]:
     rows = [(name, *(f"{count:,}" for count in of_split.values())) for name, of_split in counts.items()]
     notes = f"Leaks between the splits: {', '.join(f'{count} by {kind}' for kind, count in data['leaks'].items())}"
     notes += f"; unused rows: {data['unused_rows']:,}" if data["unused_rows"] else ""
+    notes += "".join(f"; dropped, {reason}: {count:,}" for reason, count in data["dropped"].items())
     for name, most in (("data.rows", config.data.rows), ("judge.rows", config.judge.rows)):
         notes += f"; {name} took {most:,} rows of these at most" if most else ""
     return [Table([("", *data["rows"]), *rows]), Text("paragraph", f"{notes}.")]

@@ -29,7 +29,16 @@ class Data(TypedDict):
     groups: Counts
     subsets: dict[str, Counts]
     unused_rows: int
+    dropped: Counts  # while reading, by reason
     leaks: Counts  # by kind
+
+
+class Alarm(TypedDict):
+    name: str
+    step: int
+    value: float
+    meaning: str
+    advice: str
 
 
 class Results(TypedDict):
@@ -38,6 +47,7 @@ class Results(TypedDict):
     reference: Counts
     judge: Judgement
     train: dict[str, float | str]
+    alarms: list[Alarm]
     data: Data
     time_s: dict[str, float]
 

@@ -7,16 +7,17 @@ rejected j). Rows come from files (`read_rows`) or from the generator (dpo/check
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from models.errors import UserError
+from dpo.formats import Message, convert, known, messages_of, need, plain, recognise, text_of
+from dpo.shards import Record, read_records
+from models.errors import UserError, show
 from models.files import atomic_write_text
 
-Message = dict[str, str]
-ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "subset", "prompt", "chosen", "rejected", "group", "split")
 
@@ -86,35 +87,45 @@ def columns_of(rows: Iterable[Row]) -> set[str]:
     }
 
 
-# Files: a reader yields (where, raw row); _row checks one of them.
+def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row]:
+    """The rows of a file or a folder of files (dpo/shards.py), one by one, in order; other keys are ignored.
 
-
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a .jsonl or a .parquet file (RewardBench 2's columns); keys beyond Row's are ignored.
-
-    `chosen` and `rejected` may be one text or a list of texts, `prompt` a text or a list of messages, `group` (default:
-    the normalised prompt), `split`, `weight`, `margin` and `soft_label` absent or null; the last three are a number for
-    all pairs or a list of one each, chosen-major. A UserError names file and line of the first row that is not so.
+    `format`: a name in dpo/formats.py, or "auto": the one of each file's first row. What its format marks as no
+    preference is left out and counted in `dropped` by reason. A UserError names file and line of the first bad row.
     """
-    if path.is_dir():
-        raise UserError(f"data.path={path}: is a folder; name a file in it that ends in {' or '.join(READERS)}")
-    if path.suffix not in READERS:
-        raise UserError(f"data.path={path}: a row file ends in {' or '.join(READERS)}")
-    rows: dict[str, Row] = {}
+    ids: dict[str, str] = {}
     try:
-        for where, raw in READERS[path.suffix](path):
-            row = _row(raw, where)
-            if row.id in rows:
-                first = rows[row.id].where
-                raise UserError(f"{where}: id {show(row.id)} is also the id at {first}; ids must be unique")
-            rows[row.id] = row
+        for records in read_records(path):
+            first: tuple[str, str] | None = None
+            for where, raw in records:
+                record = _record(raw, where)
+                if format == "auto":
+                    first = _format_of(record, where, first)
+                ours = convert(record, first[0] if first else format, where, dropped)
+                if ours is None:
+                    continue
+                row = _row(ours, where)
+                if row.id in ids:
+                    raise UserError(f"{where}: id {show(row.id)} is also the id at {ids[row.id]}; ids must be unique")
+                ids[row.id] = where
+                yield row
     except FileNotFoundError as error:
         raise UserError(f"data.path={path}: there is no such file") from error
     except OSError as error:
         raise UserError(f"data.path={path}: cannot be read ({error.strerror or error})") from error
-    if not rows:
-        raise UserError(f"data.path={path}: the file has no rows")
-    return list(rows.values())
+    if not ids:
+        left = f", but for {dropped.total()} dropped ones" if dropped else ""
+        raise UserError(f"data.path={path}: there are no rows{left}")
+
+
+def read_rows(path: Path, format: str = "auto", dropped: Counter[str] | None = None) -> list[Row]:
+    """All rows of `iterate_rows`.
+
+    Of ours, `chosen` and `rejected` may be one text or a list of texts, `prompt` a text or a list of messages, `group`
+    (default: the normalised prompt), `split`, `weight`, `margin` and `soft_label` absent or null; the last three are a
+    number for all pairs or a list of one each, chosen-major.
+    """
+    return list(iterate_rows(path, format, Counter() if dropped is None else dropped))
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -130,49 +141,32 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     atomic_write_text(path, "".join(lines))
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as file:  # bytes: only "\n" ends a line, and a line that is not UTF-8 can be named
-        for line, data in enumerate(file, start=1):
-            where = f"{path.name}:{line}"
-            try:
-                text = data.decode("utf-8-sig" if line == 1 else "utf-8")  # some editors begin a file with a BOM
-                if text.strip():
-                    yield where, json.loads(text)
-            except UnicodeDecodeError as error:
-                place = f"byte {error.start + 1} of the line"
-                raise UserError(f"{where}: not UTF-8 ({place}); save the file as UTF-8") from error
-            except (ValueError, RecursionError) as error:
-                fault = f"not a JSON object ({error}); a line holds one whole row"
-                raise UserError(f"{where}: {fault}: {show(text)}") from error
+def _format_of(record: Record, where: str, first: tuple[str, str] | None) -> tuple[str, str]:
+    """Format and place of the file's first row, which all its rows must be like."""
+    found = recognise(record)
+    if first is None and found is None:
+        raise UserError(f"{where}: the keys {show(sorted(record))} are of no known format. Known are {known()}")
+    if first is not None and found not in (first[0], None):
+        raise UserError(
+            f"{where}: looks like the format {found}, but {first[1]} like {first[0]}; a file holds one format: split "
+            f"it, or set data.format={first[0]} to read all of it so"
+        )
+    return first or (str(found), where)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow  # here: reading JSONL should not wait for it
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in (*COLUMNS, *PairValues._fields)]
-            records: list[object] = file.read(columns=columns).to_pylist()
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path={path}: not a readable parquet file ({error})") from error
-    yield from ((f"{path.name}:{number}", record) for number, record in enumerate(records, start=1))
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, object]]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _row(raw: object, where: str) -> Row:
-    needs = "id, subset, prompt, chosen and rejected"
+def _record(raw: object, where: str) -> Record:
     if not isinstance(raw, dict):
-        raise UserError(f"{where}: a row is a JSON object with {needs}, not {show(raw)}")
+        raise UserError(f"{where}: a row is a JSON object, not {show(raw)}")
+    return raw
+
+
+def _row(raw: Record, where: str) -> Row:
     for key in ("id", "subset", "prompt", "chosen", "rejected"):
-        if raw.get(key) is None:
-            raise UserError(f"{where}: key {key!r} is missing or null; a row needs {needs}")
+        need(raw, key, "ours", where)
     chosen, rejected = (_answers(raw[key], key, where) for key in ("chosen", "rejected"))
-    wrong = {" ".join(answer.split()) for answer in rejected}
+    wrong = {plain(answer) for answer in rejected}
     for answer in chosen:
-        if " ".join(answer.split()) in wrong:
+        if plain(answer) in wrong:
             raise UserError(f"{where}: the same answer is chosen and rejected: {show(answer)}; remove one of the two")
     split = raw.get("split")
     if split is not None and split not in SPLITS:
@@ -181,8 +175,8 @@ def _row(raw: object, where: str) -> Row:
     if raw.get("group") is None:  # hashed, because every verdict's line repeats the group and a request can be long
         group = "prompt:" + hashlib.sha256(prompt_key(prompt).encode()).hexdigest()[:16]
     else:
-        group = _text(raw["group"], "group", where)
-    identity, subset = (_text(raw[key], key, where) for key in ("id", "subset"))
+        group = text_of(raw["group"], "group", where)
+    identity, subset = (text_of(raw[key], key, where) for key in ("id", "subset"))
     values = _pair_values(raw, len(chosen) * len(rejected), where)
     return Row(identity, subset, prompt, chosen, rejected, group, split, where, values)
 
@@ -215,42 +209,17 @@ def _answers(value: object, key: str, where: str) -> tuple[str, ...]:
         raise UserError(f"{where}: {key} must be a text or a list of texts, not {show(value)}")
     if not texts:
         raise UserError(f"{where}: {key} is an empty list; a row needs at least one chosen and one rejected answer")
-    return tuple(_text(text, f"{key}[{index}]", where) for index, text in enumerate(texts))
+    return tuple(text_of(text, f"{key}[{index}]", where) for index, text in enumerate(texts))
 
 
 def _prompt(value: object, where: str) -> tuple[Message, ...]:
     if isinstance(value, str):
-        return ({"role": "user", "content": _text(value, "prompt", where)},)
+        return ({"role": "user", "content": text_of(value, "prompt", where)},)
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: prompt must be a text or a list of messages, not {show(value)}")
-    messages: list[Message] = []
-    for index, message in enumerate(value):
-        name = f"prompt[{index}]"
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise UserError(f"{where}: {name} must have the keys role and content and no other, not {show(message)}")
-        role, last = message["role"], index == len(value) - 1
-        if role not in ROLES:
-            raise UserError(f"{where}: {name} has the role {show(role)}; allowed are {', '.join(ROLES)}")
-        if last and role != "user":
-            raise UserError(f"{where}: the last message of prompt is from {role!r}, but must be from 'user'")
-        content = _text(message["content"], f"{name}.content", where, may_be_empty=not last)
-        messages.append({"role": role, "content": content})
+    messages = messages_of(value, "prompt", where)
+    if messages[-1]["role"] != "user":
+        last = messages[-1]["role"]
+        raise UserError(f"{where}: the last message of prompt is from {last!r}, but must be from 'user'")
+    text_of(messages[-1]["content"], f"prompt[{len(messages) - 1}].content", where)
     return tuple(messages)
-
-
-def _text(value: object, name: str, where: str, may_be_empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {name} must be a text, not {show(value)}")
-    if not may_be_empty and not value.strip():
-        raise UserError(f"{where}: {name} is empty; give it a text or remove it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, a tokenizer cannot read it
-        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is no text: {show(value)}") from error
-    return value
-
-
-def show(value: object) -> str:
-    """A value as a message quotes it: at most 80 characters, on one line."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

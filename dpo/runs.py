@@ -3,9 +3,12 @@
 Read next: dpo/report.py, which reads one.
 """
 
+import fcntl
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -46,20 +49,53 @@ def new_folder(config: Config) -> Path:
     return folder
 
 
-def resumed_folder(config: Config) -> Path:
-    """The folder that run.resume names, if it was begun under the same configuration."""
+def resumed_folder(config: Config) -> Path | None:
+    """The folder that run.resume names, begun under the same configuration.
+
+    `auto` is the last one begun so and without results, or None: a new run.
+    """
     name = config.run.resume
-    folder = Path(config.run.root) / config.exp / "latest" if name == "latest" else Path(name)
+    home = Path(config.run.root) / config.exp
+    if name == "auto":
+        begun = sorted((path.parent for path in home.glob("[0-9]*/config.json")), reverse=True)
+        open_ones = (one for one in begun if not (one / "results.json").exists() and not _changed(one, config)[0])
+        return next(open_ones, None)
+    folder = home / "latest" if name == "latest" else Path(name)
     if not (folder / "config.json").is_file():
         raise UserError(f"run.resume={name}: {folder} is no run folder (it has no config.json)")
     folder = folder.resolve()
-    before = _flat(read_json_object(folder / "config.json"))
-    now = _flat(config_dict(config))
-    changed = [key for key in now if key not in MAY_DIFFER and before.get(key) != now[key]]
-    if changed:
-        listed = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed[:5])
-        raise UserError(f"run.resume={name}: {folder} was begun under another configuration: {listed}")
+    fixed, free = _changed(folder, config)
+    allowed = f"these may differ: {'; '.join(free)}" if free else ""
+    if fixed:
+        raise UserError(
+            f"run.resume={name}: {folder} was begun under another configuration: {'; '.join(fixed)}. Its figures "
+            f"hang on these: set them back, or start a new run{f' ({allowed})' if free else ''}"
+        )
+    if free:
+        print(f"run.resume={name}: {allowed}")
     return folder
+
+
+def _changed(folder: Path, config: Config) -> tuple[list[str], list[str]]:
+    """The keys whose values are not those that the run was begun with: those that must be, and those of MAY_DIFFER."""
+    before, now = _flat(read_json_object(folder / "config.json")), _flat(config_dict(config))
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.resume"]
+    told = {key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys}
+    return [told[key] for key in keys if key not in MAY_DIFFER], [told[key] for key in keys if key in MAY_DIFFER]
+
+
+@contextmanager
+def sole_process(folder: Path) -> Iterator[None]:
+    """Within it no other process trains in this run folder, and what a killed one left half-written is gone."""
+    with open(folder / "config.json") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training in it; wait for it, or start a new run") from None
+        for pattern in (".*.tmp", ".*.old"):
+            for left in folder.rglob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
 
 
 def write_json(path: Path, value: object) -> None:

@@ -345,6 +345,8 @@ def _check_together(config: Config, settings: Settings) -> None:
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         fractions = f"{said('data.validation_fraction')} and {said('data.test_fraction')}"
         raise UserError(f"{fractions}: leave no rows for training; together they must be < 1")
+    if "data.format" in settings and config.data.path == "checkable":
+        raise UserError(f"{said('data.format')}: checkable rows are made here; remove it, or set data.path to a file")
     for name in ("data.validation_fraction", "data.test_fraction"):
         if name in settings and config.data.path == "checkable":
             rows = name.replace("data.", "checkable.").replace("fraction", "rows")

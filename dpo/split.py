@@ -10,8 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from dpo.rows import SPLITS, Row, normalise, pairs_of, prompt_key, show, values_of
-from models.errors import UserError
+from dpo.rows import SPLITS, Row, normalise, pairs_of, prompt_key, values_of
+from models.errors import UserError, show
 
 LONG_ANSWER_CHARACTERS = 20  # "yes" may be met in two splits, a sentence may not
 STUDY_ROWS, STUDY_TRAIN_ROWS, STUDY_TEST_ROWS = 1865, 1500, 300  # RewardBench 2, and what Together AI drew from it
@@ -41,8 +41,8 @@ def split_rows(
     split="group" keeps together what shares a group, a prompt or a long answer, and stratifies by subset. A row with
     a `split` goes there with all that is bound to it; the fractions divide the others. Given splits that leak are an
     error. split="study" is Together's: 1500/1865 and 300/1865 of each subset's rows for training and test
-    (test_fraction is not read), the rest unused; training is cut into one row per pair, "id#i-j", and
-    validation_fraction of these *pairs* validate.
+    (test_fraction is not read), the rest unused; training is cut into one row per pair, "id#j": the first chosen answer
+    against the rejected one j, however many are right (Ties); validation_fraction of these *pairs* validate.
     """
     assert len({row.id for row in rows}) == len(rows), "rows to split have ids in common"
     train_fraction = 1 - validation_fraction - test_fraction
@@ -113,13 +113,13 @@ def _split_like_the_study(rows: list[Row], fraction: dict[str, float], seed: int
     pairs = [
         replace(
             row,
-            id=f"{row.id}#{i}-{j}",
-            chosen=(row.chosen[i],),
-            rejected=(row.rejected[j],),
-            pair_values=(values_of(row, i, j),) if row.pair_values else (),
+            id=f"{row.id}#{j}",
+            chosen=row.chosen[:1],
+            rejected=(rejected,),
+            pair_values=(values_of(row, 0, j),) if row.pair_values else (),
         )
         for row in train
-        for i, j in pairs_of(row, 0)
+        for j, rejected in enumerate(row.rejected)
     ]
     pairs.sort(key=lambda row: _draw(seed, row.id))
     n_validation = round(fraction["validation"] * len(pairs))

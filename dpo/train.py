@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo.alarms import alarms_of
 from dpo.checkpoint import export
 from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
@@ -26,13 +27,15 @@ from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
 from dpo.pairs import tree_sums
 from dpo.policy import load_policy, with_adapter
-from dpo.reference import Usage, numerics_tag, open_store, reference_logps
+from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
+from dpo.results import read_metrics
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
+from dpo.store import open_store
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
@@ -86,7 +89,7 @@ def run(config: Config) -> Path:
     config = with_adapter(config)
     torch.set_flush_denormal(True)  # peaked softmaxes make denormals, which slow the CPU thirty-fold
     ranks = join_ranks(pick_device(config))
-    resumed = resumed_folder(config) if config.run.resume else None
+    resumed = broadcast_first(resumed_folder(config) if config.run.resume and ranks.first else None, ranks)
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)
     with stage("model", times):
@@ -149,7 +152,7 @@ def run(config: Config) -> Path:
             ranks,
             folder,
             reference=reference_fingerprint,
-            check_step0=same and ranks.device.type == "cpu",
+            same_start=same,
         )
 
     with stage("judge trained", times):
@@ -168,6 +171,7 @@ def run(config: Config) -> Path:
             "reference": asdict(usage),
             "judge": judgement,
             "train": train_results(done, inputs.dtype),
+            "alarms": alarms_of(read_metrics(folder / "metrics.jsonl"), done.without_gradient),
             "kernels": used,
             "data": inputs.splits.report,
             "time_s": times,

@@ -6,3 +6,9 @@ class UserError(ValueError):
 
     Command-line entry points print it as `error: ...` and exit with code 2, without a traceback.
     """
+
+
+def show(value: object) -> str:
+    """A value as a message quotes it: at most 80 characters, on one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,3 +35,19 @@ def smollm2_folder(tmp_path_factory) -> Path:
 
     cache = os.environ.get("DPO_CACHE")
     return resolve_model_path("smollm2-135m-instruct", Path(cache) if cache else tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a real file system of so many bytes; skips where this user may not mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs a user who may mount a small tmpfs")
+        return disk
+
+    yield mount
+    subprocess.run(["umount", str(disk)], capture_output=True)

@@ -130,9 +130,9 @@ def test_a_data_file_that_is_missing_or_empty_or_a_folder_is_named(refused: Refu
     named_folder.mkdir()
     for path, expected in [
         (tmp_path / "none.jsonl", "no such file"),
-        (empty, "has no rows"),
-        (folder, "is a folder"),
-        (named_folder, "is a folder"),
+        (empty, "there are no rows"),
+        (folder, "the folder holds no row file"),
+        (named_folder, "the folder holds no row file"),
     ]:
         message = refused(f"data.path={path}")
         assert f"data.path={path}: " in message and expected in message

@@ -14,6 +14,7 @@ from test_reference import Runs, write_small_rows
 
 import dpo.train
 from dpo.inputs import read_inputs
+from dpo.results import read_metrics
 from dpo.settings import load_config
 from dpo.step import plan_steps
 
@@ -100,6 +101,9 @@ def check_same_end(runs: Runs, processes: int, *settings: str) -> None:
     assert results[1]["reference"] == results[0]["reference"] and results[1]["reference"]["misses"] > 0
     for name in ("metrics.jsonl", "verdicts.jsonl"):
         close(*([json.loads(line) for line in (f / name).read_text().splitlines()] for f in (one, many)), name)
+
+    shares = [line["rewards/accuracies"] for line in read_metrics(many / "metrics.jsonl") if "loss" in line]
+    assert not set(shares) <= {0.0, 0.5, 1.0}  # of all ranks' pairs, not one process's yes or no
 
     moved = 0.0
     start = load_file(read_inputs(config, "cpu").model_folder / "model.safetensors")

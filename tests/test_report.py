@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpo.alarms import alarms_of
 from dpo.config import Config, config_dict
 from dpo.judge.controls import conclude
 from dpo.judge.statistics import Verdict, compare, summarise
@@ -62,6 +63,7 @@ def results_of_a_run() -> dict:
             "best_step": 90,
             "dtype": "float32",
         },
+        "alarms": alarms_of([{"step": 41, "alarm/both_rewards_fall": -3.21}]),
         "data": {
             "split": "group",
             "rows": counts,
@@ -69,6 +71,7 @@ def results_of_a_run() -> dict:
             "groups": {"train": 240, "validation": 40, "test": 80},
             "subsets": {name: {"train": 240, "validation": 40, "test": 80} for name in SUBSETS},
             "unused_rows": 0,
+            "dropped": {"equal scores": 1234},
             "leaks": {"group": 0, "prompt": 0, "answer": 0},
         },
         "time_s": {"inputs": 3.2, "reference": 61.0, "train": 421.5, "judge trained": 33.3},
@@ -218,6 +221,10 @@ def test_every_figure_of_the_judges_stands_in_both_renderings(run_folder: Path) 
     assert rows["pairs"][1:] == ["960", "160", "320"] and rows["tokens"][1] == "345,678"
     assert rows["reference log-probs"][1] == "1,234 found, 5,678 computed"
     assert rows["loss before the first update"][1] == "0.693147" and rows["train"][1] == "7 min 02 s"
+
+
+def test_what_was_dropped_while_reading_is_told_with_its_reason(run_folder: Path) -> None:
+    assert "; dropped, equal scores: 1,234." in (run_folder / "report.md").read_text()
 
 
 def test_markdown_and_html_hold_the_same_tables(run_folder: Path) -> None:

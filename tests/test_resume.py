@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 from dpo import loop, train
 from dpo.checkpoint import last_checkpoint
+from dpo.runs import sole_process
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 9
@@ -186,6 +188,108 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_drops_what_came_af
     assert outcome(folder) == unstopped(FULL)
 
 
+def trained_lines(place: Path) -> int:
+    file = place / "runs" / "smoke" / "latest" / "metrics.jsonl"
+    return file.read_text().count('"loss"') if file.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("seed", "more"),
+    [(0, FULL), *(pytest.param(seed, more, marks=pytest.mark.long) for seed in (1, 2, 3) for more in (FULL, LORA))],
+)
+def test_killed_at_a_random_step_the_same_command_again_ends_with_the_same_bits(
+    place: Path, unstopped: Unstopped, seed: int, more: tuple[str, ...]
+) -> None:
+    step = random.Random(seed).randrange(1, STEPS)
+    command = (*more, "run.resume=auto", "train.checkpoint_every_steps=2")
+    process = start(place, *command)
+    wait_until(process, lambda: trained_lines(place) >= step)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    folder = run_folder(place)
+    assert not (folder / "results.json").exists()
+    assert train.main(arguments(place, *command)) == 0
+    assert run_folder(place) == folder and outcome(folder) == unstopped(more) and not litter(folder)
+
+
+KILLED = """
+import os, signal, sys
+from dpo import checkpoint, loop, train
+
+def dies_at(owner, name, call):
+    real, calls = getattr(owner, name), []
+
+    def counting(*given, **named):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+
+    setattr(owner, name, counting)
+
+owners = {"learning_rate": loop, "save_file": checkpoint, "rename": os, "rmtree": checkpoint.shutil}
+for moment in sys.argv[1].split(","):
+    name, call = moment.split(":")
+    child = os.fork()
+    if not child:
+        dies_at(owners[name], name, int(call))
+        os._exit(train.main(sys.argv[2:]))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == -signal.SIGKILL, (moment, status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "moments"),
+    [
+        (FULL, "save_file:2,learning_rate:2,rename:3"),
+        (LORA, "rename:4"),
+        pytest.param(FULL, "rmtree:1,rename:1,rmtree:2,save_file:1,rename:2", marks=pytest.mark.long),
+        pytest.param(LORA, "save_file:1,rename:1,save_file:5,rmtree:2,rmtree:3,rename:2", marks=pytest.mark.long),
+    ],
+)
+def test_killed_within_steps_and_while_checkpoints_are_written_it_ends_with_the_same_bits(
+    place: Path, unstopped: Unstopped, more: tuple[str, ...], moments: str
+) -> None:
+    """One kill -9 after another: in a step, at a checkpoint's files, between renames, while an old one is removed."""
+    command = arguments(place, *more, "run.resume=auto", "train.checkpoint_every_steps=1")
+    killed = subprocess.run([sys.executable, "-c", KILLED, moments, *command], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == 0, killed.stderr
+    assert litter(run_folder(place))
+    assert train.main(command) == 0
+    assert outcome(folder := run_folder(place)) == unstopped(more)
+    assert not litter(folder) and len(list(folder.parent.iterdir())) == 2
+
+
+def test_auto_goes_on_with_what_is_unfinished_under_the_same_configuration_and_else_begins_anew(
+    place: Path, ctrl_c_in_step: CtrlC
+) -> None:
+    short = ("train.max_steps=2", "run.resume=auto")
+    ctrl_c_in_step(0)
+    assert train.main(arguments(place, *short)) == 130
+    begun = run_folder(place)
+    assert train.main(arguments(place, *short, "loss.beta=0.2")) == 0  # another configuration: a run of its own
+    assert (other := run_folder(place)) != begun and not (begun / "results.json").exists()
+    assert train.main(arguments(place, *short, "log.project=other")) == 0
+    assert run_folder(place) == other and (begun / "results.json").exists()
+    assert train.main(arguments(place, *short)) == 0  # finished: the next one
+    assert run_folder(place) not in (begun, other)
+
+
+def test_two_processes_never_train_in_one_folder(
+    place: Path, ctrl_c_in_step: CtrlC, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ctrl_c_in_step(0)
+    assert train.main(arguments(place, "train.max_steps=2")) == 130
+    before = contents(folder := run_folder(place))
+    capsys.readouterr()
+    with sole_process(folder):
+        assert train.main(arguments(place, "train.max_steps=2", "run.resume=latest")) == 2
+    assert "another process is training in it" in capsys.readouterr().err and contents(folder) == before
+    assert train.main(arguments(place, "train.max_steps=2", "run.resume=latest", "log.project=other")) == 0
+    assert "these may differ: log.project was 'dpo-judges', is 'other'" in capsys.readouterr().out
+
+
 def test_ctrl_c_in_the_reference_stage_exits_130_and_the_run_can_be_resumed(place: Path, unstopped: Unstopped) -> None:
     process = start(place)
     wait_until(process, lambda: any((place / "cache").glob("reference/*/identity.json")))
@@ -249,22 +353,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_whole(
     assert outcome(folder) == unstopped(FULL)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a real file system of so many bytes; skips where this user may not mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(size: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
-        if os.geteuid() != 0 or not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("needs a user who may mount a small tmpfs")
-        return disk
-
-    yield mount
-    subprocess.run(["umount", str(disk)], capture_output=True)
-
-
 def test_a_disk_that_is_full_at_a_checkpoint_ends_the_real_command_with_the_last_one_whole(
     place: Path, small_disk: Callable[[int], Path]
 ) -> None:
@@ -303,7 +391,9 @@ def test_resuming_under_another_configuration_is_refused_and_the_keys_are_named(
     capsys.readouterr()
     assert train.main(arguments(place, "run.resume=latest", "loss.beta=0.2", "seed=1", "log.project=other")) == 2
     err = capsys.readouterr().err
-    assert "loss.beta was 0.1, is 0.2" in err and "seed was 0, is 1" in err and "log.project" not in err
+    may_not, _, may = err.partition("these may differ: ")
+    assert "loss.beta was 0.1, is 0.2" in may_not and "seed was 0, is 1" in may_not and "log.project" not in may_not
+    assert "log.project was 'dpo-judges', is 'other'" in may and "run.resume" not in may and "loss.beta" not in may
     assert contents(folder) == before and len(list(folder.parent.iterdir())) == 2
 
 

@@ -99,8 +99,8 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
         ({**GOOD, "weight": [1.0]}, "weight has 1 numbers for 2 pairs; give one a pair or one for all"),
         ({**GOOD, "margin": "big"}, "margin is 'big'; it must be a number between"),
         ({**GOOD, "margin": [0.5, None]}, "margin is None;"),
-        ({**GOOD, "margin": float("nan")}, "margin is nan;"),
-        ({**GOOD, "margin": float("inf")}, "margin is inf;"),
+        ({**GOOD, "margin": float("nan")}, "NaN is no JSON number"),
+        ({**GOOD, "margin": float("inf")}, "Infinity is no JSON number"),
         ({**GOOD, "weight": 10**400}, "weight is 1000"),
         ({**GOOD, "soft_label": 0.4}, "soft_label is 0.4; it must be a number from 0.5 to 1 (below 0.5, exchange the"),
         ({**GOOD, "soft_label": 1.01}, "soft_label is 1.01;"),
@@ -146,11 +146,11 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     [
         ("missing.jsonl", None, "there is no such file"),
         ("missing.parquet", None, "there is no such file"),
-        ("empty.jsonl", b"", "the file has no rows"),
-        ("blank.jsonl", b"\n \n", "the file has no rows"),
+        ("empty.jsonl", b"", "there are no rows"),
+        ("blank.jsonl", b"\n \n", "there are no rows"),
         ("empty.parquet", b"", "not a readable parquet file"),
         ("text.parquet", b"not parquet at all", "not a readable parquet file"),
-        ("rows.csv", b"id,prompt", "a row file ends in .jsonl or .parquet"),
+        ("rows.txt", b"id,prompt", "a row file ends in .jsonl, .json, .parquet, .csv, or one of these and .gz or .zst"),
     ],
 )
 def test_a_bad_file_is_an_error_that_names_it(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
@@ -195,7 +195,7 @@ def test_rewardbench2_parquet_equals_the_same_rows_as_jsonl(tmp_path: Path) -> N
 def test_parquet_faults_are_named_like_those_of_jsonl(tmp_path: Path) -> None:
     good: dict[str, object] = {**REWARDBENCH2, "id": "good"}
     message = complaint(write_parquet(tmp_path / "r.parquet", [good, {**REWARDBENCH2, "rejected": []}]))
-    assert message.startswith("r.parquet:2: rejected is an empty list")
+    assert message.startswith("r.parquet:2: rejected must be a list of num_incorrect = 3 texts, not []")
     columns = {key: value for key, value in good.items() if key != "subset"}
     assert complaint(write_parquet(tmp_path / "c.parquet", [columns])).startswith(
         "c.parquet:1: key 'subset' is missing"

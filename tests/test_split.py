@@ -11,6 +11,7 @@ from dpo.inputs import sample
 from dpo.rows import SPLITS, PairValues, Row, normalise, pairs_of, read_rows
 from dpo.split import Splits, find_leaks, split_rows
 from models.errors import UserError
+from tests.rewardbench2 import COUNTS, made_records, write_parquet
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the development data is not here")
@@ -189,19 +190,54 @@ def test_the_study_split_has_the_published_counts_and_counts_its_leaks() -> None
     assert isinstance(leaks, dict) and leaks["group"] == leaks["prompt"] == len(parted) > 300
 
 
-def test_the_study_split_cuts_training_rows_into_all_their_pairs() -> None:
+def test_the_study_split_pairs_the_first_chosen_answer_with_each_rejected_one() -> None:
     values = tuple(PairValues(weight=1.0 + pair) for pair in range(6))
     rows = {row.id: replace(row, chosen=("right", "also right")) for row in rewardbench2_sized_rows()}
     rows = {row.id: replace(row, pair_values=values[: len(pairs_of(row, 0))]) for row in rows.values()}
     splits = split_of(list(rows.values()), split="study")
     for row in splits.train + splits.validation:
-        source, _, pair = row.id.rpartition("#")
-        i, j = (int(index) for index in pair.split("-"))
+        source, _, j = row.id.rpartition("#")
         whole = rows[source]
-        cut = {"chosen": whole.chosen[i : i + 1], "rejected": (whole.rejected[j],)}
-        assert row == replace(whole, id=row.id, **cut, pair_values=(PairValues(1.0 + i * len(whole.rejected) + j),))
+        cut = {"chosen": whole.chosen[:1], "rejected": (whole.rejected[int(j)],)}
+        assert row == replace(whole, id=row.id, **cut, pair_values=(PairValues(1.0 + int(j)),))
     pairs = Counter(row.id.rpartition("#")[0] for row in splits.train + splits.validation)
-    assert all(count == len(pairs_of(rows[source], 0)) for source, count in pairs.items())
+    assert all(count == len(rows[source].rejected) for source, count in pairs.items())
+
+
+def made_rewardbench2(folder: Path) -> list[Row]:
+    """Rows read from the made parquet, whose Ties rows have the study's wrong answers in those that seed 0 draws."""
+    rows = read_rows(write_parquet(folder / "first.parquet", made_records()))
+    train = split_of(rows, split="study").train + split_of(rows, split="study").validation
+    drawn = {row.id.rpartition("#")[0] for row in train if row.subset == "Ties"}
+    return read_rows(write_parquet(folder / "rb2.parquet", made_records(drawn)), "rb2")
+
+
+def test_a_parquet_of_rewardbench2_gives_the_studys_rows_pairs_and_splits(tmp_path: Path) -> None:
+    rows = made_rewardbench2(tmp_path)
+    assert (len(rows), Counter(row.subset for row in rows)) == (1865, Counter(COUNTS))
+    study = split_of(rows, split="study")
+    assert Counter(row.subset for row in study.test) == {
+        "Factuality": 76, "Precise IF": 25, "Math": 29, "Safety": 72, "Focus": 79, "Ties": 16
+    }  # fmt: skip
+    pairs = study.train + study.validation
+    train_rows = {row.id.rpartition("#")[0] for row in pairs}
+    assert (len(train_rows), len(study.test), study.report["unused_rows"]) == (1498, 297, 70)
+    ties = [row for row in pairs if row.subset == "Ties"]
+    assert (len({row.id.rpartition("#")[0] for row in ties}), len(ties)) == (82, 1159)
+    assert (len(pairs), len(study.train), len(study.validation)) == (5407, 4866, 541)
+    leaks = study.report["leaks"]
+    assert isinstance(leaks, dict) and leaks["prompt"] > 400 and leaks["group"] > 400
+
+
+def test_our_split_of_the_same_parquet_does_not_leak(tmp_path: Path) -> None:
+    rows = made_rewardbench2(tmp_path)
+    ours = split_of(rows, test=297 / 1865)
+    assert ours.report["leaks"] == {"prompt": 0, "group": 0, "answer": 0}
+    assert (
+        abs(len(ours.test) - 297) <= 2 and sum(len(part) for part in (ours.train, ours.validation, ours.test)) == 1865
+    )
+    where = places(ours)
+    assert all(where[f"ref:{n}"] == where[f"tied:{n}"] for n in range(51)), "a Ties question is one group"
 
 
 def test_the_study_split_refuses_rows_that_give_a_split() -> None:

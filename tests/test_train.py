@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_exactness import ALONE, CONFIG, model, one_at_a_time, random_tree
-from test_reference import Runs, write_small_rows
+from test_reference import Runs, read_store, write_small_rows
 
 import dpo.train
 from dpo.config import Config
@@ -21,10 +21,10 @@ from dpo.losses import pair_losses
 from dpo.packing import pack_share
 from dpo.pairs import PairLogps, pair_logps, reference_sums
 from dpo.policy import load_policy
-from dpo.reference import read_store, write_part
 from dpo.rows import Row, write_rows
 from dpo.settings import load_config
 from dpo.step import accumulate_gradients, means, plan_steps
+from dpo.store import parts_of, write_part
 from dpo.trees import Tree
 from models.decoder import next_token_logits
 
@@ -321,7 +321,7 @@ def test_a_stored_reference_that_does_not_fit_stops_the_run_at_step_0(runs, caps
     runs.results()
     (store,) = (runs.folder / "cache" / "reference").iterdir()
     values = read_store(store)
-    for part in store.glob("part-*"):
+    for part in parts_of(store):
         part.unlink()
     write_part(store, {key: value + np.float32(error) for key, value in values.items()})
     capsys.readouterr()

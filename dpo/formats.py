@@ -1,0 +1,302 @@
+"""What preference rows look like elsewhere, and each as one of ours (dpo/rows.py): a literal dict of functions.
+
+A file's format is known by the keys of its first row. What a format itself marks as no preference (equal scores, the
+same answer twice) becomes None, counted by reason; whatever else does not fit is an error. Read next: dpo/rows.py.
+"""
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from dpo.shards import Record
+from models.errors import UserError, show
+
+Message = dict[str, str]
+Read = Callable[[object, str, str], str]  # a text from (value, its name, "file:line")
+Convert = Callable[[Record, str, str, Counter[str]], Record | None]  # (record, format, "file:line", dropped)
+ROLES = ("system", "user", "assistant")
+KEPT = ("id", "subset", "group", "split", "weight", "margin", "soft_label")  # ours, where another format has them
+SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
+CHANGE_THE_PROMPT = ("tools", "images", "image", "chat_template_kwargs")  # TRL's
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class Format(NamedTuple):
+    """One shape of row."""
+
+    shape: str  # as a message shows it
+    marks: Callable[[Record], bool]  # asked in the order of FORMATS
+    convert: Convert
+
+
+def plain(text: str) -> str:
+    """Runs of white space to one space: two answers that differ in nothing else are the same."""
+    return " ".join(text.split())
+
+
+def text_of(value: object, name: str, where: str, may_be_empty: bool = False) -> str:
+    """`value` where it is a text that a tokenizer can read; else a UserError."""
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} must be a text, not {show(value)}")
+    if not may_be_empty and not value.strip():
+        raise UserError(f"{where}: {name} is empty; give it a text or remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, a tokenizer cannot read it
+        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is no text: {show(value)}") from error
+    return value
+
+
+def messages_of(value: object, name: str, where: str, weights: tuple[int, ...] = ()) -> list[Message]:
+    """`value` where it is a list of at least one {role, content}. A `weight` is left out, and must be of `weights`."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {name} must be a list of messages, not {show(value)}")
+    messages: list[Message] = []
+    for index, message in enumerate(value):
+        place = f"{name}[{index}]"
+        keys = set(message) - ({"weight"} if weights else set()) if isinstance(message, dict) else set()
+        if keys != {"role", "content"}:
+            raise UserError(f"{where}: {place} must have the keys role and content and no other, not {show(message)}")
+        if message["role"] not in ROLES:
+            raise UserError(f"{where}: {place} has the role {show(message['role'])}; allowed are {', '.join(ROLES)}")
+        weight = message.get("weight", 1)
+        if type(weight) is not int or weight not in (weights or (1,)):
+            raise UserError(f"{where}: {place}.weight is {show(weight)}; allowed are {weights}")
+        content = text_of(message["content"], f"{place}.content", where, may_be_empty=True)
+        messages.append({"role": message["role"], "content": content})
+    return messages
+
+
+def recognise(record: Record) -> str | None:
+    """The name of the format that the record's keys are of, if any; a null is an absent key."""
+    there = {key: value for key, value in record.items() if value is not None}
+    return next((name for name, format in FORMATS.items() if format.marks(there)), None)
+
+
+def convert(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:
+    """A record of the format `name` as a raw row of ours, or None where it states no preference: `dropped` says why."""
+    return FORMATS[name].convert(record, name, where, dropped)
+
+
+def known() -> str:
+    """The formats' names and shapes, for a message."""
+    return "; ".join(f"{name}: {format.shape}" for name, format in FORMATS.items())
+
+
+def need(record: Record, key: str, name: str, where: str) -> object:
+    """What the record of the format `name` has at `key`; UserError where it has nothing."""
+    if record.get(key) is None:
+        shape = f"a row of the format {name} is {FORMATS[name].shape}"
+        raise UserError(f"{where}: key {key!r} is missing or null; {shape}; data.format= forces another format")
+    return record[key]
+
+
+def _has(*keys: str) -> Callable[[Record], bool]:
+    return lambda record: any(key in record for key in keys)
+
+
+def _is_ours(record: Record) -> bool:
+    return "subset" in record or ("id" in record and _has("prompt", "chosen", "rejected")(record))
+
+
+def _is_hh(record: Record) -> bool:
+    return "prompt" not in record and any(HH_TURN.match(str(record.get(key))) for key in ("chosen", "rejected"))
+
+
+def _number(record: Record, key: str, name: str, where: str) -> float:
+    value = need(record, key, name, where)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
+        raise UserError(f"{where}: {key} is {show(value)}; it must be a number")
+    return value
+
+
+def _answer(value: object, name: str, where: str, weights: tuple[int, ...] = ()) -> str:
+    messages = messages_of(value, name, where, weights)
+    if len(messages) != 1 or messages[0]["role"] != "assistant":
+        raise UserError(f"{where}: {name} must hold exactly one message, from 'assistant', not {show(value)}")
+    return text_of(messages[0]["content"], f"{name}[0].content", where)
+
+
+def _row(record: Record, name: str, where: str, prompt: object, chosen: list[str], rejected: list[str]) -> Record:
+    """Ours, with the keys of ours that the record has; its id is its place unless it gives one."""
+    kept = {key: record[key] for key in KEPT if record.get(key) is not None}
+    return {"id": where, "subset": name} | kept | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _unless(reason: str | None, row: Record, dropped: Counter[str]) -> Record | None:
+    if reason is None:
+        return row
+    dropped[reason] += 1
+    return None
+
+
+def _ours(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
+    return record
+
+
+def _rb2(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
+    """Both rows of a Ties question (ref:N, tied:N) are one group: they share N's wrong answers."""
+    for key, count in (("chosen", "num_correct"), ("rejected", "num_incorrect")):
+        answers, said = need(record, key, name, where), _number(record, count, name, where)
+        if not isinstance(answers, list) or len(answers) != said:
+            raise UserError(f"{where}: {key} must be a list of {count} = {said} texts, not {show(answers)}")
+    tied = re.fullmatch(r"(?:ref|tied):(\d+)", str(record.get("id")))
+    return record | ({"group": f"ties:{tied[1]}"} if tied and record.get("group") is None else {})
+
+
+def _together(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
+    """Together's rules for a preference file: its columns and no other, roles in turn, exactly one answer a side."""
+    columns = ("input", "preferred_output", "non_preferred_output")
+    if extra := sorted(set(record) - set(columns)):
+        raise UserError(f"{where}: found the extra column {show(extra[0])}; allowed are {', '.join(columns)} only")
+    chat, *outputs = (need(record, key, name, where) for key in columns)
+    if not isinstance(chat, dict) or not {"messages"} <= set(chat) <= {"messages", "tools", "parallel_tool_calls"}:
+        raise UserError(f"{where}: input must be an object with the key messages and no other, not {show(chat)}")
+    if chat.get("tools"):
+        raise UserError(f"{where}: input.tools would change the prompt and cannot be read; write it into the messages")
+    messages = messages_of(chat["messages"], "input.messages", where, weights=(0, 1))  # a prompt is not trained anyway
+    for before, after in zip(messages, messages[1:], strict=False):
+        if before["role"] == after["role"]:
+            raise UserError(f"{where}: input.messages has two in a row from {after['role']!r}; roles must alternate")
+    answers = [_answer(side, key, where, weights=(1,)) for key, side in zip(columns[1:], outputs, strict=True)]
+    return _row({}, name, where, messages, answers[:1], answers[1:])
+
+
+def _last_turns(chosen: list[Message], rejected: list[Message], where: str) -> tuple[list[Message], str, str]:
+    """What two whole chats share, all but the last message, and the two last messages."""
+    shared, last = chosen[:-1], (chosen[-1], rejected[-1])
+    if shared != rejected[:-1] or not shared:
+        raise UserError(f"{where}: chosen and rejected must share all messages but the last, at least one")
+    if {message["role"] for message in last} != {"assistant"}:
+        raise UserError(f"{where}: the last messages of chosen and rejected must be from 'assistant'")
+    return shared, last[0]["content"], last[1]["content"]
+
+
+def _pair(record: Record, name: str, where: str) -> tuple[object, str, str]:
+    """Prompt, chosen and rejected answer of TRL's shapes: texts, messages, or whole chats that share all but the last.
+
+    Texts without a prompt have it as their longest common beginning, as in TRL, but no word is cut in two.
+    """
+    for key in CHANGE_THE_PROMPT:
+        if record.get(key):
+            raise UserError(f"{where}: {key} would change the prompt and cannot be read; write it into the messages")
+    prompt = record.get("prompt")
+    chosen, rejected = need(record, "chosen", name, where), need(record, "rejected", name, where)
+    if isinstance(prompt, list):
+        return prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        texts = {"chosen": text_of(chosen, "chosen", where), "rejected": text_of(rejected, "rejected", where)}
+        if prompt is not None:
+            return prompt, chosen, rejected
+        common = re.match(r".*\s", os.path.commonprefix([chosen, rejected]), flags=re.DOTALL)
+        if common is None:
+            raise UserError(f"{where}: there is no prompt, and chosen and rejected do not begin with a common one")
+        end = common.end() - common[0].endswith(" ")  # a space goes to the answer, where tokenizers want it
+        rest = [text_of(text[end:], f"{key} behind the common prompt", where) for key, text in texts.items()]
+        return chosen[:end], rest[0], rest[1]
+    chats = messages_of(chosen, "chosen", where), messages_of(rejected, "rejected", where)
+    shared, *answers = _last_turns(*chats, where)
+    if prompt is not None and shared[-1]["content"] != prompt:
+        raise UserError(f"{where}: prompt is not the last message before the answer in chosen: {show(prompt)}")
+    return shared, answers[0], answers[1]
+
+
+def _trl(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
+    if name == "trl":
+        need(record, "prompt", name, where)
+    elif record.get("prompt") is not None:
+        raise UserError(f"{where}: a row of the format {name} has no key 'prompt'; set data.format=trl")
+    prompt, chosen, rejected = _pair(record, name, where)
+    return _row(record, name, where, prompt, [chosen], [rejected])
+
+
+def _binarized(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:
+    keys = next((keys for keys in SCORES if record.get(keys[0]) is not None), SCORES[0])
+    better, worse = (_number(record, key, name, where) for key in keys)
+    prompt, chosen, rejected = _pair(record, name, where)
+    if better < worse:
+        raise UserError(f"{where}: {keys[0]} is below {keys[1]}: {better} < {worse}; exchange the answers")
+    reason = "identical answers" if plain(chosen) == plain(rejected) else "equal scores" if better == worse else None
+    return _unless(reason, _row(record, name, where, prompt, [chosen], [rejected]), dropped)
+
+
+def _hh(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:
+    chats: list[list[Message]] = []
+    for key in ("chosen", "rejected"):
+        text = text_of(need(record, key, name, where), key, where)
+        before, *turns = HH_TURN.split(text)
+        if before or turns[0] != "Human":
+            raise UserError(f"{where}: {key} must begin with '\\n\\nHuman:', not {show(text[:40])}")
+        chat = zip(turns[::2], turns[1::2], strict=True)
+        chats.append([{"role": HH_ROLES[who], "content": said.removeprefix(" ")} for who, said in chat])
+    prompt, chosen, rejected = _last_turns(chats[0], chats[1], where)
+    reason = "identical answers" if plain(chosen) == plain(rejected) else None
+    return _unless(reason, _row(record, name, where, prompt, [chosen], [rejected]), dropped)
+
+
+def _scored(record: Record, name: str, where: str, score: str, text: str, read: Read) -> list[tuple[float, str]]:
+    """Score and text of each of the record's completions."""
+    value = need(record, "completions", name, where)
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(one, dict) for one in value):
+        raise UserError(f"{where}: completions must be a list of at least two objects, not {show(value)}")
+    return [
+        (_number(one, score, name, where), read(need(one, text, name, where), f"completions[{index}].{text}", where))
+        for index, one in enumerate(value)
+    ]
+
+
+def _best(
+    record: Record, name: str, where: str, prompt: object, scored: list[tuple[float, str]], dropped: Counter[str]
+) -> Record | None:
+    """All answers of the best score against all below it; one that repeats a better one's text is no preference."""
+    best = max(score for score, _ in scored)
+    chosen = [text for score, text in scored if score == best]
+    below = [text for score, text in scored if score < best]
+    rejected = [text for text in below if plain(text) not in map(plain, chosen)]
+    if rejected and len(rejected) < len(below):
+        dropped["an answer that repeats a better one"] += len(below) - len(rejected)
+    reason = None if rejected else "identical answers" if below else "equal scores"
+    return _unless(reason, _row(record, name, where, prompt, chosen, rejected), dropped)
+
+
+def _ranked(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:
+    prompt = messages_of(need(record, "context", name, where), "context", where)
+    scored = _scored(record, name, where, "rank", "completion", _answer)
+    return _best(record, name, where, prompt, [(-rank, text) for rank, text in scored], dropped)
+
+
+def _ultrafeedback(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:
+    prompt = text_of(need(record, "instruction", name, where), "instruction", where)
+    scored = _scored(record, name, where, "overall_score", "response", text_of)
+    return _best(record, name, where, prompt, scored, dropped)
+
+
+FORMATS: dict[str, Format] = {
+    "together": Format(
+        '{"input": {"messages"}, "preferred_output", "non_preferred_output"}',
+        _has("preferred_output", "non_preferred_output"),
+        _together,
+    ),
+    "rb2": Format(
+        '{"id", "subset", "prompt", "chosen": [], "rejected": [], "num_correct", "num_incorrect"}',
+        _has("num_correct", "num_incorrect"),
+        _rb2,
+    ),
+    "ours": Format('{"id", "subset", "prompt", "chosen", "rejected"}', _is_ours, _ours),
+    "ranked": Format('{"context": [], "completions": [{"rank", "completion"}, ...]}', _has("context"), _ranked),
+    "ultrafeedback": Format(
+        '{"instruction", "completions": [{"response", "overall_score"}, ...]}', _has("completions"), _ultrafeedback
+    ),
+    "binarized": Format(
+        '{"prompt"?, "chosen", "rejected", "score_chosen", "score_rejected"}',
+        _has(*(key for keys in SCORES for key in keys)),
+        _binarized,
+    ),
+    "hh": Format('{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": the same}', _is_hh, _hh),
+    "trl": Format('{"prompt", "chosen", "rejected"} of texts or messages', _has("prompt"), _trl),
+    "implicit": Format('{"chosen", "rejected"} of whole chats or texts', _has("chosen", "rejected"), _trl),
+}
