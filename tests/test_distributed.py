@@ -126,7 +126,7 @@ def test_two_ranks_end_where_one_process_ends_with_all_weights_training(runs):
 
 
 def test_two_ranks_end_where_one_process_ends_with_adapters(runs):
-    check_same_end(runs, 2, "lora.rank=4", "lora.dora=true", "lora.rslora=true", "train.activation_checkpointing=true")
+    check_same_end(runs, 2, "lora.rank=4", "lora.dora=true", "train.activation_checkpointing=true")
 
 
 def test_three_ranks_end_where_one_process_ends_and_a_tree_may_take_two_packs(runs):
