@@ -18,6 +18,7 @@ from torch import Tensor
 from dpo.adamw import AdamW
 from dpo.config import Config
 from dpo.distributed import Ranks, copy_into, full_parameters, full_tensor
+from dpo.policy import adapter_of
 from models.checkpoint import save_folder
 from models.decoder import Decoder
 from models.errors import UserError
@@ -65,8 +66,10 @@ def save_weights(folder: Path, model: Decoder, state: dict[str, object], ranks: 
 @torch.no_grad()
 def load_weights_into(folder: Path, model: Decoder) -> dict[str, object]:
     """Put saved trained parameters back, bit for bit; the state saved with them."""
-    tensors = _read(folder / WEIGHTS)
-    for name, parameter in trained_parameters(model).items():
+    tensors, parameters = _read(folder / WEIGHTS), trained_parameters(model)
+    if {name: value.shape for name, value in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise UserError(f"{folder / WEIGHTS}: these are not the tensors that this model trains; give it its own base")
+    for name, parameter in parameters.items():
         copy_into(parameter, tensors[name])
     return json.loads((folder / STATE).read_text())
 
@@ -119,7 +122,6 @@ def export(folder: Path, model: Decoder, source: Path, config: Config, ranks: Ra
     if not ranks.first:
         return
     if config.lora.rank:
-        alpha = config.lora.alpha or 2.0 * config.lora.rank
-        save_adapter(folder / "adapter", tensors, rank=config.lora.rank, alpha=alpha, base=str(source))
+        save_adapter(folder / "adapter", tensors, adapter_of(config.lora), base=str(source))
     dtype = getattr(torch, model.config.dtype)
     save_folder(folder / "model", merged_weights(model, tensors), source, dtype=dtype)

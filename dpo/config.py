@@ -26,6 +26,7 @@ class ModelConfig(Section):
         min_length=1,
         description="a folder, this name, tiny-random, or on the Hub ORG/NAME or ORG/NAME@REVISION",
     )
+    adapter: Place = Field("", description='folder of a peft adapter to start with and train on; "" = none')
     template_variables: list[str] = Field(
         ["enable_thinking=false"], description="what the chat template is told, NAME=VALUE each; nothing = []"
     )
@@ -117,6 +118,11 @@ class LoraConfig(Section):
     rank: int = Field(0, ge=0, description="rank of the adapters; 0 = full fine-tuning")
     alpha: float = Field(0.0, ge=0, description="the adapters are scaled by alpha / rank; 0 = alpha of 2 * rank")
     targets: list[str] = Field(["all-linear"], min_length=1, description="names of the adapted layers, or all-linear")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
+    dora: bool = Field(False, description="also train a magnitude for every output (DoRA)")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the adapters' inputs set to 0, anew at every step from the second on"
+    )
 
 
 class TrainConfig(Section):
@@ -128,6 +134,7 @@ class TrainConfig(Section):
     pair_weight: Literal["pair", "row"] = Field("pair", description="a pair weighs 1, or 1 / pairs of its row")
     lr: float = Field(5e-5, gt=0, description="peak learning rate")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="shape after the warm-up")
+    num_cycles: float = Field(0.5, gt=0, description="waves of the cosine; 0.5 = half a wave, from the peak to the end")
     warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps on which the rate rises from 0")
     min_lr_ratio: float = Field(0.0, ge=0, lt=1, description="rate at the end / peak rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay, per step times the rate")
@@ -136,7 +143,11 @@ class TrainConfig(Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of the squared gradient's mean")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 = no clipping")
     eval_every_steps: int = Field(0, ge=0, description="steps between validations; 0 = only at the end")
+    n_evals: int = Field(0, ge=0, description="validations, evenly spaced, instead of eval_every_steps; 0 = off")
     checkpoint_every_steps: int = Field(0, ge=0, description="steps between two, one at the end; 0 = only at Ctrl-C")
+    n_checkpoints: int = Field(
+        0, ge=0, description="checkpoints, evenly spaced, all kept, instead of checkpoint_every_steps; 0 = off"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, besides the best weights")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
     select: Literal["averaged_accuracy", "accuracy", "loss", "last"] = Field(

@@ -116,6 +116,11 @@ def _sharded(tensor: Tensor) -> "DTensor | None":
     return tensor if isinstance(tensor, DTensor) else None
 
 
+def _own(tensor: Tensor) -> Tensor:
+    """What of the tensor this process holds: a shard, or all of it."""
+    return tensor if (shard := _sharded(tensor)) is None else shard.to_local()
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a parameter, gathered if it is sharded (a collective: all ranks must call)."""
     if (shard := _sharded(tensor)) is None:
@@ -146,19 +151,16 @@ def full_parameters(model: Decoder) -> dict[str, Tensor]:
 
 def without_gradient(parameters: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
     """Names of those whose gradient is absent or zero, on every rank."""
-    moved = []
-    for name, parameter in parameters.items():
-        gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-        moved += [name] if gradient is not None and bool(gradient.any()) else []
-    everywhere = set(gather(moved, ranks))
-    return [name for name in parameters if name not in everywhere]
+    gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    moved = set(gather([name for name, gradient in gradients.items() if bool(_own(gradient).any())], ranks))
+    return [name for name in parameters if name not in moved]
 
 
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[Tensor], limit: float, ranks: Ranks) -> float:
     """Scale gradients so that their global L2 norm is at most `limit` (0: leave them); the norm before."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [g if (mine := _sharded(g)) is None else mine.to_local() for g in gradients]
+    local = [_own(gradient) for gradient in gradients]
     norms = torch._foreach_norm(local, dtype=torch.float64)
     norm = math.sqrt(total({"square": float(torch.stack(norms).square().sum())}, ranks)["square"])
     if limit and norm > limit:

@@ -30,7 +30,7 @@ from dpo.distributed import Ranks, clip_gradients, gather, without_gradient
 from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
 from dpo.runs import sole_process, write_json
-from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps
+from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps, set_dropout
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import read_json_object
@@ -100,6 +100,7 @@ def train(
         while done.step < len(steps):
             begin = time.perf_counter()
             members = steps[done.step]
+            set_dropout(policy, done.step, config, ranks)
             sums = accumulate_gradients(
                 policy,
                 [inputs.train_trees[i] for i in members],
@@ -108,6 +109,7 @@ def train(
                 ranks,
                 one_kernel=one_kernel,
             )
+            policy.eval()
             if done.step == 0:
                 difference = float(torch.tensor(gather([sums["difference"]], ranks), dtype=torch.float64).max())
                 done.step0_loss, done.step0_max_difference = means(sums)["loss"], difference
@@ -152,16 +154,18 @@ def train(
             bar.update(1)
             bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_s']:.0f} tokens/s")
 
-            if done.step == len(steps) or due(done.step, config.train.eval_every_steps):
+            evaluated = due(done.step, len(steps), config.train.eval_every_steps, config.train.n_evals)
+            if done.step == len(steps) or evaluated:
                 figures = evaluate()
                 log.write(done.step, figures)
                 if (score := selection_score(figures, config.train.select, done.step)) > done.best:
                     done.best, done.best_step = score, done.step
                     save_weights(best, policy, asdict(done), ranks)
             stop = any(gather([interrupted()], ranks))
-            every = config.train.checkpoint_every_steps
-            if stop or due(done.step, every) or (every and done.step == len(steps)):
-                save_checkpoint(checkpoints, policy, optimizer, asdict(done), ranks, config.train.keep_checkpoints)
+            every, count = config.train.checkpoint_every_steps, config.train.n_checkpoints
+            if stop or due(done.step, len(steps), every, count) or (every and done.step == len(steps)):
+                keep = max(config.train.keep_checkpoints, count)
+                save_checkpoint(checkpoints, policy, optimizer, asdict(done), ranks, keep)
             if stop:
                 raise KeyboardInterrupt("a checkpoint is written; the same command with run.resume=latest goes on")
     if done.best_step != done.step:
@@ -185,9 +189,9 @@ def _same_run(saved: TrainState, fresh: TrainState, folder: Path) -> TrainState:
     return saved
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: never) is to be done after this one."""
-    return bool(every) and step % every == 0
+def due(step: int, steps: int, every: int, count: int) -> bool:
+    """Whether what is done every so many steps, or `count` times in `steps` (0: neither), is to be done after this."""
+    return bool(every) and step % every == 0 or step * count // steps > (step - 1) * count // steps
 
 
 def selection_score(figures: dict[str, float], select: str, step: int) -> list[float]:

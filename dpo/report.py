@@ -104,7 +104,8 @@ def _summary(judge: Judgement, config: Config, folder_name: str) -> list[Text]:
 
     lora, loss, train = config.lora, config.loss, config.train
     unit = "rows" if config.judge.pairs_per_row == 1 else "pairs"
-    how = f"LoRA of rank {lora.rank}" if lora.rank else "full fine-tuning"
+    how = f"{'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank}" if lora.rank else "full fine-tuning"
+    how += f", going on from {config.model.adapter}" if config.model.adapter else ""
     epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs} epochs"
     verdict = (
         f"Order-averaged accuracy "

@@ -19,7 +19,7 @@ from models.files import atomic_write_text, read_json_object
 
 MAY_DIFFER = (
     *("run.resume", "run.root", "run.cache", "reference.store", "show", "log.wandb", "log.project", "log.plots"),
-    *("train.checkpoint_every_steps", "train.keep_checkpoints"),
+    *("train.checkpoint_every_steps", "train.n_checkpoints", "train.keep_checkpoints"),
 )
 """Keys that a resumed run may change: none of them touches a number."""
 

@@ -331,8 +331,17 @@ def _check_together(config: Config, settings: Settings) -> None:
             f"{said('loss.swap_consistency')}: compares a verdict with its twin in the other order, and "
             f"{said('objective')} has no twins; set objective=verdicts, or loss.swap_consistency=0"
         )
-    if config.lora.alpha > 0 and config.lora.rank == 0:
-        raise UserError(f"{said('lora.alpha')}: has no adapter to scale, for {said('lora.rank')}; e.g. lora.rank=16")
+    adapted = config.lora.rank or config.model.adapter
+    for name, value in config.lora.model_dump(exclude={"rank", "targets"}).items():
+        if value and not adapted:
+            raise UserError(f"{said(f'lora.{name}')}: there is no adapter, for {said('lora.rank')}; e.g. lora.rank=16")
+    if config.train.num_cycles != 0.5 and config.train.schedule != "cosine":
+        raise UserError(f"{said('train.num_cycles')}: {said('train.schedule')} has no waves; set train.schedule=cosine")
+    train = config.train.model_dump()
+    for count, every in (("n_evals", "eval_every_steps"), ("n_checkpoints", "checkpoint_every_steps")):
+        if train[count] and train[every]:
+            both = f"{said(f'train.{count}')} and {said(f'train.{every}')}"
+            raise UserError(f"{both}: say either how many or how often; set one of them to 0")
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         fractions = f"{said('data.validation_fraction')} and {said('data.test_fraction')}"
         raise UserError(f"{fractions}: leave no rows for training; together they must be < 1")

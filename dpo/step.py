@@ -22,12 +22,12 @@ from kernels import preference_loss
 from kernels.backend import resolve
 from models.decoder import Decoder
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "constant": lambda done: 1.0,
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda done, cycles: 1 - done,
+    "cosine": lambda done, cycles: 0.5 * (1 + math.cos(2 * math.pi * cycles * done)),
+    "constant": lambda done, cycles: 1.0,
 }
-"""Share of the peak rate after the warm-up, `done` from 0 to 1."""
+"""Share of the peak rate after the warm-up, `done` from 0 to 1 in so many `cycles`."""
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -35,7 +35,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     warmup = round(config.warmup_ratio * steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    shape = SCHEDULES[config.schedule]((step - warmup) / max(1, steps - warmup))
+    shape = SCHEDULES[config.schedule]((step - warmup) / max(1, steps - warmup), config.num_cycles)
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
@@ -55,6 +55,17 @@ def plan_steps(pairs_of_trees: Sequence[int], config: Config) -> list[list[int]]
                 step, pairs = [], 0
         steps += [step] if step else []
     return steps[: config.train.max_steps or None]
+
+
+def set_dropout(policy: Decoder, step: int, config: Config, ranks: Ranks) -> None:
+    """Dropout for one step, its masks drawn from seed, step and rank: a resumed run draws the same. Off at step 0.
+
+    So step 0 compares policy and reference as they are. The masks follow the packs: with dropout a gradient is the
+    same only for the same packs and ranks.
+    """
+    policy.train(config.lora.dropout > 0 and step > 0)
+    if policy.training:
+        torch.manual_seed(random.Random(f"dropout {step} of seed {config.seed}, rank {ranks.rank}").getrandbits(63))
 
 
 def accumulate_gradients(

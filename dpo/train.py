@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo.alarms import alarms_of
 from dpo.checkpoint import export
 from dpo.config import Config
-from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks, shard
+from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
 from dpo.inputs import Inputs, pick_device, read_inputs
 from dpo.judge.local import Score, evaluation, judge_results, verdicts, write_verdicts
 from dpo.judge.statistics import Verdict
@@ -26,6 +26,7 @@ from dpo.logprobs import WINDOW_TREES, score_trees
 from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
 from dpo.pairs import tree_sums
+from dpo.policy import load_policy, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
 from dpo.results import read_metrics
@@ -39,27 +40,6 @@ from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
-from models.lora import add_lora
-
-
-def load_policy(config: Config, inputs: Inputs, ranks: Ranks) -> Decoder:
-    """The policy at its start: all of it trainable in fp32 masters, or frozen in the arithmetic's dtype under LoRA."""
-    exact = torch.promote_types(inputs.dtype, torch.float32)
-    weight_dtype = inputs.dtype if config.lora.rank else exact
-    policy = load_decoder(
-        inputs.model_folder,
-        weight_dtype=weight_dtype,
-        compute_dtype=inputs.dtype,
-        device=ranks.device,
-        backend=config.kernels.backend,
-    )
-    if config.lora.rank:
-        alpha = config.lora.alpha or 2.0 * config.lora.rank
-        add_lora(policy, rank=config.lora.rank, alpha=alpha, targets=config.lora.targets, seed=config.seed)
-    else:
-        policy.requires_grad_(True)
-    policy.checkpoint_activations = config.train.activation_checkpointing
-    return shard(policy, ranks)
 
 
 def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> list[Tensor]:
@@ -112,16 +92,19 @@ def train_results(done: TrainState, dtype: torch.dtype) -> dict[str, object]:
 def run(config: Config) -> Path:
     """The whole path, from inputs to report; the run folder."""
     times: dict[str, float] = {}
+    config = with_adapter(config)
     torch.set_flush_denormal(True)  # peaked softmaxes make denormals, which slow the CPU thirty-fold
     ranks = join_ranks(pick_device(config))
     resumed = broadcast_first(resumed_folder(config) if config.run.resume and ranks.first else None, ranks)
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)
     with stage("model", times):
-        policy = load_policy(config, inputs, ranks)
+        policy = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
         memo = inputs.cache / "fingerprints.json"
-        fingerprint = weights_fingerprint(inputs.model_folder, memo)
-        reference_fingerprint = weights_fingerprint(inputs.reference_folder, memo)
+        adapter = Path(config.model.adapter) if config.model.adapter else None
+        fingerprint = weights_fingerprint(inputs.model_folder, memo, adapter)
+        other = bool(config.reference.path)
+        reference_fingerprint = weights_fingerprint(inputs.reference_folder, memo) if other else fingerprint
         same = reference_fingerprint == fingerprint
     folder = resumed or broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
 

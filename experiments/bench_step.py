@@ -30,8 +30,8 @@ from dpo.config import Config  # noqa: E402
 from dpo.distributed import clip_gradients, join_ranks  # noqa: E402
 from dpo.inputs import Inputs, pick_device, read_inputs  # noqa: E402
 from dpo.packing import Pack, pack_share  # noqa: E402
+from dpo.policy import load_policy  # noqa: E402
 from dpo.settings import load_config  # noqa: E402
-from dpo.train import load_policy  # noqa: E402
 from kernels.bench import capability  # noqa: E402
 from models.decoder import Decoder, Linear  # noqa: E402
 
@@ -107,7 +107,7 @@ def labelled(label: str, function: Callable[..., object]) -> Callable[..., objec
 def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     """The table, as markdown."""
     ranks = join_ranks("cpu")
-    policy = load_policy(config, inputs, ranks)
+    policy = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, config.train)
     plan = step.plan_steps(inputs.train_trees.column("pairs"), config)[: steps + 1]

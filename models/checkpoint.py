@@ -21,14 +21,17 @@ from models.errors import UserError
 from models.files import atomic_folder, atomic_write_text, read_json_object, write_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's, in a folder of their own
 # Copied from the source folder beside new weights (patterns): what a tokenizer, a template and a licence need.
 COPIED = ("*token*", "vocab.*", "merges.txt", "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors: model.safetensors, or else the shards that its index names."""
+    """The folder's safetensors: model.safetensors (or an adapter's), or else the shards that its index names."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
+    if (folder / ADAPTER).is_file() and not (folder / INDEX).is_file():
+        return [folder / ADAPTER]
     if not (folder / INDEX).is_file():
         raise UserError(
             f"{folder}: no weights there; expected {SINGLE}, or {INDEX} and the shards that it names "
@@ -74,7 +77,7 @@ def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
     }
     if any(faults.values()):
         named = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
-        raise UserError(f"{folder}: the weights do not fit its config.json; {named}")
+        raise UserError(f"{folder}: the weights do not fit the model's config.json; {named}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             # Opened for this tensor alone: mapped pages count as our memory as long as a file is open.
@@ -86,13 +89,15 @@ def _listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def weights_fingerprint(folder: Path, memo: Path | None = None) -> str:
+def weights_fingerprint(folder: Path, memo: Path | None = None, adapter: Path | None = None) -> str:
     """32 hex digits: the weight files' bytes and names, and the config values that the forward reads.
 
+    `adapter`: a peft folder whose updates are part of the weights.
     `memo`: a JSON file that keeps each file's digest by path, size and mtime, so that 200 GB are hashed once.
     """
     config = asdict(read_model_config(folder)) | {"dtype": None}  # how it is stored is not how it is computed
-    digests = [[path.name, _digest(path.resolve(), memo)] for path in weight_files(folder)]
+    files = weight_files(folder) + ([] if adapter is None else [adapter / ADAPTER, adapter / ADAPTER_CONFIG])
+    digests = [[path.name, _digest(path.resolve(), memo)] for path in files]
     return hashlib.sha256(json.dumps([config, digests], sort_keys=True).encode()).hexdigest()[:32]
 
 

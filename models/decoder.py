@@ -33,8 +33,9 @@ class Linear(nn.Module):
         self.lora: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        return y if self.lora is None else self.lora(x, y)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, weight, bias)
+        return y if self.lora is None else self.lora(x, y, weight, bias)
 
 
 class Embedding(nn.Module):

@@ -13,7 +13,7 @@ from dpo.alarms import ALARMS, WINDOW, Line, Watch, alarms_of, told
 from dpo.config import Config
 from dpo.distributed import Ranks, without_gradient
 from dpo.loop import STEP0_TOLERANCE
-from dpo.train import load_policy
+from dpo.policy import load_policy
 
 STEPS = 6 * WINDOW
 CONFIG = Config(exp="test")

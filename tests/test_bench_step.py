@@ -10,14 +10,14 @@ from dpo.packing import Pack
 from experiments.bench_step import useful_flop
 from models.attention import Layout
 from models.decoder import load_decoder
-from models.lora import add_lora
+from models.lora import Adapter, add_lora
 
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_linear_layers_and_head_count_every_product_of_a_full_pack_once(tiny_folder: Path, rank: int) -> None:
     policy = load_decoder(tiny_folder, weight_dtype=torch.float32, compute_dtype=torch.float32)
     if rank:
-        add_lora(policy, rank=rank, alpha=8.0, targets=["all-linear"], seed=0)
+        add_lora(policy, Adapter(rank, 8.0), seed=0)
     else:
         policy.requires_grad_(True)
     tokens_T, rows_R, targets_R = torch.arange(32), torch.arange(19, 27), torch.arange(8)

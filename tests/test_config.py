@@ -127,6 +127,8 @@ def test_an_override_is_read_by_the_type_of_its_key(
         ("seed", ['"seed" (command line)', "key=value; did you mean seed=VALUE?"]),
         ("smoke", ["did you mean exp=smoke?"]),
         ("lora.alpha=8", ["lora.alpha = 8 (command line)", "lora.rank = 0 (default)", "lora.rank=16"]),
+        ("lora.dropout=0.1", ["lora.dropout = 0.1 (command line)", "no adapter", "lora.rank=16"]),
+        ("train.num_cycles=2", ["train.num_cycles = 2 (command line)", "has no waves; set train.schedule=cosine"]),
         ("data.validation_fraction=0.8", ["data.validation_fraction = 0.8 (command line)", "0.2 (default)", "< 1"]),
     ],
 )
@@ -166,6 +168,14 @@ def test_a_wrong_file_is_named_with_its_mistake(folder: Path, text: str, parts: 
     message = message_of("exp=x")
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    ("count", "every"), [("n_evals", "eval_every_steps"), ("n_checkpoints", "checkpoint_every_steps")]
+)
+def test_how_many_and_how_often_exclude_each_other(folder: Path, count: str, every: str) -> None:
+    message = message_of("exp=base", f"train.{count}=3", f"train.{every}=2")
+    assert f"train.{count} = 3 (command line) and train.{every} = 2 (command line)" in message
 
 
 def test_a_swap_penalty_without_twins_says_what_to_do(folder: Path) -> None:

@@ -126,7 +126,7 @@ def test_two_ranks_end_where_one_process_ends_with_all_weights_training(runs):
 
 
 def test_two_ranks_end_where_one_process_ends_with_adapters(runs):
-    check_same_end(runs, 2, "lora.rank=4", "train.activation_checkpointing=true")
+    check_same_end(runs, 2, "lora.rank=4", "lora.dora=true", "train.activation_checkpointing=true")
 
 
 def test_three_ranks_end_where_one_process_ends_and_a_tree_may_take_two_packs(runs):
@@ -137,7 +137,7 @@ def test_three_ranks_end_where_one_process_ends_and_a_tree_may_take_two_packs(ru
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 4])
 def test_two_ranks_in_bf16_start_exactly_at_the_reference_and_store_the_bits_of_one_process(runs, rank):
     """What one process stored, two ranks find again."""
-    settings = ("dtype=bf16", "train.max_steps=2", f"lora.rank={rank}")
+    settings = ("dtype=bf16", "train.max_steps=2", f"lora.rank={rank}", *(["lora.dora=true"] if rank else []))
     assert dpo.train.main(runs.argv(*settings)) == 0
     ended = torchrun(2, runs.argv(*settings, f"run.root={runs.folder / 'many'}"))
     assert ended.returncode == 0, ended.stderr[-4000:]

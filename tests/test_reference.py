@@ -24,7 +24,7 @@ from dpo.step import plan_steps
 from dpo.store import Values, open_store, parts_of, sound_values
 from dpo.trees import Tree
 from models.checkpoint import weights_fingerprint
-from models.lora import add_lora
+from models.lora import Adapter, add_lora
 from models.tiny import write_tiny_model
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_a_cached_value_is_the_live_one_bit_for_bit_and_as_wide(tiny_folder, tmp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_policy_that_is_an_adapter_on_the_reference_starts_at_the_stored_values(tiny_folder, dtype):
     base, policy = model(tiny_folder, dtype), model(tiny_folder, dtype)
-    add_lora(policy, rank=4, alpha=8.0, targets=["all-linear"], seed=0)
+    add_lora(policy, Adapter(4, 8.0), seed=0)
     masters = model(tiny_folder, dtype, trains=True)  # full fine-tuning's start: fp32 weights, the same arithmetic
     values = [score_trees(one, TREES, CONFIG.pack, ALONE, "test") for one in (base, policy, masters)]
     assert equal(values[0], values[1]) and equal(values[0], values[2])

@@ -28,7 +28,7 @@ SMALL = [
     "log.plots=false",
 ]
 FULL: tuple[str, ...] = ()
-LORA = ("lora.rank=2", "train.lr=1e-2")
+LORA = ("lora.rank=2", "train.lr=1e-2", "lora.dora=true", "lora.dropout=0.3", "train.activation_checkpointing=true")
 Unstopped = Callable[[tuple[str, ...]], dict[str, object]]
 CtrlC = Callable[[int], None]
 CHECKPOINT_BYTES = 1_000_000  # of the tiny model: fp32 weights and two moments, of 76,000 parameters

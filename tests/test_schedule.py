@@ -8,6 +8,7 @@ import torch
 from test_exactness import random_tree
 
 from dpo.config import Config, TrainConfig
+from dpo.loop import due
 from dpo.step import SCHEDULES, learning_rate, plan_steps
 
 EPS = torch.finfo(torch.float64).eps
@@ -50,6 +51,34 @@ def test_no_step_is_wasted_at_rate_zero_and_the_rate_rises_then_falls(schedule, 
     top = all_rates.index(max(all_rates))
     assert all_rates[top] == 1.0 and min(all_rates) > 0
     assert all_rates[:top] == sorted(all_rates[:top]) and all_rates[top:] == sorted(all_rates[top:], reverse=True)
+
+
+@pytest.mark.parametrize("num_cycles", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize(("warmup_ratio", "min_lr_ratio"), [(0.0, 0.0), (0.1, 0.1)])
+def test_the_cosine_is_that_of_transformers_and_so_of_the_services(num_cycles, warmup_ratio, min_lr_ratio):
+    """But in the warm-up, where theirs begins with a step at rate 0."""
+    optimization = pytest.importorskip("transformers").optimization
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = optimization.get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, round(50 * warmup_ratio), 50, num_cycles=num_cycles, min_lr_rate=min_lr_ratio
+    ).lr_lambdas[0]
+    ours = rates(50, schedule="cosine", num_cycles=num_cycles, warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio)
+    warmup = round(50 * warmup_ratio)
+    assert ours[warmup:] == pytest.approx([theirs(step) for step in range(warmup, 50)], rel=8 * EPS, abs=8 * EPS)
+    assert ours[:warmup] == pytest.approx([theirs(step + 1) for step in range(warmup)], rel=8 * EPS)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(10, 1), (10, 3), (7, 7), (100, 8), (3, 5)])
+def test_what_is_done_so_many_times_is_spaced_evenly_and_ends_with_the_run(steps, count):
+    done = [step for step in range(1, steps + 1) if due(step, steps, 0, count)]
+    assert len(done) == min(steps, count) and done[-1] == steps
+    gaps = {after - before for before, after in zip([0, *done], done, strict=False)}
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_what_is_done_every_so_many_steps_is_and_neither_is_never():
+    assert [step for step in range(1, 11) if due(step, 10, 4, 0)] == [4, 8]
+    assert not any(due(step, 10, 0, 0) for step in range(1, 11))
 
 
 def test_the_peak_rate_multiplies_all_rates():

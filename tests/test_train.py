@@ -20,11 +20,11 @@ from dpo.loop import STEP0_TOLERANCE, selection_score
 from dpo.losses import pair_losses
 from dpo.packing import pack_share
 from dpo.pairs import PairLogps, pair_logps, reference_sums
+from dpo.policy import load_policy
 from dpo.rows import Row, write_rows
 from dpo.settings import load_config
 from dpo.step import accumulate_gradients, means, plan_steps
 from dpo.store import parts_of, write_part
-from dpo.train import load_policy
 from dpo.trees import Tree
 from models.decoder import next_token_logits
 
@@ -131,7 +131,7 @@ def test_activation_checkpointing_gives_the_same_gradient_bits(runs, dtype, rank
     for on in ("false", "true"):
         config = load_config(runs.argv(f"dtype={dtype}", f"lora.rank={rank}", f"train.activation_checkpointing={on}"))
         inputs = read_inputs(config, "cpu")
-        policy = load_policy(config, inputs, ALONE)
+        policy = load_policy(config, inputs.model_folder, inputs.dtype, ALONE)
         assert policy.checkpoint_activations == (on == "true")
         references = [torch.ones(len(tree.completions), dtype=torch.float64) for tree in inputs.train_trees]
         recomputed = 0

@@ -1,0 +1,52 @@
+"""The policy at its start: base weights, with an adapter where one is trained, fresh or continued from another run.
+
+No dimension letters. Read next: models/lora.py, dpo/loop.py.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from dpo.config import Config, LoraConfig
+from dpo.distributed import Ranks, shard
+from models.decoder import Decoder, load_decoder
+from models.errors import UserError
+from models.lora import Adapter, add_lora, load_adapter, read_adapter
+
+
+def adapter_of(config: LoraConfig) -> Adapter:
+    """What the section `lora` (rank above 0) asks for."""
+    alpha, targets = config.alpha or 2.0 * config.rank, tuple(config.targets)
+    return Adapter(config.rank, alpha, targets, config.rslora, config.dora, config.dropout)
+
+
+def with_adapter(config: Config) -> Config:
+    """The configuration in which `lora` is as the adapter of `model.adapter`; UserError where it says otherwise."""
+    if not config.model.adapter:
+        return config
+    adapter = read_adapter(Path(config.model.adapter))
+    found = asdict(adapter) | {"targets": list(adapter.targets), "dropout": config.lora.dropout}
+    said, default = config.lora.model_dump(), LoraConfig().model_dump()
+    for key, value in found.items():
+        if said[key] not in (default[key], value):
+            raise UserError(
+                f"lora.{key} = {said[key]}: the adapter of model.adapter={config.model.adapter} has {value}, and it is "
+                "that which is trained on; leave the key out, or merge it (python -m dpo.export) and set model.path"
+            )
+    return config.model_copy(update={"lora": LoraConfig.model_validate(found)})
+
+
+def load_policy(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> Decoder:
+    """The policy: all of it trainable in fp32 masters, or frozen in `dtype` (the arithmetic's) beside an adapter."""
+    weight_dtype = dtype if config.lora.rank else torch.promote_types(dtype, torch.float32)
+    backend = config.kernels.backend
+    policy = load_decoder(folder, weight_dtype=weight_dtype, compute_dtype=dtype, device=ranks.device, backend=backend)
+    if config.lora.rank:
+        add_lora(policy, adapter_of(config.lora), seed=config.seed)
+    else:
+        policy.requires_grad_(True)
+    if config.model.adapter:
+        load_adapter(Path(config.model.adapter), policy)
+    policy.checkpoint_activations = config.train.activation_checkpointing
+    return shard(policy, ranks)
