@@ -234,7 +234,7 @@ READ_BY: dict[str, set[str]] = {
 
 
 def chosen_nll(logps: PairLogps) -> Tensor:
-    """-log pi(y_w|x) / |y_w| per pair (Pang et al. 2024, eq. 2: the term that rpo_alpha weighs).
+    """-log pi(y_w|x) / |y_w| per pair (Pang et al. 2024: the term that rpo_alpha weighs).
 
     Each pair's own length divides, so that pairs count alike; TRL divides by all the batch's tokens instead.
     """
