@@ -21,8 +21,8 @@ from dpo.split import Splits, split_rows
 from dpo.tokens import Trees, token_trees
 from dpo.trees import TreeSettings
 from kernels.backend import why_not_triton
-from models.config import read_model_config
 from models.errors import UserError
+from models.families import read_model_config
 from models.gguf_import import resolve_model_path
 from models.hub import fetch_data, is_hub_id
 from models.tokenizer import Tokenizer, load_tokenizer, read_backend, read_variables

@@ -33,7 +33,8 @@ from dpo.packing import Pack, pack_share  # noqa: E402
 from dpo.policy import load_policy  # noqa: E402
 from dpo.settings import load_config  # noqa: E402
 from kernels.bench import capability  # noqa: E402
-from models.decoder import Decoder, Linear  # noqa: E402
+from models.decoder import Decoder  # noqa: E402
+from models.parts import Linear  # noqa: E402
 
 PARTS = {  # what a profiled event, or one around it, is called; the first that fits
     "head": ("LinearLogprobs",),
@@ -74,7 +75,7 @@ def useful_flop(packs: Sequence[Pack], policy: Decoder, rank: int) -> dict[str, 
     head = 2.0 * scored * config.hidden * config.vocab
     return {
         "linear layers": (4.0 * weights + 6.0 * adapters if rank else 6.0 * weights) * tokens,
-        "attention": 12.0 * pairs * config.layers * config.heads * config.head_dim,
+        "attention": 12.0 * pairs * len(config.layers) * config.heads * config.head_dim,
         "head": head * (2 if rank else 3),
     }
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 BLOCK = 128  # tokens of flex_attention's blocks
 PREFIX, PADDING = -1, -2  # in place of a tree's number
@@ -44,13 +44,22 @@ class Span(NamedTuple):
 FULL = Span()
 
 
-def tree_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span = FULL) -> Tensor:
-    """Scaled dot-product attention of every token over what it sees, [T, N, H]; padding gives zeros."""
+def tree_attention(
+    q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span = FULL, sinks_N: Tensor | None = None
+) -> Tensor:
+    """Scaled dot-product attention of every token over what it sees, [T, N, H]; padding gives zeros.
+
+    `sinks_N`: one more logit in each head's softmax, not scaled, of no value: the weights then sum to less than 1.
+    """
     if q_TNH.is_cuda:
         mask = block_mask(layout, len(q_TNH), span, q_TNH.device)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TGH, v_TGH))
-        return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-    return _by_branches(q_TNH, k_TGH, v_TGH, layout, span)
+        if sinks_N is None:
+            return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        out, aux = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+        kept = torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[None, :, None])
+        return (out * kept[..., None].to(out.dtype))[0].transpose(0, 1)
+    return _by_branches(q_TNH, k_TGH, v_TGH, layout, span, sinks_N)
 
 
 # --- one SDPA a branch (CPU) ------------------------------------------------------------------------------------------
@@ -73,36 +82,43 @@ def _reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
     return sees
 
 
-def _by_branches(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span) -> Tensor:
+def _by_branches(
+    q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span, sinks_N: Tensor | None
+) -> Tensor:
     sizes = [layout.prefix, *(size for prompt, branches in layout.trees for size in (prompt, *branches))]
     padding = len(q_TNH) - sum(sizes)
     assert padding >= 0, f"trees of {sum(sizes)} tokens in a pack of {len(q_TNH)}"
     # split, not slicing: its backward is one cat, where every slice would make a zero gradient of the whole pack.
     parts = zip(*(x.transpose(0, 1).split([*sizes, padding], dim=1) for x in (q_TNH, k_TGH, v_TGH)), strict=True)
     q, prefix_k, prefix_v = next(parts)
-    outputs = [_attend(q, prefix_k, prefix_v, 0, span)] if layout.prefix else []
+    outputs = [_attend(q, prefix_k, prefix_v, 0, span, sinks_N)] if layout.prefix else []
     for prompt, branches in layout.trees:
         q, prompt_k, prompt_v = next(parts)
         if layout.prefix:
             prompt_k, prompt_v = torch.cat([prefix_k, prompt_k], 1), torch.cat([prefix_v, prompt_v], 1)
-        outputs.append(_attend(q, prompt_k, prompt_v, layout.prefix, span))
+        outputs.append(_attend(q, prompt_k, prompt_v, layout.prefix, span, sinks_N))
         for branch in branches:
             q, k, v = next(parts)
             if branch:
                 k, v = torch.cat([prompt_k, k], 1), torch.cat([prompt_v, v], 1)
-                outputs.append(_attend(q, k, v, layout.prefix + prompt, span))
+                outputs.append(_attend(q, k, v, layout.prefix + prompt, span, sinks_N))
     outputs.append(q_TNH.new_zeros(q_TNH.shape[1], padding, q_TNH.shape[2]))
     return torch.cat(outputs, 1).transpose(0, 1)
 
 
-def _attend(q_NLH: Tensor, k_GSH: Tensor, v_GSH: Tensor, before: int, span: Span) -> Tensor:
+def _attend(q_NLH: Tensor, k_GSH: Tensor, v_GSH: Tensor, before: int, span: Span, sinks_N: Tensor | None) -> Tensor:
     dtype = q_NLH.dtype
     if q_NLH.device.type == "cpu":  # its bf16 kernel takes twice as long, forward and back, on branches of a few tokens
         q_NLH, k_GSH, v_GSH = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_NLH, k_GSH, v_GSH))
-    causal = not before and span == FULL
-    mask_LS = None if causal else _mask(before, q_NLH.shape[1], span, q_NLH.device)
+    causal = not before and span == FULL and sinks_N is None
+    mask = None if causal else _mask(before, q_NLH.shape[1], span, q_NLH.device)
+    if mask is not None and sinks_N is not None:  # a key of zeros with the sink as its logit, and a value of zeros
+        k_GSH, v_GSH = F.pad(k_GSH, (0, 0, 0, 1)), F.pad(v_GSH, (0, 0, 0, 1))
+        closed = torch.zeros_like(mask, dtype=q_NLH.dtype).masked_fill(~mask, -torch.inf)
+        sink = sinks_N.to(q_NLH.dtype)[:, None, None].expand(-1, len(mask), 1)
+        mask = torch.cat([closed.expand(len(sink), -1, -1), sink], -1)[None]
     return F.scaled_dot_product_attention(
-        q_NLH[None], k_GSH[None], v_GSH[None], attn_mask=mask_LS, is_causal=causal, enable_gqa=True
+        q_NLH[None], k_GSH[None], v_GSH[None], attn_mask=mask, is_causal=causal, enable_gqa=True
     )[0].to(dtype)
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from models.config import read_model_config
 from models.errors import UserError
+from models.families import read_model_config
 from models.files import atomic_folder, atomic_write_text, read_json_object, write_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

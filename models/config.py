@@ -1,19 +1,19 @@
 """What a model folder's config.json says, in our words: one frozen ModelConfig for every family.
 
-Letters: V vocab, D hidden, N heads, G kv heads, H head dim, F ffn.
+Letters: V vocab, D hidden, N heads, G kv heads, H head dim, F ffn, E experts, K experts per token.
 Both spellings are read: rope_theta + rope_scaling (transformers < 5) and rope_parameters (>= 5); torch_dtype and dtype.
-What would change the arithmetic and is not built is refused, never dropped. A new family is one function in FAMILIES.
-Read next: models/decoder.py, which builds the module from this.
+What would change the arithmetic and is not built is refused, never dropped.
+Read next: models/families/, one file for each family.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from models.attention import FULL, Span
 from models.errors import UserError
-from models.files import read_json_object
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 Fields = Mapping[str, object]
@@ -31,92 +31,145 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """YaRN (Peng et al. 2023): a ramp over the frequencies' index, and larger tables (so larger attention logits)."""
+
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_max_position: int
+    truncate: bool  # the ramp's ends are rounded outwards to whole indices
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What may differ from layer to layer."""
+
+    span: Span = FULL
+    rotary: bool = True
+    sparse: bool = False  # experts instead of one dense MLP
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """The experts of a sparse layer."""
+
+    count: int  # E
+    per_token: int  # K
+    ffn: int  # F of one expert
+    renormalise: bool = True  # the chosen experts' weights sum to 1 (Qwen3-MoE's norm_topk_prob)
+    limit: float = math.inf  # gpt-oss: gate and up are clamped to it
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One decoder's shape and constants."""
 
+    architecture: str  # a key of models.families.FAMILIES
     vocab: int  # V
     hidden: int  # D
-    layers: int
+    layers: tuple[LayerKind, ...]
     heads: int  # N
     kv_heads: int  # G, divides N
     head_dim: int  # H, even; N * H need not be D
-    ffn: int  # F
+    ffn: int  # F of a dense MLP
     norm_eps: float
     rope_theta: float
-    rope_scaling: RopeScaling | None
+    rope_scaling: RopeScaling | Yarn | None
     tied: bool  # lm_head is embed_tokens: the module then has no lm_head.weight of its own
-    attention_bias: bool  # on q, k, v and o
+    qkv_bias: bool
+    output_bias: bool  # of attention's o_proj
     mlp_bias: bool  # on gate, up and down
     dtype: str  # of the stored weights, one of DTYPES
+    experts: ExpertsConfig | None = None
+    qk_norm: bool = False
+    temperature: tuple[float, float] | None = None  # Llama 4's (floor_scale, attn_scale), in layers without rope
 
 
-def read_model_config(folder: Path) -> ModelConfig:
-    """The configuration of a Hugging Face model folder; every fault is a UserError that names the key."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no config.json there; a Hugging Face model folder has one")
-    fields = read_json_object(path)
-    named = fields.get("architectures")
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
-        raise UserError(f"{path}: architectures = {named!r} is not supported; supported: {', '.join(FAMILIES)}")
-    if fields.get("quantization_config") is not None:
-        raise UserError(f"{path}: quantization_config: quantised weights are not supported; use a bf16 or fp32 copy")
-    return FAMILIES[named[0]](fields, path)
-
-
-def _read_llama(fields: Fields, path: Path) -> ModelConfig:
-    """LlamaForCausalLM (Llama 2 and 3, SmolLM2). Absent keys mean the published class's defaults."""
+def decoder_config(
+    architecture: str,
+    fields: Fields,
+    path: Path,
+    *,
+    layers: tuple[LayerKind, ...] | None = None,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    mlp_bias: bool = False,
+    experts: ExpertsConfig | None = None,
+    qk_norm: bool = False,
+    temperature: tuple[float, float] | None = None,
+    ffn_key: str = "intermediate_size",
+    defaults: Fields = {},  # noqa: B006 (never written)
+) -> ModelConfig:
+    """What every family's config.json says in the same words; `defaults` are the published class's for absent keys."""
+    fields = {**defaults, **{key: value for key, value in fields.items() if value is not None}}
     if fields.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: hidden_act = {fields['hidden_act']!r} is not supported; supported: 'silu'")
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"{path}: dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    hidden, heads = _positive(fields, "hidden_size", path, int), _positive(fields, "num_attention_heads", path, int)
-    kv_heads = _positive(fields, "num_key_value_heads", path, int, default=heads)
+    hidden, heads = positive(fields, "hidden_size", path, int), positive(fields, "num_attention_heads", path, int)
+    kv_heads = positive(fields, "num_key_value_heads", path, int, default=heads)
     if heads % kv_heads:
         raise UserError(f"{path}: num_attention_heads = {heads} must be a multiple of num_key_value_heads = {kv_heads}")
+    head_dim = positive(fields, "head_dim", path, int, default=max(hidden // heads, 1))
+    if head_dim % 2:
+        raise UserError(f"{path}: head_dim = {head_dim} must be even: rotary embedding turns pairs")
     rope_theta, rope_scaling = _read_rope(fields, path)
     return ModelConfig(
-        vocab=_positive(fields, "vocab_size", path, int),
+        architecture=architecture,
+        vocab=positive(fields, "vocab_size", path, int),
         hidden=hidden,
-        layers=_positive(fields, "num_hidden_layers", path, int),
+        layers=(LayerKind(),) * positive(fields, "num_hidden_layers", path, int) if layers is None else layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_positive(fields, "head_dim", path, int, default=hidden // heads),
-        ffn=_positive(fields, "intermediate_size", path, int),
-        norm_eps=_positive(fields, "rms_norm_eps", path, float, default=1e-6),
+        head_dim=head_dim,
+        ffn=positive(fields, ffn_key, path, int),
+        norm_eps=positive(fields, "rms_norm_eps", path, float, default=1e-6),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tied=_flag(fields, "tie_word_embeddings", path),
-        attention_bias=_flag(fields, "attention_bias", path),
-        mlp_bias=_flag(fields, "mlp_bias", path),
+        tied=flag(fields, "tie_word_embeddings", path),
+        qkv_bias=qkv_bias,
+        output_bias=output_bias,
+        mlp_bias=mlp_bias,
         dtype=str(dtype),
+        experts=experts,
+        qk_norm=qk_norm,
+        temperature=temperature,
     )
 
 
-FAMILIES: dict[str, Callable[[Fields, Path], ModelConfig]] = {"LlamaForCausalLM": _read_llama}
-
-
-def _read_rope(fields: Fields, path: Path) -> tuple[float, RopeScaling | None]:
+def _read_rope(fields: Fields, path: Path) -> tuple[float, RopeScaling | Yarn | None]:
     """(theta, scaling), from either spelling."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling = {rope!r} must be an object or null")
-    theta = _positive({**fields, **rope}, "rope_theta", path, float, default=10000.0)
+    theta = positive({**fields, **rope}, "rope_theta", path, float, default=10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise UserError(f"{path}: rope type {kind!r} is not supported; supported: 'default', 'llama3'")
-    return theta, RopeScaling(
-        factor=_positive(rope, "factor", path, float),
-        low_freq_factor=_positive(rope, "low_freq_factor", path, float),
-        high_freq_factor=_positive(rope, "high_freq_factor", path, float),
-        original_max_position=_positive(rope, "original_max_position_embeddings", path, int),
-    )
+    if kind == "llama3":
+        return theta, RopeScaling(
+            factor=positive(rope, "factor", path, float),
+            low_freq_factor=positive(rope, "low_freq_factor", path, float),
+            high_freq_factor=positive(rope, "high_freq_factor", path, float),
+            original_max_position=positive(rope, "original_max_position_embeddings", path, int),
+        )
+    if kind == "yarn":
+        supported(rope, "attention_factor", path, None)
+        supported(rope, "mscale", path, None)
+        supported(rope, "mscale_all_dim", path, None)
+        return theta, Yarn(
+            factor=positive(rope, "factor", path, float),
+            beta_fast=positive(rope, "beta_fast", path, float, default=32.0),
+            beta_slow=positive(rope, "beta_slow", path, float, default=1.0),
+            original_max_position=positive(rope, "original_max_position_embeddings", path, int),
+            truncate=flag(rope, "truncate", path, default=True),
+        )
+    raise UserError(f"{path}: rope type {kind!r} is not supported; supported: 'default', 'llama3', 'yarn'")
 
 
-def _positive(fields: Fields, key: str, path: Path, kind: type[Number], default: Number | None = None) -> Number:
+def positive(fields: Fields, key: str, path: Path, kind: type[Number], default: Number | None = None) -> Number:
     """The key's value; absent and null both mean the default, and no default means that the key is required."""
     value = default if fields.get(key) is None else fields[key]
     if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
@@ -125,8 +178,16 @@ def _positive(fields: Fields, key: str, path: Path, kind: type[Number], default:
     return kind(value)
 
 
-def _flag(fields: Fields, key: str, path: Path) -> bool:
-    value = fields.get(key) or False
+def flag(fields: Fields, key: str, path: Path, default: bool = False) -> bool:
+    """The key's truth value; absent and null both mean the default."""
+    value = default if fields.get(key) is None else fields[key]
     if not isinstance(value, bool):
         raise UserError(f"{path}: {key} = {value!r} must be true or false")
     return value
+
+
+def supported(fields: Fields, key: str, path: Path, *values: object) -> None:
+    """Refuse a key whose value is none of `values`; an absent key and null are fine."""
+    if fields.get(key) is not None and fields[key] not in values:
+        allowed = ", ".join(repr(value) for value in values if value is not None) or "leave it out"
+        raise UserError(f"{path}: {key} = {fields[key]!r} is not supported; supported: {allowed}")

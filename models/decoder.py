@@ -1,11 +1,9 @@
 """The decoder: a packed row of preference trees in, the log-prob of every scored token out.
 
-Letters: `T` tokens of a pack, `R` scored tokens, `D` model width, `F` ffn width, `N` heads, `G` kv heads, `H` head
-width, `V` vocabulary. Read next: kernels/linear_logprobs.py, models/lora.py.
+Letters: `T` tokens of a pack, `R` scored tokens, `D` model width, `N` heads, `G` kv heads, `H` head width, `V`
+vocabulary. Read next: models/parts.py, models/families/, kernels/linear_logprobs.py, models/lora.py.
 
-Parameter names are the published ones (model.layers.0.self_attn.q_proj.weight), so that checkpoints stream in and out
-without a conversion. Weights may be kept in fp32 (masters, when they train) while the arithmetic runs in
-`compute_dtype`: each layer casts its own weight as it is used.
+Parameter names are the published ones (model.layers.0.self_attn.q_proj.weight).
 """
 
 from collections.abc import Sequence
@@ -17,101 +15,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import linear_logprobs
-from models.attention import Layout, tree_attention
+from models.attention import Layout, Span, tree_attention
 from models.checkpoint import load_weights
-from models.config import ModelConfig, read_model_config
-from models.rope import rope_tables, rotate
+from models.config import ModelConfig
+from models.families import FAMILIES, read_model_config
+from models.parts import Attend, Context, Embedding, Linear
+from models.rope import rope_tables
 
 
-class Linear(nn.Module):
-    """y = x W^T (+ b), in x's dtype; plus a low-rank update when models/lora.py has attached one."""
+def attend_trees(layout: Layout) -> Attend:
+    """Attention of a pack laid out as `layout` (see models/attention.py), the same for every layer."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
-        self.lora: nn.Module | None = None
+    def attend(layer: int, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, span: Span, sinks_N: Tensor | None) -> Tensor:
+        return tree_attention(q_TNH, k_TGH, v_TGH, layout, span, sinks_N)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, weight, bias)
-        return y if self.lora is None else self.lora(x, y, weight, bias)
-
-
-class Embedding(nn.Module):
-    """One row of the weight per token."""
-
-    def __init__(self, vocab: int, hidden: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab, hidden, dtype=dtype))
-
-    def forward(self, tokens_T: Tensor) -> Tensor:
-        return F.embedding(tokens_T, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, cast back to x's dtype, then times the weight (Llama's order)."""
-
-    def __init__(self, hidden: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(hidden, dtype=dtype)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        normal = F.rms_norm(exact, (x.shape[-1],), eps=self.eps)
-        return normal.to(x.dtype) * self.weight.to(x.dtype)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        bias, width = config.attention_bias, config.head_dim
-        self.q_proj = Linear(config.hidden, config.heads * width, bias, dtype)
-        self.k_proj = Linear(config.hidden, config.kv_heads * width, bias, dtype)
-        self.v_proj = Linear(config.hidden, config.kv_heads * width, bias, dtype)
-        self.o_proj = Linear(config.heads * width, config.hidden, bias, dtype)
-
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        q_TNH, k_TGH, v_TGH = (
-            project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out_TNH = tree_attention(rotate(q_TNH, cos, sin), rotate(k_TGH, cos, sin), v_TGH, layout)
-        return self.o_proj(out_TNH.flatten(1))
-
-
-class MLP(nn.Module):
-    """down(silu(gate x) * up x)."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden, config.ffn, config.mlp_bias, dtype)
-        self.up_proj = Linear(config.hidden, config.ffn, config.mlp_bias, dtype)
-        self.down_proj = Linear(config.ffn, config.hidden, config.mlp_bias, dtype)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
-
-
-class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype)
-        self.self_attn = Attention(config, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype)
-        self.mlp = MLP(config, dtype)
-
-    def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, layout)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+    return attend
 
 
 class Trunk(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab, config.hidden, dtype)
-        self.layers = nn.ModuleList(Layer(config, dtype) for _ in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_eps, dtype)
+        family = FAMILIES[config.architecture]
+        self.layers = nn.ModuleList(family.layer(config, index, dtype) for index in range(len(config.layers)))
+        self.norm = family.norm(config.hidden, config.norm_eps, dtype)
 
 
 class Decoder(nn.Module):
@@ -130,15 +57,20 @@ class Decoder(nn.Module):
         self.model = Trunk(config, weight_dtype)
         self.lm_head = None if config.tied else Linear(config.hidden, config.vocab, False, weight_dtype)
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, layout: Layout) -> Tensor:
-        """Final-normed hidden states [T, D] of a pack laid out as `layout` (see models/attention.py)."""
+    @property
+    def head(self) -> Embedding | Linear:
+        """What makes logits of hidden states: lm_head, or the embedding of a tied model."""
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Final-normed hidden states [T, D]; `attend` says which token sees which."""
         x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype)
-        cos, sin = rope_tables(positions_T, self.config, self.compute_dtype)
+        context = Context(positions_T, *rope_tables(positions_T, self.config, self.compute_dtype), attend)
         for layer in self.model.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x_TD = checkpoint(layer, x_TD, cos, sin, layout, use_reentrant=False)
+                x_TD = checkpoint(layer, x_TD, context, use_reentrant=False)
             else:
-                x_TD = layer(x_TD, cos, sin, layout)
+                x_TD = layer(x_TD, context)
         return self.model.norm(x_TD)
 
     def forward(
@@ -151,9 +83,9 @@ class Decoder(nn.Module):
         head_chunk: int,
     ) -> Tensor:
         """log p(targets_R[i] | everything that hidden row rows_R[i] sees), nats: fp32 [R] (fp64 in fp64)."""
-        hidden_TD = self.hidden(tokens_T, positions_T, layout)
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return linear_logprobs(hidden_TD[rows_R], head.weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
+        hidden_TD = self.hidden(tokens_T, positions_T, attend_trees(layout))
+        weight = self.head.weight
+        return linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
 
 
 def load_decoder(
@@ -175,6 +107,5 @@ def load_decoder(
 def next_token_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:
     """Logits [T, V] of one plain sequence, whole: for inspection and parity tests, never for training."""
     tokens_T = torch.tensor(tokens)
-    hidden_TD = model.hidden(tokens_T, torch.arange(len(tokens)), Layout(0, ((len(tokens), ()),)))
-    head = model.model.embed_tokens if model.lm_head is None else model.lm_head
-    return F.linear(hidden_TD, head.weight.to(hidden_TD.dtype))
+    hidden_TD = model.hidden(tokens_T, torch.arange(len(tokens)), attend_trees(Layout(0, ((len(tokens), ()),))))
+    return F.linear(hidden_TD, model.head.weight.to(hidden_TD.dtype))

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.checkpoint import ADAPTER, ADAPTER_CONFIG, load_weights, stored_tensors
-from models.decoder import Decoder, Linear
+from models.decoder import Decoder
 from models.errors import UserError
 from models.files import atomic_folder, read_json_object, write_json
+from models.parts import Linear
 
 ALL_LINEAR = "all-linear"
 PEFT_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "lora_magnitude_vector"}

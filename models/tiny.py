@@ -11,8 +11,8 @@ import torch
 from tokenizers import pre_tokenizers
 
 from models.checkpoint import write_weights
-from models.config import read_model_config
 from models.decoder import Decoder
+from models.families import read_model_config
 from models.files import write_json
 from models.tokenizer import byte_level_bpe, write_tokenizer
 

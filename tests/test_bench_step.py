@@ -33,4 +33,4 @@ def test_linear_layers_and_head_count_every_product_of_a_full_pack_once(tiny_fol
     first = (2 * hidden * (hidden + 2 * kv) + 2 * rank * 3 * hidden) * 32 if rank else 0
     assert counted[aten.mm] + counted.get(aten.addmm, 0) == flop["linear layers"] + flop["head"] - first
     visible = 20 * 21 // 2 + 12 * 20 + 12 * 13 // 2
-    assert flop["attention"] == 12 * visible * policy.config.layers * policy.config.heads * policy.config.head_dim
+    assert flop["attention"] == 12 * visible * len(policy.config.layers) * policy.config.heads * policy.config.head_dim

@@ -25,8 +25,8 @@ from models.checkpoint import (
     weights_fingerprint,
     write_weights,
 )
-from models.config import read_model_config
 from models.errors import UserError
+from models.families import read_model_config
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from dpo.checkpoint import export
 from dpo.config import Config
 from dpo.distributed import Ranks
-from models.decoder import Decoder, Linear, load_decoder, next_token_logits
+from models.decoder import Decoder, load_decoder, next_token_logits
 from models.errors import UserError
 from models.lora import Adapter, LowRank, add_lora, load_adapter, merged_weights, read_adapter, save_adapter
+from models.parts import Linear
 from models.tiny import write_tiny_model
 
 RANK, ALPHA = 4, 12.0

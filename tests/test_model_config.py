@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from models.config import RopeScaling, read_model_config
+from models.config import RopeScaling
 from models.errors import UserError
+from models.families import read_model_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -62,9 +63,9 @@ def test_config_that_transformers_wrote_is_read_as_it_was_meant(tmp_path: Path, 
     )
     transformers.LlamaConfig(**given).save_pretrained(tmp_path / "m")
     config = read_model_config(tmp_path / "m")
-    assert (config.vocab, config.hidden, config.layers, config.ffn) == (40, 24, 2, 36)
+    assert (config.vocab, config.hidden, len(config.layers), config.ffn) == (40, 24, 2, 36)
     assert (config.heads, config.kv_heads, config.head_dim) == (6, 2, 10)
-    assert (config.tied, config.attention_bias, config.mlp_bias) == (tied, True, True)
+    assert (config.tied, config.qkv_bias, config.mlp_bias) == (tied, True, True)
     assert (config.rope_theta, config.rope_scaling is None) == ((1e4, True) if rope is None else (7e4, False))
     assert (config.norm_eps, config.dtype) == (1e-5, "float32")
 
@@ -75,7 +76,7 @@ def test_absent_keys_mean_what_transformers_means_by_them(tmp_path: Path) -> Non
     ours, theirs = read_model_config(folder), transformers.AutoConfig.from_pretrained(folder)
     assert (ours.kv_heads, ours.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
     assert ours.norm_eps == theirs.rms_norm_eps
-    assert (ours.tied, ours.attention_bias, ours.mlp_bias) == (theirs.tie_word_embeddings, False, False)
+    assert (ours.tied, ours.qkv_bias, ours.mlp_bias) == (theirs.tie_word_embeddings, False, False)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.rope_scaling is None
 
 

@@ -1,0 +1,108 @@
+"""Llama 4 (Scout, Maverick), its text part: chunked attention, every fourth layer without positions, top-1 experts.
+
+Letters: `T` tokens, `D` model width, `N` heads, `G` kv heads, `H` head width. Read next: models/moe.py.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import FULL, Span
+from models.config import ExpertsConfig, Fields, LayerKind, ModelConfig, decoder_config, flag, positive
+from models.errors import UserError
+from models.moe import MoE, sigmoid_of_chosen, swiglu
+from models.parts import MLP, Attention, Context, RMSNorm, rms_normal
+from models.rope import rotate_pairs
+
+
+def read_nested(architecture: str, fields: Fields, path: Path) -> ModelConfig:
+    """Llama4ForConditionalGeneration: the decoder is its text_config; pictures are not read."""
+    text = fields.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{path}: text_config = {text!r} must be an object")
+    outer = {key: fields[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in fields}
+    return read_config(architecture, {**outer, **text}, path)
+
+
+def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
+    """Llama4ForCausalLM."""
+    count = positive(fields, "num_hidden_layers", path, int)
+    step = positive(fields, "interleave_moe_layer_step", path, int, 1)
+    rotary = fields.get("no_rope_layers") or [int((i + 1) % 4 != 0) for i in range(count)]
+    sparse = fields.get("moe_layers") or list(range(step - 1, count, step))
+    if not isinstance(rotary, list) or len(rotary) != count or not isinstance(sparse, list):
+        raise UserError(f"{path}: no_rope_layers and moe_layers must be lists, the first with a 0 or 1 for each layer")
+    chunk = Span(chunk=positive(fields, "attention_chunk_size", path, int, 8192))
+    tuned = fields.get("attn_temperature_tuning", True)  # published as true, 4 or left out
+    floor = positive(fields, "floor_scale", path, float, 8192.0)
+    scale = positive(fields, "attn_scale", path, float, 0.1)
+    bias = flag(fields, "attention_bias", path)
+    return decoder_config(
+        architecture,
+        fields,
+        path,
+        layers=tuple(LayerKind(chunk if r else FULL, bool(r), i in sparse) for i, r in enumerate(rotary)),
+        qkv_bias=bias,
+        output_bias=bias,
+        experts=ExpertsConfig(
+            count=positive(fields, "num_local_experts", path, int),
+            per_token=positive(fields, "num_experts_per_tok", path, int),
+            ffn=positive(fields, "intermediate_size", path, int),
+        ),
+        qk_norm=flag(fields, "use_qk_norm", path, True),
+        temperature=(floor, scale) if tuned else None,
+        ffn_key="intermediate_size_mlp",
+        defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+    )
+
+
+class Llama4Attention(Attention):
+    """Rotated (neighbours as pairs) and then normed; or neither, with queries that grow with the position."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
+        super().__init__(config, index, dtype)
+        self.eps = config.norm_eps if config.qk_norm else None
+        self.temperature = config.temperature
+
+    def prepare(self, q_TNH: Tensor, k_TGH: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        if self.kind.rotary:
+            q_TNH, k_TGH = (rotate_pairs(x, context.cos, context.sin) for x in (q_TNH, k_TGH))
+            if self.eps is not None:
+                q_TNH, k_TGH = (rms_normal(x, self.eps).to(x.dtype) for x in (q_TNH, k_TGH))
+        elif self.temperature is not None:
+            floor, scale = self.temperature
+            steps_T = ((context.positions_T.to(context.cos.dtype) + 1) / floor).floor()
+            q_TNH = (q_TNH * (1 + scale * steps_T.log1p())[:, None, None]).to(q_TNH.dtype)
+        return q_TNH, k_TGH
+
+
+class SharedMoE(MoE):
+    """Top-1 experts that read their input scaled by the router, and one that everybody asks."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        assert config.experts is not None
+        super().__init__(config.hidden, config.experts, dtype, sigmoid_of_chosen, swiglu, scale_input=True)
+        self.shared_expert = MLP(config.hidden, config.experts.ffn, False, dtype)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.shared_expert(x_TD) + super().forward(x_TD)
+
+
+class Llama4Layer(nn.Module):
+    """Pre-norm, under the published names."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype)
+        self.self_attn = Llama4Attention(config, index, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype)
+        sparse = config.layers[index].sparse
+        self.feed_forward = SharedMoE(config, dtype) if sparse else MLP(config.hidden, config.ffn, False, dtype)
+
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
+        return x_TD + self.feed_forward(self.post_attention_layernorm(x_TD))
+
+
+layer = Llama4Layer

@@ -1,0 +1,73 @@
+"""Qwen2.5 (biased q, k, v), Qwen3 (normed q and k), Qwen3-MoE (experts beside).
+
+Letters: `T` tokens, `N` heads, `G` kv heads, `H` head width. Read next: models/families/gpt_oss.py.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.config import ExpertsConfig, Fields, LayerKind, ModelConfig, decoder_config, flag, positive, supported
+from models.errors import UserError
+from models.moe import MoE, chosen_of_softmax, swiglu
+from models.parts import MLP, Attention, Context, Layer, RMSNorm
+
+
+def read_qwen2(architecture: str, fields: Fields, path: Path) -> ModelConfig:
+    """Qwen2ForCausalLM (Qwen2.5): q, k and v have a bias, whatever the file says."""
+    supported(fields, "use_sliding_window", path, False)
+    return decoder_config(architecture, fields, path, qkv_bias=True)
+
+
+def read_qwen3(architecture: str, fields: Fields, path: Path) -> ModelConfig:
+    """Qwen3ForCausalLM."""
+    supported(fields, "use_sliding_window", path, False)
+    bias = flag(fields, "attention_bias", path)
+    defaults = {"head_dim": 128}
+    return decoder_config(architecture, fields, path, qkv_bias=bias, output_bias=bias, qk_norm=True, defaults=defaults)
+
+
+def read_qwen3_moe(architecture: str, fields: Fields, path: Path) -> ModelConfig:
+    """Qwen3MoeForCausalLM: a layer is sparse where decoder_sparse_step and mlp_only_layers say so."""
+    supported(fields, "use_sliding_window", path, False)
+    bias = flag(fields, "attention_bias", path)
+    step, dense = positive(fields, "decoder_sparse_step", path, int, 1), fields.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise UserError(f"{path}: mlp_only_layers = {dense!r} must be a list of layer numbers")
+    layers = tuple(
+        LayerKind(sparse=i not in dense and (i + 1) % step == 0)
+        for i in range(positive(fields, "num_hidden_layers", path, int))
+    )
+    experts = ExpertsConfig(
+        # transformers 5 saves the count under another name than the published files have.
+        count=positive({"num_experts": fields.get("num_local_experts"), **fields}, "num_experts", path, int),
+        per_token=positive(fields, "num_experts_per_tok", path, int),
+        ffn=positive(fields, "moe_intermediate_size", path, int),
+        renormalise=flag(fields, "norm_topk_prob", path),
+    )
+    return decoder_config(
+        architecture, fields, path, layers=layers, qkv_bias=bias, output_bias=bias, experts=experts, qk_norm=True
+    )
+
+
+class Qwen3Attention(Attention):
+    """Queries and keys are normed by head, then rotated."""
+
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
+        super().__init__(config, index, dtype)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype)
+
+    def prepare(self, q_TNH: Tensor, k_TGH: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        return super().prepare(self.q_norm(q_TNH), self.k_norm(k_TGH), context)
+
+
+def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
+    """Layer `index` of a Qwen3."""
+    if config.layers[index].sparse:
+        assert config.experts is not None
+        mlp: MLP | MoE = MoE(config.hidden, config.experts, dtype, chosen_of_softmax, swiglu, router_name="gate")
+    else:
+        mlp = MLP(config.hidden, config.ffn, config.mlp_bias, dtype)
+    return Layer(config, dtype, Qwen3Attention(config, index, dtype), mlp)
