@@ -14,10 +14,12 @@ from typing import NamedTuple
 from dpo.shards import Record
 from models.errors import UserError, show
 
-Message = dict[str, str]
-Read = Callable[[object, str, str], str]  # a text from (value, its name, "file:line")
+Message = dict[str, str]  # role and content; an assistant's may have thinking, what it thought before
+Answer = str | Message  # a message where it has thinking
+Read = Callable[[object, str, str], Answer]  # an answer from (value, its name, "file:line")
 Convert = Callable[[Record, str, str, Counter[str]], Record | None]  # (record, format, "file:line", dropped)
 ROLES = ("system", "user", "assistant")
+THINKING = ("thinking", "reasoning_content", "reasoning")  # what others call it
 KEPT = ("id", "subset", "group", "split", "weight", "margin", "soft_label")  # ours, where another format has them
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 CHANGE_THE_PROMPT = ("tools", "images", "image", "chat_template_kwargs")  # TRL's
@@ -33,9 +35,9 @@ class Format(NamedTuple):
     convert: Convert
 
 
-def plain(text: str) -> str:
-    """Runs of white space to one space: two answers that differ in nothing else are the same."""
-    return " ".join(text.split())
+def plain(answer: Answer) -> str:
+    """Runs of white space to one space: two answers that differ in nothing else but their thinking are the same."""
+    return " ".join((answer if isinstance(answer, str) else answer["content"]).split())
 
 
 def text_of(value: object, name: str, where: str, may_be_empty: bool = False) -> str:
@@ -52,23 +54,32 @@ def text_of(value: object, name: str, where: str, may_be_empty: bool = False) ->
 
 
 def messages_of(value: object, name: str, where: str, weights: tuple[int, ...] = ()) -> list[Message]:
-    """`value` where it is a list of at least one {role, content}. A `weight` is left out, and must be of `weights`."""
+    """`value` where it is a list of at least one message (of message_of)."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: {name} must be a list of messages, not {show(value)}")
-    messages: list[Message] = []
-    for index, message in enumerate(value):
-        place = f"{name}[{index}]"
-        keys = set(message) - ({"weight"} if weights else set()) if isinstance(message, dict) else set()
-        if keys != {"role", "content"}:
-            raise UserError(f"{where}: {place} must have the keys role and content and no other, not {show(message)}")
-        if message["role"] not in ROLES:
-            raise UserError(f"{where}: {place} has the role {show(message['role'])}; allowed are {', '.join(ROLES)}")
-        weight = message.get("weight", 1)
-        if type(weight) is not int or weight not in (weights or (1,)):
-            raise UserError(f"{where}: {place}.weight is {show(weight)}; allowed are {weights}")
-        content = text_of(message["content"], f"{place}.content", where, may_be_empty=True)
-        messages.append({"role": message["role"], "content": content})
-    return messages
+    return [message_of(message, f"{name}[{index}]", where, weights) for index, message in enumerate(value)]
+
+
+def message_of(value: object, place: str, where: str, weights: tuple[int, ...] = ()) -> Message:
+    """`value` where it is {role, content}, an assistant's perhaps with its thinking under one of THINKING.
+
+    A `weight` is left out, and must be of `weights`. A null thinking is none.
+    """
+    message = {key: each for key, each in value.items() if key not in THINKING} if isinstance(value, dict) else {}
+    if set(message) - ({"weight"} if weights else set()) != {"role", "content"}:
+        raise UserError(f"{where}: {place} must have the keys role and content and no other, not {show(value)}")
+    if message["role"] not in ROLES:
+        raise UserError(f"{where}: {place} has the role {show(message['role'])}; allowed are {', '.join(ROLES)}")
+    weight = message.get("weight", 1)
+    if type(weight) is not int or weight not in (weights or (1,)):
+        raise UserError(f"{where}: {place}.weight is {show(weight)}; allowed are {weights}")
+    content = text_of(message["content"], f"{place}.content", where, may_be_empty=True)
+    assert isinstance(value, dict)
+    named = {key: text_of(value[key], f"{place}.{key}", where) for key in THINKING if value.get(key) is not None}
+    thoughts = set(named.values())
+    if len(thoughts) > (message["role"] == "assistant"):
+        raise UserError(f"{where}: {place} has {' and '.join(named)}; allowed is one thought, and only of 'assistant'")
+    return {"role": message["role"], "content": content} | ({"thinking": thoughts.pop()} if thoughts else {})
 
 
 def recognise(record: Record) -> str | None:
@@ -114,14 +125,19 @@ def _number(record: Record, key: str, name: str, where: str) -> float:
     return value
 
 
-def _answer(value: object, name: str, where: str, weights: tuple[int, ...] = ()) -> str:
+def _answer(value: object, name: str, where: str, weights: tuple[int, ...] = ()) -> Answer:
     messages = messages_of(value, name, where, weights)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         raise UserError(f"{where}: {name} must hold exactly one message, from 'assistant', not {show(value)}")
-    return text_of(messages[0]["content"], f"{name}[0].content", where)
+    text_of(messages[0]["content"], f"{name}[0].content", where)
+    return _reply(messages[0])
 
 
-def _row(record: Record, name: str, where: str, prompt: object, chosen: list[str], rejected: list[str]) -> Record:
+def _reply(message: Message) -> Answer:
+    return message if "thinking" in message else message["content"]
+
+
+def _row(record: Record, name: str, where: str, prompt: object, chosen: list[Answer], rejected: list[Answer]) -> Record:
     """Ours, with the keys of ours that the record has; its id is its place unless it gives one."""
     kept = {key: record[key] for key in KEPT if record.get(key) is not None}
     return {"id": where, "subset": name} | kept | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -166,17 +182,17 @@ def _together(record: Record, name: str, where: str, dropped: Counter[str]) -> R
     return _row({}, name, where, messages, answers[:1], answers[1:])
 
 
-def _last_turns(chosen: list[Message], rejected: list[Message], where: str) -> tuple[list[Message], str, str]:
+def _last_turns(chosen: list[Message], rejected: list[Message], where: str) -> tuple[list[Message], Answer, Answer]:
     """What two whole chats share, all but the last message, and the two last messages."""
     shared, last = chosen[:-1], (chosen[-1], rejected[-1])
     if shared != rejected[:-1] or not shared:
         raise UserError(f"{where}: chosen and rejected must share all messages but the last, at least one")
     if {message["role"] for message in last} != {"assistant"}:
         raise UserError(f"{where}: the last messages of chosen and rejected must be from 'assistant'")
-    return shared, last[0]["content"], last[1]["content"]
+    return shared, _reply(last[0]), _reply(last[1])
 
 
-def _pair(record: Record, name: str, where: str) -> tuple[object, str, str]:
+def _pair(record: Record, name: str, where: str) -> tuple[object, Answer, Answer]:
     """Prompt, chosen and rejected answer of TRL's shapes: texts, messages, or whole chats that share all but the last.
 
     Texts without a prompt have it as their longest common beginning, as in TRL, but no word is cut in two.
@@ -238,8 +254,8 @@ def _hh(record: Record, name: str, where: str, dropped: Counter[str]) -> Record 
     return _unless(reason, _row(record, name, where, prompt, [chosen], [rejected]), dropped)
 
 
-def _scored(record: Record, name: str, where: str, score: str, text: str, read: Read) -> list[tuple[float, str]]:
-    """Score and text of each of the record's completions."""
+def _scored(record: Record, name: str, where: str, score: str, text: str, read: Read) -> list[tuple[float, Answer]]:
+    """Score and answer of each of the record's completions."""
     value = need(record, "completions", name, where)
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(one, dict) for one in value):
         raise UserError(f"{where}: completions must be a list of at least two objects, not {show(value)}")
@@ -250,7 +266,7 @@ def _scored(record: Record, name: str, where: str, score: str, text: str, read: 
 
 
 def _best(
-    record: Record, name: str, where: str, prompt: object, scored: list[tuple[float, str]], dropped: Counter[str]
+    record: Record, name: str, where: str, prompt: object, scored: list[tuple[float, Answer]], dropped: Counter[str]
 ) -> Record | None:
     """All answers of the best score against all below it; one that repeats a better one's text is no preference."""
     best = max(score for score, _ in scored)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo.formats import Message, convert, known, messages_of, need, plain, recognise, text_of
+from dpo.formats import Answer, Message, convert, known, message_of, messages_of, need, plain, recognise, text_of
 from dpo.shards import Record, read_records
 from models.errors import UserError, show
 from models.files import atomic_write_text
@@ -42,6 +42,7 @@ class Row:
     """One request with its right and wrong answers. `where` (file:line) serves messages only and is not compared.
 
     `pair_values` holds one entry a pair in the order of pairs_of(row, 0), or nothing where the row says nothing.
+    `thinking` pairs an answer with what was thought before it: trained with the answer, never shown to a judge.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Row:
     split: str | None = None
     where: str = field(default="", compare=False)
     pair_values: tuple[PairValues, ...] = ()
+    thinking: tuple[tuple[str, str], ...] = ()
 
 
 def normalise(text: str) -> str:
@@ -121,9 +123,9 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
 def read_rows(path: Path, format: str = "auto", dropped: Counter[str] | None = None) -> list[Row]:
     """All rows of `iterate_rows`.
 
-    Of ours, `chosen` and `rejected` may be one text or a list of texts, `prompt` a text or a list of messages, `group`
-    (default: the normalised prompt), `split`, `weight`, `margin` and `soft_label` absent or null; the last three are a
-    number for all pairs or a list of one each, chosen-major.
+    Of ours, `chosen` and `rejected` may be one answer or a list, an answer a text or a message with its thinking,
+    `prompt` a text or a list of messages, `group` (default: the normalised prompt), `split`, `weight`, `margin` and
+    `soft_label` absent or null; the last three are a number for all pairs or a list of one each, chosen-major.
     """
     return list(iterate_rows(path, format, Counter() if dropped is None else dropped))
 
@@ -133,6 +135,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     lines = []
     for row in rows:
         record = {key: value for key, value in vars(row).items() if key in COLUMNS and value is not None}
+        for key in ("chosen", "rejected"):
+            record[key] = [_thought(answer, dict(row.thinking)) for answer in record[key]]
         if row.pair_values:
             record |= dict(zip(PairValues._fields, zip(*row.pair_values, strict=True), strict=True))
         if len(row.prompt) == 1:
@@ -163,7 +167,8 @@ def _record(raw: object, where: str) -> Record:
 def _row(raw: Record, where: str) -> Row:
     for key in ("id", "subset", "prompt", "chosen", "rejected"):
         need(raw, key, "ours", where)
-    chosen, rejected = (_answers(raw[key], key, where) for key in ("chosen", "rejected"))
+    thinking: dict[str, str] = {}
+    chosen, rejected = (_answers(raw[key], key, where, thinking) for key in ("chosen", "rejected"))
     wrong = {plain(answer) for answer in rejected}
     for answer in chosen:
         if plain(answer) in wrong:
@@ -178,7 +183,8 @@ def _row(raw: Record, where: str) -> Row:
         group = text_of(raw["group"], "group", where)
     identity, subset = (text_of(raw[key], key, where) for key in ("id", "subset"))
     values = _pair_values(raw, len(chosen) * len(rejected), where)
-    return Row(identity, subset, prompt, chosen, rejected, group, split, where, values)
+    thoughts = tuple((answer, thought) for answer, thought in thinking.items() if thought)
+    return Row(identity, subset, prompt, chosen, rejected, group, split, where, values, thoughts)
 
 
 def _pair_values(raw: Mapping[str, object], pairs: int, where: str) -> tuple[PairValues, ...]:
@@ -203,13 +209,28 @@ def _number(value: object, name: str, where: str) -> float:
     return float(value)
 
 
-def _answers(value: object, key: str, where: str) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list):
+def _answers(value: object, key: str, where: str, thinking: dict[str, str]) -> tuple[str, ...]:
+    """The answers' texts; `thinking` is told of each text what was thought before it, "" for nothing."""
+    answers = [value] if isinstance(value, str) else value
+    if not isinstance(answers, list):
         raise UserError(f"{where}: {key} must be a text or a list of texts, not {show(value)}")
-    if not texts:
+    if not answers:
         raise UserError(f"{where}: {key} is an empty list; a row needs at least one chosen and one rejected answer")
-    return tuple(text_of(text, f"{key}[{index}]", where) for index, text in enumerate(texts))
+    texts = []
+    for index, answer in enumerate(answers):
+        place = f"{key}[{index}]"
+        message = message_of(answer, place, where) if isinstance(answer, dict) else {"content": answer}
+        if message.get("role", "assistant") != "assistant":
+            raise UserError(f"{where}: {place} is a message from {message['role']!r}; an answer is from 'assistant'")
+        text, thought = text_of(message["content"], place, where), message.get("thinking", "")
+        if thinking.setdefault(text, thought) != thought:
+            raise UserError(f"{where}: {place} repeats an answer with other thinking: {show(text)}; remove one of them")
+        texts.append(text)
+    return tuple(texts)
+
+
+def _thought(answer: str, thinking: Mapping[str, str]) -> Answer:
+    return {"role": "assistant", "content": answer, "thinking": thinking[answer]} if answer in thinking else answer
 
 
 def _prompt(value: object, where: str) -> tuple[Message, ...]:

@@ -76,11 +76,18 @@ class Tree:
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
+def answers_of(row: Row, pairs: Sequence[tuple[int, int]]) -> dict[str, str]:
+    """The distinct answers of the pairs in their order -> what was thought before each, "" for nothing."""
+    thinking = dict(row.thinking)
+    return {answer: thinking.get(answer, "") for i, j in pairs for answer in (row.chosen[i], row.rejected[j])}
+
+
 def response_tree(row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int]], pair_weight: str) -> Tree:
     """prompt -> chosen against rejected: a branch for each distinct answer that a pair needs."""
     prompt = tuple(tokenizer.prompt_ids(row.prompt))
-    answers = list(dict.fromkeys(chain.from_iterable((row.chosen[i], row.rejected[j]) for i, j in pairs)))
-    scored = [tuple(tokenizer.completion_ids(row.prompt, answer)) for answer in answers]
+    thinking = answers_of(row, pairs)
+    scored = [tuple(tokenizer.completion_ids(row.prompt, *thought)) for thought in thinking.items()]
+    answers = list(thinking)
     return Tree(
         row.id,
         prompt,
@@ -134,7 +141,7 @@ def verdict_tree(
     Completions 2b and 2b + 1 are "A" and "B" on branch b. The tokens that all orders share are the tree's prompt;
     `prefix` (of judge_prefix) is its prefix where it begins with it.
     """
-    labels = [tokenizer.encode(label) for label in LABELS]
+    labels = [tokenizer.verdict_ids(label) for label in LABELS]
     if [len(label) for label in labels] != [1, 1] or labels[0] == labels[1]:
         raise UserError(
             f"the tokenizer of {tokenizer.folder} writes the verdicts {' and '.join(LABELS)} as the tokens {labels}, "
@@ -216,9 +223,9 @@ def build_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSetting
             while fitting:
                 tree = make(fitting, tokenizer, pairs, settings.pair_weight)
                 if _longest(tree) <= settings.limit:
-                    answers = dict.fromkeys(chain.from_iterable((row.chosen[i], row.rejected[j]) for i, j in pairs))
                     merges = settings.objective == "responses" and any(
-                        tokenizer.boundary_differs(fitting.prompt, answer) for answer in answers
+                        tokenizer.boundary_differs(fitting.prompt, *thought)
+                        for thought in answers_of(row, pairs).items()
                     )
                     yield Built(tree, place, fitting is not row, merges)
                     break

@@ -27,8 +27,9 @@ from models.files import read_json_object, read_text, write_json
 
 FROZEN_DATE = datetime(2026, 1, 1)
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Ends of an assistant's turn in ChatML, Llama 3, Llama 4 and harmony. A folder's own eos ids come on top.
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|return|>")
+# Ends of an assistant's turn in ChatML, Llama 3, Llama 4 and harmony, whose <|end|> ends a thought, not the turn. A
+# folder's own eos ids come on top.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<|return|>", "<|call|>")
 BOUNDARY = 100  # characters on each side of where the answer begins: no token of both sides reaches further
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is told
 
@@ -42,7 +43,7 @@ class Tokenizer:
     folder: Path
     special_tokens: Mapping[str, str]  # "bos_token" -> "<|im_start|>", ...: what the template may print
     variables: Mapping[str, object]  # what else it is told: "enable_thinking" -> False, ...
-    end_ids: frozenset[int]  # an assistant's turn may end in these
+    end_ids: frozenset[int]  # an assistant's turn may end in these: generation stops at them
     backend: tokenizers.Tokenizer
     template: jinja2.Template
 
@@ -60,10 +61,16 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def render(self, messages: Messages, add_generation_prompt: bool = True) -> str:
-        """The chat as the model reads it. A template that raises is a UserError."""
+        """The chat as the model reads it. A template that raises is a UserError.
+
+        A message's "thinking" is shown to the template as transformers does, under both of the names that are in use.
+        """
         try:
             return self.template.render(
-                messages=[dict(message) for message in messages],
+                messages=[
+                    {**message, "reasoning_content": message["thinking"]} if "thinking" in message else dict(message)
+                    for message in messages
+                ],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
@@ -94,22 +101,34 @@ class Tokenizer:
 
         In harmony a verdict stands in the final channel, and after Qwen3's think block, also where the prompt has none.
         """
-        return self.prompt_ids(messages) + self._opening
+        return self.prompt_ids(messages) + self._opening[0]
+
+    def verdict_ids(self, label: str) -> list[int]:
+        """Tokens of a one-word answer where verdict_prompt_ids ends, with the template's space if that is one token."""
+        written = self.encode(self._opening[1] + label)
+        return written if len(written) == 1 else self.encode(label)
 
     @functools.cached_property
-    def _opening(self) -> list[int]:
-        """What the template writes between prompt and answer, where it has tags; a mere space belongs to the answer."""
+    def _opening(self) -> tuple[list[int], str]:
+        """What the template writes between prompt and answer: tokens if it has tags; a mere space is the answer's."""
         question = {"role": "user", "content": "?"}
-        ids = self.encode(os.path.commonprefix([self._answered([question], answer)[1] for answer in "AB"]))
-        return ids if self.backend.get_added_tokens_decoder().keys() & set(ids) else []
+        text = os.path.commonprefix([self._answered([question], answer)[1] for answer in "AB"])
+        ids = self.encode(text)
+        return (ids, "") if self.backend.get_added_tokens_decoder().keys() & set(ids) else ([], text)
 
-    def completion_ids(self, messages: Messages, answer: str) -> list[int]:
+    def completion_ids(self, messages: Messages, answer: str, thinking: str = "") -> list[int]:
         """Tokens of `answer` as the assistant's turn after `prompt_ids(messages)`, its end-of-turn token included.
 
-        Prompt and answer are encoded apart, as in generation. What the template writes after the end-of-turn token
-        (ChatML's newline) is left out. UserError if the template doesn't continue its own prompt or end the turn.
+        `thinking`, where there is any, comes before it as the template has it: in a channel or block of its own. Prompt
+        and answer are encoded apart, as in generation. What the template writes after the end-of-turn token (ChatML's
+        newline) is left out. UserError if it doesn't continue its own prompt, end the turn or show the thinking.
         """
-        _, rest = self._answered(messages, answer)
+        _, rest = self._answered(messages, answer, thinking)
+        if thinking.strip() not in rest:
+            raise UserError(
+                f"the chat template of {self.folder} does not show an answer's thinking ({thinking[:40]!r}...); remove "
+                "it from the row, or take a model that thinks"
+            )
         ids = self.encode(rest)
         ends = [i for i, token in enumerate(ids) if token in self.end_ids]
         if not ends or self.decode(ids[ends[-1] + 1 :]).strip():
@@ -121,19 +140,19 @@ class Tokenizer:
             )
         return ids[: ends[-1] + 1]
 
-    def boundary_differs(self, messages: Messages, answer: str) -> bool:
+    def boundary_differs(self, messages: Messages, answer: str, thinking: str = "") -> bool:
         """Whether the answered chat, encoded in one piece, has other tokens than its prompt and its rest apart."""
-        prompt, rest = self._answered(messages, answer)
+        prompt, rest = self._answered(messages, answer, thinking)
         before, after = prompt[-BOUNDARY:], rest[:BOUNDARY]
         return self.encode(before + after) != self.encode(before) + self.encode(after)
 
-    def _answered(self, messages: Messages, answer: str) -> tuple[str, str]:
+    def _answered(self, messages: Messages, answer: str, thinking: str = "") -> tuple[str, str]:
         """The answered chat in two: the prompt, and what the template writes after it.
 
         Where the answered chat doesn't continue the prompt, the last message's own decides: some of Mistral's templates
         show the system turn in a chat that ends in the user's turn, and not in an answered one.
         """
-        reply = {"role": "assistant", "content": answer}
+        reply = {"role": "assistant", "content": answer} | ({"thinking": thinking} if thinking else {})
         rendered = []
         for turns in (messages, messages[-1:]):
             prompt, whole = self.render(turns), self.render([*turns, reply], add_generation_prompt=False)

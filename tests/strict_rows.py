@@ -187,7 +187,9 @@ def as_chat(value: object) -> list[tuple[str, str]]:
 def as_texts(value: object) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     require(isinstance(texts, list) and len(texts) > 0)
-    return [text(one) for one in texts] if isinstance(texts, list) else []
+    return (
+        [one_answer([one]) if isinstance(one, dict) else text(one) for one in texts] if isinstance(texts, list) else []
+    )
 
 
 def once(items: list[tuple[str, object]]) -> Record:

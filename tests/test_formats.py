@@ -12,7 +12,7 @@ import pytest
 from dpo.config import DataConfig
 from dpo.formats import FORMATS
 from dpo.inputs import load_splits
-from dpo.rows import Row, iterate_rows, pairs_of, read_rows
+from dpo.rows import Row, iterate_rows, pairs_of, read_rows, write_rows
 from dpo.settings import load_config
 from models.errors import UserError
 from tests.foreign_rows import CONTAINERS, ONE_TEXT, WRITERS, Record, as_jsonl, said, write
@@ -81,6 +81,51 @@ def test_the_same_pairs_come_back_from_every_format_recognised_or_named(shape: s
         assert [(row.id, row.where, row.subset) for row in back[:2]] == [
             ("r.jsonl:1", "r.jsonl:1", format), ("r.jsonl:2", "r.jsonl:2", format)
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("called", ["thinking", "reasoning_content", "reasoning"])
+def test_what_was_thought_before_an_answer_comes_with_it_from_every_format_of_messages(
+    called: str, tmp_path: Path
+) -> None:
+    thinks = said("assistant", "4") | {called: "2 + 2"}
+    prompt = [said("user", "1 + 1?"), said("assistant", "2") | {called: "1, 2"}, said("user", "2 + 2?")]
+    plain, unthought = said("assistant", "5"), said("assistant", "5") | {called: None}
+    records: list[Record] = [
+        {"id": "r", "subset": "s", "prompt": prompt, "chosen": [thinks], "rejected": ["5", "6"]},
+        {"prompt": prompt, "chosen": [thinks], "rejected": [unthought]},
+        {"chosen": [*prompt, thinks], "rejected": [*prompt, plain]},
+        {"chosen": [*prompt, thinks], "rejected": [*prompt, plain], "score_chosen": 2, "score_rejected": 1},
+        {
+            "context": prompt,
+            "completions": [{"rank": rank, "completion": [x]} for rank, x in enumerate((thinks, plain))],
+        },
+        {"input": {"messages": prompt}, "preferred_output": [thinks], "non_preferred_output": [plain]},
+    ]
+    for record in records:
+        (row,) = read_rows(write(tmp_path / "r.jsonl", [record]))
+        assert (row.chosen, row.rejected[0], row.thinking) == (("4",), "5", (("4", "2 + 2"),))
+        assert row.prompt[1] == {"role": "assistant", "content": "2", "thinking": "1, 2"}
+        write_rows(tmp_path / "back.jsonl", [row])
+        assert read_rows(tmp_path / "back.jsonl") == [row]
+
+
+def test_thinking_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    path, thinks = tmp_path / "r.jsonl", said("assistant", "4") | {"thinking": "2 + 2"}
+    row = {"id": "r", "subset": "s", "prompt": "2 + 2?", "chosen": [thinks], "rejected": "5"}
+    for changes, expected in (
+        ({"chosen": [thinks | {"reasoning": "3 + 1"}]}, "chosen[0] has thinking and reasoning; allowed is one thought"),
+        ({"chosen": [thinks | {"thinking": " "}]}, "chosen[0].thinking is empty"),
+        ({"chosen": [thinks | {"thinking": 4}]}, "chosen[0].thinking must be a text, not 4"),
+        (
+            {"chosen": [thinks | {"role": "user"}]},
+            "chosen[0] has thinking; allowed is one thought, and only of 'assistant'",
+        ),
+        ({"chosen": [said("user", "4")]}, "chosen[0] is a message from 'user'; an answer is from 'assistant'"),
+        ({"chosen": [thinks, "4"]}, "chosen[1] repeats an answer with other thinking: '4'"),
+        ({"rejected": ["4"]}, "rejected[0] repeats an answer with other thinking: '4'"),
+        ({"prompt": [said("user", "?") | {"thinking": "hm"}]}, "prompt[0] has thinking; allowed is one thought"),
+    ):
+        assert expected in complaint(path, row | changes)
 
 
 @pytest.mark.parametrize("codec", ["", ".gz", ".zst"])

@@ -1,20 +1,24 @@
-"""The families' chat templates, in miniature: same text and tokens as transformers, and what of an answer is scored."""
+"""The families' chat templates: same text and tokens as transformers, and what of an answer is scored.
+
+Those in tests/templates are ours, with every construct of the published ones: tools, calls, channels, think blocks.
+"""
 
 import functools
 import importlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jinja2
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from dpo.config import Config
 from dpo.rows import Row
-from dpo.trees import verdict_tree
+from dpo.trees import response_tree, verdict_tree
 from models.errors import UserError
 from models.tokenizer import FROZEN_DATE, Tokenizer, byte_level_bpe, load_tokenizer, read_variables, write_tokenizer
 from tests.test_tokenizer import CHATS, USER, StoppedClock
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = Path(__file__).parent / "templates"
-MERGES = ("Ċ Ċ", "Ġ a", "h e", "Ġ t", "Ġt he", "i n", "> Ċ", "l e")  # "Ċ": a newline, "Ġ": a space
+MERGES = ("Ċ Ċ", "Ġ a", "Ġ A", "Ġ B", "h e", "Ġ t", "Ġt he", "i n", "> Ċ", "l e")  # "Ċ": a newline, "Ġ": a space
 SYSTEM = CHATS["system turn"]
 NO_THINKING = read_variables(Config(exp="x").model.template_variables)
 
@@ -61,18 +65,42 @@ class Family:
 
 
 CHATML = "<|endoftext|> <|im_end|> <|im_start|> <think> </think>"
-LLAMA3 = "<|begin_of_text|> <|eot_id|> <|end_of_text|> <|start_header_id|> <|end_header_id|>"
+LLAMA3 = "<|begin_of_text|> <|eot_id|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eom_id|> <|python_tag|>"
 HARMONY = "<|startoftext|> <|return|> <|endoftext|> <|start|> <|end|> <|message|> <|channel|> <|call|>"
 FAMILIES = {
     "chatml": Family(CHATML, lambda answer: f"{answer}<|im_end|>", bos=False),
+    "llama3": Family(LLAMA3, lambda answer: f"{answer.strip()}<|eot_id|>"),
     "llama31": Family(LLAMA3, lambda answer: f"{answer.strip()}<|eot_id|>"),
     "llama32": Family(LLAMA3, lambda answer: f"{answer.strip()}<|eot_id|>"),
+    "qwen2_5": Family(CHATML, lambda answer: f"{answer}<|im_end|>", bos=False),
     "qwen3": Family(CHATML, lambda answer: answer.lstrip("\n") + "<|im_end|>", bos=False),
     "qwen3_2507": Family(CHATML, lambda answer: f"{answer}<|im_end|>", bos=False),
     "mistral": Family("<s> </s> [INST] [/INST]", lambda answer: f" {answer.strip()}</s>", backend=sentencepiece),
     "harmony": Family(HARMONY, lambda answer: f"<|channel|>final<|message|>{answer}<|return|>", bos=False),
     "llama4": Family("<|begin_of_text|> <|eot|> <|header_start|> <|header_end|>", lambda answer: f"{answer}<|eot|>"),
 }
+PARAMETERS = {
+    "x": {"type": "string", "description": "an <x>", "enum": ["é", "b"], "default": "b"},
+    "y": {"type": "array", "items": {"type": "object", "properties": {"z": {"type": "integer"}}}, "description": "ys"},
+    "z": {"oneOf": [{"type": "number", "default": 1}, {"type": ["boolean", "null"]}], "description": "either"},
+    "n": {"type": "array", "items": {"type": "string"}, "nullable": True, "description": "names"},
+}
+LEGS = {"name": "legs", "description": "Counts."}
+TOOLS = [
+    {"type": "function", "function": LEGS | {"parameters": {"properties": PARAMETERS, "required": ["x"]}}},
+    {"type": "function", "function": LEGS | {"name": "none"}},
+]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "legs", "arguments": {"x": "<é>"}}}]}
+RESULT = {"role": "tool", "content": '{"legs": 8}'}
+EIGHT = {"role": "assistant", "content": "Eight.", "thinking": "Two\nfours."}
+CALLS: list[list[dict[str, object]]] = [
+    [*SYSTEM, CALL, RESULT],
+    [USER, CALL | {"thinking": "I ask."}, RESULT, RESULT, EIGHT],
+    [*SYSTEM, CALL | {"content": "I ask."}, RESULT, EIGHT, USER],
+    [USER, CALL | {"tool_calls": [CALL["tool_calls"][0]] * 2}, RESULT],  # type: ignore[index]
+    [USER, RESULT],
+]
+CALLING = ("harmony", "llama31", "llama32", "llama4", "qwen2_5", "qwen3", "qwen3_2507")
 ANSWERS = ("Eight.", "", " a\n", "\n\nb", "{{ 1 }}\r\n  in the end", "👩‍👩‍👧é")
 
 
@@ -199,13 +227,85 @@ def test_harmony_ends_earlier_turns_otherwise_and_refuses_channels_in_an_answer(
     assert "<|channel|>final<|message|>Eight.<|end|><|start|>user" in text and text.endswith("<|start|>assistant")
     assert "Reasoning: low\n" in text and "You judge.\n" in text
     assert f"Current date: {FROZEN_DATE:%Y-%m-%d}" in text
-    with pytest.raises(UserError, match=r"harmony refuses messages.*<\|channel\|> tags"):
-        ours.completion_ids([USER], "<|channel|>analysis<|message|>hm<|end|>")
+    tagged = "<|channel|>analysis<|message|>hm<|end|>"
+    for answer, thinking in ((tagged, ""), ("Eight.", tagged)):
+        with pytest.raises(UserError, match=r"harmony refuses messages.*<\|channel\|> tags"):
+            ours.completion_ids([USER], answer, thinking)
+
+
+def text_or_refusal(render: Callable[..., str], **given: object) -> str:
+    try:
+        return render(**given)
+    except jinja2.TemplateError as error:
+        return f"refused: {error}"
+
+
+@pytest.mark.parametrize("told", [{}, {"builtin_tools": ["browser", "legs"], "tools_in_user_message": False}])
+@pytest.mark.parametrize("name", CALLING, indirect=True)
+def test_tools_and_their_calls_have_the_text_of_transformers(root: Path, name: str, told: Mapping[str, object]) -> None:
+    ours, theirs = ours_of(root / name), theirs_of(root / name)
+    apply = functools.partial(theirs.apply_chat_template, tokenize=False)
+    render = functools.partial(ours.template.render, documents=None, **ours.special_tokens)
+    for chat in [*CALLS, *chats_of(name)]:
+        seen = [message | {"reasoning_content": message.get("thinking")} for message in chat]
+        for tools in (TOOLS, None):
+            given = {"tools": tools, "add_generation_prompt": chat[-1]["role"] != "assistant", **told}
+            text = text_or_refusal(apply, conversation=chat, **given)
+            assert text_or_refusal(render, messages=seen, **given) == text
+            assert text.startswith("refused: ") or not tools or '"legs"' in text or "type legs = (_: {" in text
+
+
+def test_thinking_is_scored_before_the_answer_and_gone_from_earlier_turns(root: Path, name: str) -> None:
+    ours, theirs = load_tokenizer(root / name), theirs_of(root / name)
+    blocks = {
+        "harmony": ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        "qwen3": ("<think>\n", "\n</think>\n\n"),
+    }
+    for chat in ([USER], [USER, EIGHT, USER], [*SYSTEM, EIGHT, USER, EIGHT, USER]):
+        prompt = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert ours.prompt_ids(chat) == prompt
+        if name not in blocks:
+            with pytest.raises(UserError, match=f"{name} does not show an answer's thinking .'Two"):
+                ours.completion_ids(chat, "Eight.", "Two\nfours.")
+            continue
+        ids = ours.completion_ids(chat, "Eight.", "Two\nfours.")
+        assert ours.decode(ids) == "Two\nfours.".join(blocks[name]) + FAMILIES[name].scored("Eight.").removeprefix(
+            "<|channel|>final<|message|>"
+        )
+        assert "Two" not in ours.decode(prompt)
+        assert ours.decode([*prompt, *ids]) == theirs.apply_chat_template([*chat, EIGHT], tokenize=False).rstrip("\n")
+
+
+def test_a_rows_thinking_is_trained_with_its_answer_and_not_shown_to_a_judge(root: Path) -> None:
+    row = Row("r", "s", (USER,), ("Eight.",), ("Six.",), "g", thinking=(("Eight.", "Two fours."),))
+    ours = ours_of(root / "harmony")
+    chosen, rejected = (
+        ours.decode(scored.targets) for scored in response_tree(row, ours, [(0, 0)], "pair").completions
+    )
+    assert chosen == (
+        "<|channel|>analysis<|message|>Two fours.<|end|><|start|>assistant<|channel|>final<|message|>Eight.<|return|>"
+    )
+    assert rejected == "<|channel|>final<|message|>Six.<|return|>"
+    judged = verdict_tree(row, ours, [(0, 0)], "pair")
+    assert judged == verdict_tree(replace(row, thinking=()), ours, [(0, 0)], "pair")
+
+
+def test_generation_stops_at_the_end_of_a_turn_and_not_of_a_thought(root: Path, tmp_path: Path) -> None:
+    ends = {"harmony": "<|return|> <|call|>", "llama4": "<|eot|>", "qwen3": "<|im_end|>", "llama31": "<|eot_id|>"}
+    for name, tokens in ends.items():
+        assert sorted(ours_of(root / name).end_ids) == sorted(ours_of(root / name).encode(tokens.replace(" ", "")))
+    copy = Path(shutil.copytree(root / "qwen3", tmp_path / "copy"))
+    (copy / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    assert load_tokenizer(copy).end_ids == {0, 1}  # <|endoftext|>, as Qwen3 declares it
 
 
 def test_a_verdict_stands_where_the_answers_text_begins(root: Path, name: str) -> None:
     ours = ours_of(root / name)
     opening = "<|channel|>final<|message|>" if name == "harmony" else ""
+    for label in "AB":
+        (verdict,) = ours.verdict_ids(label)
+        answered = [*ours.verdict_prompt_ids([USER]), verdict, 1]
+        assert answered == ours.prompt_ids([USER]) + ours.completion_ids([USER], label) or name == "mistral"
     assert ours.verdict_prompt_ids(SYSTEM) == ours.prompt_ids(SYSTEM) + ours.encode(opening)
     if name == "qwen3":
         thinks = load_tokenizer(root / name, read_variables(["enable_thinking=true"]))
@@ -213,6 +313,18 @@ def test_a_verdict_stands_where_the_answers_text_begins(root: Path, name: str) -
     row = Row("r", "s", (USER,), ("Eight.",), ("Six.",), "g")
     tree = verdict_tree(row, ours, [(0, 0)], "pair")
     assert all(ours.decode([*tree.prompt, *branch]).endswith(opening) for branch in tree.branches)
+
+
+def test_a_space_before_every_answer_belongs_to_the_verdict_if_the_vocabulary_joins_them(
+    root: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(root / "chatml", tmp_path / "copy"))
+    spaced = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    (copy / "chat_template.jinja").write_text(spaced + "{% if add_generation_prompt %}assistant:{% endif %}")
+    ours = load_tokenizer(copy)
+    assert ours.decode(ours.verdict_prompt_ids([USER])).endswith("assistant:")
+    assert [ours.decode(ours.verdict_ids(label)) for label in "ABC"] == [" A", " B", "C"]
+    assert len(ours.verdict_ids("C")) == 1
 
 
 def test_stored_trees_are_not_those_of_other_template_variables(root: Path, tmp_path: Path) -> None:

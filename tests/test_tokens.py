@@ -285,6 +285,6 @@ def test_dropped_and_cut_rows_of_every_split_are_counted_and_leave_rows_and_tree
 
 def test_rows_whose_answer_joins_the_prompt_are_counted(tmp_path, tokenizer, monkeypatch):
     assert token_trees(ROWS, tokenizer, RESPONSES, tmp_path / "a").column("merges") == [0, 0]
-    monkeypatch.setattr(Tokenizer, "boundary_differs", lambda self, prompt, answer: answer == "May")
+    monkeypatch.setattr(Tokenizer, "boundary_differs", lambda self, prompt, answer, thinking: answer == "May")
     assert token_trees(ROWS, tokenizer, RESPONSES, tmp_path / "b").column("merges") == [1, 0]
     assert token_trees(ROWS, tokenizer, VERDICTS, tmp_path / "b").column("merges") == [0, 0]  # "A" follows no answer
