@@ -227,6 +227,10 @@ READ_BY: dict[str, set[str]] = {
     "margin": {*_LOGISTIC, *_HINGED, "robust", "slic", "discopop"},
     "divergence": {*_HINGED, "sigmoid", "robust", "ipo", "ipo_sum", "dpo_norm", "exo_pair", "discopop", "rdpo"},
     "ld_alpha": LOSSES.keys() - {"cpo", "orpo", "sft"},
+    "simpo_gamma": {"simpo"},
+    "discopop_tau": {"discopop"},
+    "dpop_lambda": {"dpop"},
+    "rdpo_alpha": {"rdpo"},
 }
 """Which losses look at a setting, a column of the rows, or the reference: elsewhere it would be silently ignored."""
 
@@ -301,16 +305,19 @@ def check_loss(config: LossConfig, columns: Collection[str]) -> None:
     """UserError where a loss is not there, lacks what it needs, or would ignore a setting or a column of the rows."""
     if config.name not in LOSSES:
         raise UserError(f'loss.name = "{config.name}": there is no such loss; allowed are {", ".join(LOSSES)}')
-    given = {
-        "label_smoothing": f"loss.label_smoothing = {config.label_smoothing:g}" if config.label_smoothing else "",
-        "divergence": f"loss.divergence = {config.divergence}" if config.divergence != "reverse_kl" else "",
-        "ld_alpha": f"loss.ld_alpha = {config.ld_alpha:g}" if config.ld_alpha != 1 else "",
-        **{column: f"the rows' column {column}" for column in columns if column in READ_BY},
-    }
+    changed = {key: value for key, value in config if value != LossConfig.model_fields[key].default}
+    given = {key: f"loss.{key} = {value}" for key, value in changed.items() if key in READ_BY}
+    given |= {column: f"the rows' column {column}" for column in columns if column in READ_BY}
     for what, told in given.items():
-        if told and not reads(config, what):
+        if not reads(config, what):
             readers = ", ".join(name for name in LOSSES if name in READ_BY[what])
             raise UserError(f"{told}: is not read by loss {' + '.join(terms(config))}; leave it out, or use {readers}")
+    if "divergence_alpha" in changed and config.divergence != "alpha":
+        raise UserError(
+            f"loss.divergence_alpha = {config.divergence_alpha}: set loss.divergence=alpha, or leave it out"
+        )
+    if config.reference_free and READ_BY["reference"].isdisjoint(terms(config)):
+        raise UserError(f"loss.reference_free: loss {' + '.join(terms(config))} has no reference anyway; leave it out")
     if "exo_pair" in terms(config) and not config.label_smoothing:
         raise UserError(
             "loss.label_smoothing = 0: exo_pair takes its log; set loss.label_smoothing=1e-3, as its paper does"

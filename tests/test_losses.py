@@ -391,6 +391,10 @@ def changed(name: str, what: str) -> bool:
         "margin": lambda: (replace(logps, margin_B=torch.full((50,), 0.7)), config),
         "divergence": lambda: (logps, config.model_copy(update={"divergence": "js"})),
         "ld_alpha": lambda: (logps, config.model_copy(update={"ld_alpha": 0.5})),
+        "simpo_gamma": lambda: (logps, config.model_copy(update={"simpo_gamma": 0.7})),
+        "discopop_tau": lambda: (logps, config.model_copy(update={"discopop_tau": 0.7})),
+        "dpop_lambda": lambda: (logps, config.model_copy(update={"dpop_lambda": 0.7})),
+        "rdpo_alpha": lambda: (logps, config.model_copy(update={"rdpo_alpha": 0.7})),
     }
     return not torch.equal(pair_losses(logps, config), pair_losses(*other[what]()))
 
@@ -408,6 +412,10 @@ def test_a_loss_looks_at_what_the_table_says_and_at_nothing_else(name, what):
         ({"name": "hinge", "label_smoothing": 0.1}, (), ["loss.label_smoothing = 0.1", "loss hinge", "use sigmoid"]),
         ({"name": "orpo", "divergence": "js"}, (), ["loss.divergence = js", "loss orpo"]),
         ({"name": "sft", "ld_alpha": 0.5}, (), ["loss.ld_alpha = 0.5", "loss sft"]),
+        ({"simpo_gamma": 1.0}, (), ["loss.simpo_gamma = 1.0", "loss sigmoid", "use simpo"]),
+        ({"name": "simpo", "dpop_lambda": 7.0}, (), ["loss.dpop_lambda = 7.0", "loss simpo", "use dpop"]),
+        ({"divergence_alpha": 0.2}, (), ["loss.divergence_alpha = 0.2", "loss.divergence=alpha"]),
+        ({"name": "simpo", "reference_free": True}, (), ["loss.reference_free", "loss simpo"]),
         ({"name": "ipo"}, ("margin",), ["the rows' column margin", "loss ipo"]),
         ({"name": "robust", "label_smoothing": 0.1}, ("soft_label",), ["the rows' column soft_label", "loss robust"]),
         ({"name": "exo_pair"}, (), ["loss.label_smoothing = 0", "1e-3"]),
@@ -430,6 +438,7 @@ def test_what_would_be_ignored_or_is_no_loss_is_refused(settings, columns, expec
 def test_a_setting_that_one_of_the_mixed_losses_reads_is_accepted():
     config = LossConfig(name="sft", mix=["sigmoid:2"], label_smoothing=0.1, ld_alpha=0.5)
     check_loss(config, ("margin", "soft_label", "weight"))
+    check_loss(LossConfig(mix=["rdpo:1"], rdpo_alpha=0.1, divergence="alpha", divergence_alpha=0.2), ())
     assert terms(config) == {"sft": 1.0, "sigmoid": 2.0}
     assert reads(config, "reference") and not reads(LossConfig(name="sft", mix=["orpo:1"]), "reference")
     assert not reads(LossConfig(reference_free=True), "reference")
