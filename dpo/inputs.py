@@ -95,6 +95,11 @@ def load_splits(config: Config) -> Splits:
     fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
     splits = split_rows(rows, split=data.split, seed=seed, **fractions)
     train, test = sample(splits.train, data.rows, seed), sample(splits.test, config.judge.rows, seed)
+    for key, most, none in (("data.rows", data.rows, not train), ("judge.rows", config.judge.rows, not test)):
+        if most and none:
+            raise UserError(
+                f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all"
+            )
     return replace(splits, train=train, test=test, report=splits.report | {"dropped": dict(sorted(dropped.items()))})
 
 

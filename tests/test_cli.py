@@ -87,6 +87,9 @@ def test_an_unknown_key_ends_the_real_command_with_the_nearest_key(tmp_path: Pat
         ("lora.rank", ['"lora.rank" (command line)', "key=value"]),
         ("data.test_fraction=0.95", ["data.test_fraction = 0.95", "together they must be < 1"]),
         ("data.test_fraction=0.5", ["data.test_fraction = 0.5", "checkable rows come split", "checkable.test_rows"]),
+        ("data.rows=3", ["data.rows=3", "whole groups"]),  # checkable rows come in groups of four
+        ("judge.rows=3", ["judge.rows=3", "whole groups"]),
+        ("loss.rdpo_alpha=0.5", ["loss.rdpo_alpha = 0.5", "loss sigmoid", "use rdpo"]),
         ("run.resume=latest", ["run.resume=latest", "no run folder"]),
         ("model.path=smollm2", ["model.path = 'smollm2'", "smollm2-135m-instruct, tiny-random"]),
         ("reference.path=nowhere", ["reference.path = 'nowhere'", "smollm2-135m-instruct, tiny-random"]),
