@@ -22,7 +22,7 @@ from dpo.policy import adapter_of
 from models.checkpoint import save_folder
 from models.decoder import Decoder
 from models.errors import UserError
-from models.files import atomic_folder
+from models.files import atomic_folder, read_json_object
 from models.lora import merged_weights, save_adapter
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -71,7 +71,7 @@ def load_weights_into(folder: Path, model: Decoder) -> dict[str, object]:
         raise UserError(f"{folder / WEIGHTS}: these are not the tensors that this model trains; give it its own base")
     for name, parameter in parameters.items():
         copy_into(parameter, tensors[name])
-    return json.loads((folder / STATE).read_text())
+    return read_json_object(folder / STATE)
 
 
 def save_checkpoint(

@@ -42,7 +42,7 @@ STEP0_TOLERANCE = DIFFERENCE  # nats per completion on a CPU, where policy = ref
 class TrainState:
     """What a checkpoint remembers besides weights and moments."""
 
-    data: str  # digest of the training trees
+    data: str  # digests of the training and the validation trees
     reference: str  # fingerprint of its weights
     step: int = 0
     pairs: int = 0
@@ -80,14 +80,15 @@ def train(
     named = trained_parameters(policy)
     parameters = list(named.values())
     optimizer = AdamW(parameters, config.train)
-    done = TrainState(inputs.train_trees.digest, reference, without_gradient=list(named))
+    data = f"{inputs.train_trees.digest} {inputs.validation_trees.digest}"
+    done = TrainState(data, reference, without_gradient=list(named))
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
     if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
         load_weights_into(best, policy)
-        return _same_run(TrainState(**read_json_object(finished)), done, folder)  # type: ignore[arg-type]
+        return _same_run(read_json_object(finished), done, finished)
     if config.run.resume and (last := last_checkpoint(checkpoints)):
-        done = _same_run(TrainState(**load_checkpoint(last, policy, optimizer)), done, folder)  # type: ignore[arg-type]
+        done = _same_run(load_checkpoint(last, policy, optimizer), done, last)
 
     # Go!
     with (
@@ -175,15 +176,23 @@ def train(
     return done
 
 
-def _same_run(saved: TrainState, fresh: TrainState, folder: Path) -> TrainState:
+def _same_run(state: dict[str, object], fresh: TrainState, place: Path) -> TrainState:
+    """What was saved at `place`; UserError unless it belongs to the rows and the reference of `fresh`."""
+    try:
+        saved = TrainState(**state)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserError(
+            f"run.resume: {place} does not hold what this version saves ({error}); remove it, and the run goes on from "
+            "what was saved before it"
+        ) from error
     if saved.data != fresh.data:
         raise UserError(
-            f"run.resume: {folder} was begun on other training rows than are read now (their tokens, pairs or weights "
-            "differ): give it the file that it had, or start a new run"
+            f"run.resume: {place} was begun on other training or validation rows than are read now (their tokens, "
+            "pairs or weights differ): give it the file that it had, or start a new run"
         )
     if saved.reference != fresh.reference:
         raise UserError(
-            f"run.resume: {folder} was begun against a reference of weights {saved.reference[:16]}, they now are "
+            f"run.resume: {place} was begun against a reference of weights {saved.reference[:16]}, they now are "
             f"{fresh.reference[:16]}; put the old ones back, or start a new run"
         )
     return saved

@@ -52,13 +52,13 @@ def new_folder(config: Config) -> Path:
 def resumed_folder(config: Config) -> Path | None:
     """The folder that run.resume names, begun under the same configuration.
 
-    `auto` is the last one begun so and without results, or None: a new run.
+    `auto` is the last one begun so and without report, the last thing that a run writes, or None: a new run.
     """
     name = config.run.resume
     home = Path(config.run.root) / config.exp
     if name == "auto":
         begun = sorted((path.parent for path in home.glob("[0-9]*/config.json")), reverse=True)
-        open_ones = (one for one in begun if not (one / "results.json").exists() and not _changed(one, config)[0])
+        open_ones = (one for one in begun if not (one / "report.html").exists() and not _changed(one, config)[0])
         return next(open_ones, None)
     folder = home / "latest" if name == "latest" else Path(name)
     if not (folder / "config.json").is_file():

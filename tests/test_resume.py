@@ -272,6 +272,9 @@ def test_auto_goes_on_with_what_is_unfinished_under_the_same_configuration_and_e
     assert (other := run_folder(place)) != begun and not (begun / "results.json").exists()
     assert train.main(arguments(place, *short, "log.project=other")) == 0
     assert run_folder(place) == other and (begun / "results.json").exists()
+    (other / "report.html").unlink()  # killed while it was written: no new training for that
+    assert train.main(arguments(place, *short, "loss.beta=0.2")) == 0
+    assert run_folder(place) == other and (other / "report.html").exists()
     assert train.main(arguments(place, *short)) == 0  # finished: the next one
     assert run_folder(place) not in (begun, other)
 
@@ -404,26 +407,48 @@ def test_resuming_on_rows_that_have_changed_since_is_refused(
     file = place / "rows.jsonl"
     rows = [
         {"id": f"r{n}", "subset": "s", "prompt": f"What is {n} + 1?", "chosen": f"It is {n + 1}.", "rejected": f"{n}."}
+        | {"split": "validation" if n < 8 else "test" if n < 16 else "train"}
         for n in range(40)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = arguments(place, f"data.path={file}", "train.checkpoint_every_steps=1")
     ctrl_c_in_step(2)
     assert train.main(given) == 130
-    rows = [row | {"chosen": row["chosen"].replace("It is", "That is")} for row in rows]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    capsys.readouterr()
-    assert train.main([*given, "run.resume=latest"]) == 2
-    assert "begun on other training rows" in capsys.readouterr().err
+    for split in ("validation", "train"):
+        changed = [
+            row | {"chosen": row["chosen"].replace("It", "That")} if row["split"] == split else row for row in rows
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        capsys.readouterr()
+        assert train.main([*given, "run.resume=latest"]) == 2
+        assert "begun on other training or validation rows" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("weights.safetensors", lambda data: data[:1000], "cannot be read"),
+        ("state.json", lambda data: data[:40], "broken JSON"),
+        (
+            "state.json",
+            lambda data: data.replace(b'"best_step"', b'"best_at"'),
+            "does not hold what this version saves",
+        ),
+    ],
+)
 def test_a_checkpoint_that_was_damaged_is_named(
-    place: Path, ctrl_c_in_step: CtrlC, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    ctrl_c_in_step: CtrlC,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[bytes], bytes],
+    said: str,
 ) -> None:
     ctrl_c_in_step(0)
     assert train.main(arguments(place)) == 130
-    weights = run_folder(place) / "checkpoints" / "step-000001" / "weights.safetensors"
-    os.truncate(weights, 1000)
+    file = run_folder(place) / "checkpoints" / "step-000001" / name
+    file.write_bytes(damage(file.read_bytes()))
     capsys.readouterr()
     assert train.main(arguments(place, "run.resume=latest")) == 2
-    assert f"error: {weights}: cannot be read" in (err := capsys.readouterr().err) and "remove" in err
+    err = capsys.readouterr().err
+    assert str(file.parent) in err and said in err and err.count("\n") == 1
