@@ -196,6 +196,11 @@ BY_HAND: list[tuple[PairLogps, dict, float]] = [
     (HAND, {"divergence": "alpha", "divergence_alpha": 1.0, "beta": 1.0}, math.log(10 / 9)),  # reverse KL
     (HAND, {"name": "sigmoid", "beta": 1.0, "mix": ["apo_zero:2", "sft:0.5"]}, math.log(10 / 9) + 1 + (4 - LN_3) / 4),
     (HAND, {"name": "apo_zero", "beta": 1.0, "wpo": True}, 0.5 * math.exp(-4) * 3 ** (1 / 2 - 1 / 3)),
+    (  # WPO weighs what is compared, not the likelihood
+        HAND,
+        {"name": "apo_zero", "beta": 1.0, "wpo": True, "rpo_alpha": 1.0},
+        0.5 * math.exp(-4) * 3 ** (1 / 2 - 1 / 3) + (4 - LN_3) / 2,
+    ),
     (replace(HAND, margin_B=LN_3), {"beta": 1.0}, math.log(4 / 3)),
     (replace(HAND, margin_B=0.5), {"name": "hinge", "beta": 0.25}, 1.5 - 0.5 * LN_3),
     (replace(HAND, soft_label_B=0.75), {"beta": 1.0}, 0.75 * math.log(10 / 9) + 0.25 * math.log(10)),

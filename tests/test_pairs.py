@@ -128,3 +128,6 @@ def test_the_swap_penalty_is_zero_for_a_judge_without_position_bias_and_grows_wi
         assert swap_penalty(seen).tolist() == pytest.approx([4 * bias**2] * 2, abs=1e-12)
         added = pair_losses(seen, LossConfig(swap_consistency=0.5)) - pair_losses(seen, LossConfig())
         assert added.tolist() == pytest.approx([2 * bias**2] * 2, abs=1e-12)
+        chosen_B = seen.chosen_B.requires_grad_()
+        (slope_B,) = torch.autograd.grad(swap_penalty(seen).sum(), chosen_B)
+        assert slope_B.tolist() == pytest.approx([8 * bias, -8 * bias], abs=1e-12)  # both orders move, m - m' = 2 bias

@@ -181,6 +181,7 @@ NEIGHBOURS = {
     "dtype": tag(torch.bfloat16),
     "pack size": tag(pack=PackConfig(tokens=512, head_chunk=CONFIG.pack.head_chunk)),
     "head chunk": tag(pack=PackConfig(tokens=CONFIG.pack.tokens, head_chunk=8)),
+    "head path": numerics_tag(CPU, torch.float32, CONFIG.pack, {"path": "fused"}),
     "torch": tag() | {"torch": "2.14.0"},
     "machine": tag() | {"device": "another"},
 }
@@ -188,7 +189,7 @@ NEIGHBOURS = {
 
 @pytest.mark.parametrize("what", NEIGHBOURS)
 def test_another_numerics_tag_misses(tmp_path, what):
-    assert NEIGHBOURS[what] != tag()
+    assert NEIGHBOURS[what] != tag() and NEIGHBOURS[what].keys() == tag().keys()
     ask(open_store(tmp_path, "w", tag()), TREES)
     assert ask(open_store(tmp_path, "w", NEIGHBOURS[what]), TREES)[1].misses == completions(TREES)
     assert ask(open_store(tmp_path, "w", tag()), TREES, forbidden)[1].misses == 0
