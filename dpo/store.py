@@ -25,6 +25,7 @@ import safetensors.numpy
 
 from dpo.config import Config
 from dpo.inputs import cache_folder
+from models.errors import UserError
 from models.files import atomic_write_bytes, read_json_object
 
 PART_BYTES = 2**26  # prune merges smaller parts up to this: what a merge, and a read of all of a part, holds at once
@@ -102,8 +103,9 @@ def _part_values(path: Path, heads: np.ndarray | None = None) -> Iterator[tuple[
 
 
 def _folders(root: Path) -> list[Path]:
-    """The store's folders, the one used last first."""
-    return sorted((path for path in root.iterdir() if path.is_dir()), key=_last_use, reverse=True)
+    """The store's folders, the one used last first; known by their names, for prune removes them."""
+    named = root.glob("*-" + "[0-9a-f]" * 16)
+    return sorted((path for path in named if path.is_dir()), key=_last_use, reverse=True)
 
 
 def _last_use(folder: Path) -> float:
@@ -169,7 +171,7 @@ def prune(root: Path, asked: argparse.Namespace) -> int:
             remove(folder, f"{size:,} bytes, beyond the {asked.keep_bytes:,} of what was used later")
             continue
         kept_bytes += size
-        for path in folder.glob(".*"):
+        for path in folder.glob(".*.tmp"):
             if time.time() - path.stat().st_mtime > LEFTOVER_S:
                 remove(path, "left by a writer that was killed")
         _merge(folder, remove, dry_run=asked.dry_run)
@@ -220,4 +222,8 @@ def main(arguments: Sequence[str]) -> int:
     if not root.is_dir():
         print(f"error: {root}: there is no such folder; a run makes it when it stores its first value", file=sys.stderr)
         return 2
-    return COMMANDS[asked.command](root, asked)
+    try:
+        return COMMANDS[asked.command](root, asked)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -282,6 +282,21 @@ def test_prune_removes_what_was_not_used_lately_and_a_dry_run_nothing(store, cap
     assert list(store.iterdir()) == []
 
 
+def test_prune_leaves_alone_what_is_not_the_stores_though_it_be_given_the_wrong_folder(store):
+    for stranger in (store / "project" / ".git", store / "notes-2026", folders(store)["v"] / ".mine"):
+        stranger.mkdir(parents=True)
+        os.utime(stranger, (0, 0)), os.utime(stranger.parent, (0, 0))
+    assert main(["prune", str(store), "--older-than", "30"]) == 0 and len(list(store.rglob(".mine"))) == 1
+    assert main(["prune", str(store), "--keep-bytes", "0"]) == 0
+    assert sorted(path.name for path in store.rglob("*")) == [".git", "notes-2026", "project"]
+
+
+def test_an_identity_that_was_damaged_is_named(store, capsys):
+    (folders(store)["w"] / "identity.json").write_text("{")
+    assert main(["stat", str(store)]) == 2
+    assert f"error: {folders(store)['w'] / 'identity.json'}:1: broken JSON" in capsys.readouterr().err
+
+
 def test_a_run_marks_its_folder_as_used(store):
     open_store(store, "w" * 32, tag())
     assert main(["prune", str(store), "--older-than", "30"]) == 0
