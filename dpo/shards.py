@@ -17,7 +17,8 @@ from models.errors import UserError, show
 Record = dict[str, object]
 Records = Iterator[tuple[str, object]]  # ("file:line", what stands there); parquet counts rows
 CODECS = {".gz": "gzip", ".zst": "zstd"}
-CSV_NUMBERS = {"weight", "margin", "soft_label", "score_chosen", "score_rejected"}  # the other cells are texts
+CSV_NUMBERS = {"weight", "margin", "soft_label"}  # the other cells are texts
+CSV_NUMBERS |= {"score_chosen", "score_rejected", "chosen-rating", "rejected-rating"}
 SPACE = re.compile(r"[ \t\r\n]*")  # JSON's: other spaces between values are faults
 
 

@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 from dpo.config import DataConfig
-from dpo.formats import FORMATS
+from dpo.formats import FORMATS, SCORES
 from dpo.inputs import load_splits
 from dpo.rows import Row, iterate_rows, pairs_of, read_rows, write_rows
 from dpo.settings import load_config
@@ -332,6 +332,8 @@ FAULTS: dict[str, tuple[str, Record, str]] = {
     ),
     "nothing in common": ("implicit_text", {"chosen": "a b", "rejected": "b a"}, "do not begin with a common one"),
     "tools of TRL": ("trl_chat", {"tools": [{}]}, "tools would change the prompt and cannot be read"),
+    "images of TRL": ("trl_chat", {"images": ["a.png"]}, "images would change the prompt and cannot be read"),
+    "template arguments": ("trl", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs would change the prompt"),
     "two answers of TRL": ("trl_chat", {"chosen": turns("x", "y")}, "chosen must hold exactly one message"),
     "a text for messages": ("trl_chat", {"chosen": "x"}, "chosen must be a list of messages, not 'x'"),
     "no text before hh": ("hh", {"chosen": "Hi\n\nHuman: x\n\nAssistant: y"}, "chosen must begin with '\\n\\nHuman:'"),
@@ -411,6 +413,15 @@ def test_a_byte_order_mark_crlf_and_a_cell_of_many_lines_are_read(tmp_path: Path
     for ending, data in ((".jsonl", as_jsonl([first_of("trl")])), (".json", json.dumps([first_of("trl")]).encode())):
         (tmp_path / f"r{ending}").write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
         assert len(read_rows(tmp_path / f"r{ending}")) == 1
+
+
+@pytest.mark.parametrize("keys", SCORES)
+def test_scores_in_a_csv_file_are_numbers_under_either_name(keys: tuple[str, str], tmp_path: Path) -> None:
+    pair = {"prompt": "x", "chosen": "y", "rejected": "z"}
+    rows = [pair | dict(zip(keys, scores, strict=True)) for scores in ((5.0, 2.5), (3, 3))]
+    dropped: Counter[str] = Counter()
+    (row,) = read_rows(write(tmp_path / "r.csv", rows), dropped=dropped)
+    assert row.chosen == ("y",) and dropped == {"equal scores": 1}
 
 
 def test_a_huge_cell_and_a_huge_line_are_read(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_drops_what_came_af
     folder = run_folder(place)
     assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-000003", "step-000006"]
     assert train.main(arguments(place, "run.resume=latest", "train.checkpoint_every_steps=3")) == 0
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-000006", "step-000009"]
     assert outcome(folder) == unstopped(FULL)
 
 
