@@ -165,7 +165,7 @@ def train(
             stop = any(gather([interrupted()], ranks))
             every, count = config.train.checkpoint_every_steps, config.train.n_checkpoints
             if stop or due(done.step, len(steps), every, count) or (every and done.step == len(steps)):
-                keep = max(config.train.keep_checkpoints, count)
+                keep = len(steps) if count else config.train.keep_checkpoints
                 save_checkpoint(checkpoints, policy, optimizer, asdict(done), ranks, keep)
             if stop:
                 raise KeyboardInterrupt("a checkpoint is written; the same command with run.resume=latest goes on")

@@ -189,6 +189,16 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint_and_drops_what_came_af
     assert outcome(folder) == unstopped(FULL)
 
 
+def test_the_checkpoints_that_were_counted_are_kept_though_ctrl_c_wrote_one_more(
+    place: Path, ctrl_c_in_step: CtrlC
+) -> None:
+    ctrl_c_in_step(3)
+    assert train.main(arguments(place, "train.n_checkpoints=4")) == 130
+    assert train.main(arguments(place, "train.n_checkpoints=4", "run.resume=latest")) == 0
+    kept = sorted((run_folder(place) / "checkpoints").glob("step-*"))
+    assert [int(path.name[-6:]) for path in kept] == [3, 4, 5, 7, 9]
+
+
 def trained_lines(place: Path) -> int:
     file = place / "runs" / "smoke" / "latest" / "metrics.jsonl"
     return file.read_text().count('"loss"') if file.exists() else 0
