@@ -172,6 +172,13 @@ def test_given_splits_that_leak_are_refused_and_the_rows_named(refused: Refused,
     assert all(part in message for part in ("'r0' (rows.jsonl:1)", "'r9' (rows.jsonl:5)", "prompt", "split"))
 
 
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_column_that_the_loss_would_ignore_is_refused(refused: Refused, tmp_path: Path, split: str) -> None:
+    rows = [row(n, split=name) for n, name in enumerate(["train", "train", "validation", "test"])]
+    path = write_rows(tmp_path / "rows.jsonl", [*rows, row(9, split=split, margin=0.5)])
+    assert "the rows' column margin: is not read by loss ipo" in refused(f"data.path={path}", "loss.name=ipo")
+
+
 def test_too_few_rows_to_split_are_refused(refused: Refused, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [row(1), row(2)])
     assert "no row is left for" in refused(f"data.path={path}")
