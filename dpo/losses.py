@@ -48,7 +48,10 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "js": lambda ratio_B, alpha: math.log(2) + F.logsigmoid(ratio_B),
     "alpha": lambda ratio_B, alpha: ratio_B if alpha == 1 else (_exp((alpha - 1) * ratio_B) - 1) / (alpha - 1),
 }
-"""f'(u) of log u: the reward's shape under each divergence from the reference (Wang et al. 2023, table 1)."""
+"""f'(u) of log u: the reward's shape under each divergence from the reference (Wang et al. 2023, table 1).
+
+The order alpha is TRL's: 1 less the table's, where 0 is the reverse KL and 1 the forward one.
+"""
 
 
 def _scores(logps: PairLogps, config: LossConfig) -> tuple[Tensor, Tensor]:
@@ -101,7 +104,7 @@ def hinge(logps: PairLogps, config: LossConfig) -> Tensor:
 
 
 def slic(logps: PairLogps, config: LossConfig) -> Tensor:
-    """max(0, 1 - beta (log pi(y_w) - log pi(y_l))), no reference (Zhao et al. 2023, SLiC-HF eq. 1)."""
+    """max(0, 1 - beta (log pi(y_w) - log pi(y_l))), no reference (Zhao et al. 2023, SLiC-HF eq. 1 without NLL)."""
     return F.relu(1 + logps.margin_B - config.beta * (logps.chosen_B - logps.rejected_B))
 
 
@@ -128,7 +131,7 @@ def simpo(logps: PairLogps, config: LossConfig) -> Tensor:
 
 
 def cpo(logps: PairLogps, config: LossConfig) -> Tensor:
-    """-log sigma(beta (log pi(y_w) - log pi(y_l))) + NLL(y_w) / |y_w|, no reference (Xu et al. 2024)."""
+    """-log sigma(beta (log pi(y_w) - log pi(y_l))) + NLL(y_w) / |y_w|, no reference (Xu et al. 2024, TRL's NLL)."""
     return _logistic(config.beta * (logps.chosen_B - logps.rejected_B), logps, config) + chosen_nll(logps)
 
 

@@ -12,7 +12,7 @@ Numerical and semantic pitfalls:
    ... of zero tokens               test_losses::test_equal_sequences_of_one_token_or_none_are_finite_with_finite_gradients
  7 prompt boundary, BOS, last token test_tokenizer::test_prompt_and_completion_are_the_whole_chat_up_to_its_last_end
    ... encoded with a second BOS    test_tokenizer::test_encoding_adds_nothing_and_parses_special_tokens
- 8 truncation of one side           test_trees::test_a_row_that_does_not_fit_the_pack_is_named_by_file_and_line (refused)
+ 8 truncation of one side           test_tokens::test_a_cut_prompt_fits_keeps_the_chat_around_it_and_all_of_the_answers
  9 padding left, shifted positions  test_pitfalls::test_padding_lies_right_and_positions_count_from_zero
 10 MoE balancing loss by default    test_train::test_loss_metrics_and_gradient_of_a_step_are_those_of_plain_sequences_and_a_plain_formula
    (no auxiliary term is in the loss; there is no MoE model yet, its routing tests come with it)
