@@ -19,13 +19,17 @@ Records = Iterator[tuple[str, object]]  # ("file:line", what stands there); parq
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 CSV_NUMBERS = {"weight", "margin", "soft_label"}  # the other cells are texts
 CSV_NUMBERS |= {"score_chosen", "score_rejected", "chosen-rating", "rejected-rating"}
+SPLIT = re.compile(
+    r"(train|valid|val|dev|test|eval)(?:idation|uation|ing)?(?![a-z])"
+)  # begins the name of a split's files
 SPACE = re.compile(r"[ \t\r\n]*")  # JSON's: other spaces between values are faults
 
 
 def read_records(path: Path) -> Iterator[Records]:
     """The records of the file at `path`, or of each row file below the folder, in the order of their names.
 
-    In a folder, files of other kinds and hidden ones are no rows; .jsonl beside .parquet is an error (the same twice?).
+    In a folder, files of other kinds and hidden ones are no rows; .jsonl beside .parquet is an error (the same twice?),
+    and so are files of several splits: they would be mixed, and its test trained on.
     """
     if not path.is_dir():
         if _kind(path) not in READERS:
@@ -39,6 +43,12 @@ def read_records(path: Path) -> Iterator[Records]:
         raise UserError(f"data.path={path}: the folder holds no row file; {ALLOWED}")
     if len(kinds) > 1:
         raise UserError(f"data.path={path}: the folder holds {' and '.join(kinds)} files; name a folder of one kind")
+    splits = sorted({match[1] for name, _ in shards for part in Path(name).parts if (match := SPLIT.match(part))})
+    if len(splits) > 1:
+        raise UserError(
+            f"data.path={path}: the folder holds files of the splits {' and '.join(splits)}, which would be mixed; "
+            "name one of them, or write all rows to one file, each with its `split`"
+        )
     for name, file in shards:
         yield READERS[kinds[0]](file, name)
 

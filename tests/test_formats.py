@@ -153,6 +153,20 @@ def test_a_folder_of_shards_is_read_in_the_order_of_their_names(tmp_path: Path) 
         read_rows(tmp_path / "shards")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("train.jsonl", "test.jsonl"), ("train/0.jsonl", "validation/0.jsonl"), ("d/test-0.jsonl", "d/train-0.jsonl")],
+)
+def test_a_folder_of_several_splits_is_refused_and_of_one_is_read(names: tuple[str, str], tmp_path: Path) -> None:
+    for name in names:
+        write(tmp_path / "both" / name, [first_of("trl")])
+    with pytest.raises(UserError, match="files of the splits t.*, which would be mixed; name one of them"):
+        read_rows(tmp_path / "both")
+    write(tmp_path / "one" / names[0], [first_of("trl")])
+    write(tmp_path / "one" / "more" / "trainer.jsonl", [first_of("trl")])
+    assert len(read_rows(tmp_path / "one")) == 2
+
+
 def test_rows_stream_and_do_not_wait_for_the_end_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_bytes(as_jsonl([first_of("trl")] * 3) + b"broken\n")
