@@ -109,6 +109,7 @@ def test_whatever_the_trees_depend_on_changes_their_address(tmp_path, tokenizer,
     assert ask(rows=[dataclasses.replace(row, subset="other", where="elsewhere:1") for row in ROWS]) == 0
     assert ask(settings=dataclasses.replace(RESPONSES, pair_weight="row")) == 2
     assert ask(tokenizer=dataclasses.replace(tokenizer, variables={"enable_thinking": True})) == 2
+    assert ask(tokenizer=dataclasses.replace(tokenizer, end_ids=tokenizer.end_ids | {0})) == 2  # config.json's
     other = tmp_path / "other"
     shutil.copytree(tokenizer.folder, other)
     assert ask(tokenizer=load_tokenizer(other)) == 0  # the content counts, not the place
