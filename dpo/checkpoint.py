@@ -86,14 +86,18 @@ def save_checkpoint(
     }
     if ranks.first:
         _write(folder / f"step-{state['step']:06d}", {WEIGHTS: weights, OPTIMIZER: moments}, state)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        for old in sorted(folder.glob("step-*"), key=_step_of)[:-keep]:
             shutil.rmtree(old)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run, if any."""
     whole = [path for path in folder.glob("step-*") if (path / STATE).is_file()]
-    return max(whole, default=None)
+    return max(whole, key=_step_of, default=None)
 
 
 @torch.no_grad()

@@ -111,7 +111,14 @@ def _has(*keys: str) -> Callable[[Record], bool]:
 
 
 def _is_ours(record: Record) -> bool:
-    return "subset" in record or ("id" in record and _has("prompt", "chosen", "rejected")(record))
+    if "subset" in record:
+        return True
+    chosen = record.get("chosen")  # a list of texts is ours alone; others have ids too
+    return (
+        _has("id", "prompt", "rejected")(record)
+        and isinstance(chosen, list)
+        and any(isinstance(c, str) for c in chosen)
+    )
 
 
 def _is_hh(record: Record) -> bool:

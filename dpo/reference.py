@@ -8,9 +8,12 @@ Loss settings are in none of them, so a sweep over losses, betas, rates and seed
 `python -m dpo.reference` lists, verifies and prunes what is stored.
 """
 
+import ast
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,11 @@ from dpo.store import main, read_values, write_part
 from dpo.trees import Tree
 
 WRITE_EVERY_TREES = 1024  # a killed run loses at most this much of its reference pass
+FORWARD = (  # what computes a log-prob from tokens
+    *("dpo/packing.py", "dpo/logprobs.py", "models/decoder.py", "models/parts.py", "models/attention.py"),
+    *("models/rope.py", "models/moe.py", "models/mxfp4.py", "models/lora.py", "models/families/*.py"),
+    *("kernels/linear_*.py", "kernels/tiles.py", "kernels/mxfp4*.py"),
+)
 
 
 @dataclass
@@ -32,6 +40,14 @@ class Usage:
 
     hits: int = 0
     misses: int = 0
+
+
+@cache
+def forward_code(root: Path) -> str:
+    """16 hex digits of FORWARD's code under `root`, comments and layout left out: a changed line changes bits."""
+    files = sorted(path for pattern in FORWARD for path in root.glob(pattern))
+    code = [[path.relative_to(root).as_posix(), ast.dump(ast.parse(path.read_bytes()))] for path in files]
+    return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
 
 
 def numerics_tag(
@@ -49,7 +65,8 @@ def numerics_tag(
         "threads": str(torch.get_num_threads()),
         "dtype": str(dtype),
         "pack": f"{pack.tokens} tokens, head chunks of {pack.head_chunk}",
-        "attention": "flex_attention" if device.type == "cuda" else "sdpa per branch, v3",
+        "attention": "flex_attention" if device.type == "cuda" else "sdpa per branch",
+        "code": forward_code(Path(__file__).parents[1]),
         "head": ", ".join(f"{key}: {value}" for key, value in head_kernels.items() if key not in ("asked", "why")),
     }
 

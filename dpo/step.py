@@ -54,7 +54,9 @@ def plan_steps(pairs_of_trees: Sequence[int], config: Config) -> list[list[int]]
                 steps.append(step)
                 step, pairs = [], 0
         steps += [step] if step else []
-    return steps[: config.train.max_steps or None]
+        if 0 < config.train.max_steps <= len(steps):
+            return steps[: config.train.max_steps]
+    return steps
 
 
 def set_dropout(policy: Decoder, step: int, config: Config, ranks: Ranks) -> None:

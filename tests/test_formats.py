@@ -258,6 +258,15 @@ def test_texts_without_a_prompt_share_it_up_to_the_last_common_word(tmp_path: Pa
     assert found == [expected for _, _, expected in texts]
 
 
+def test_a_foreign_row_with_an_id_is_not_taken_for_ours(tmp_path: Path) -> None:
+    """Tulu's preference rows: a prompt beside whole chats, and an id."""
+    ask = {"role": "user", "content": "2 + 2?"}
+    chats = [[ask, {"role": "assistant", "content": text}] for text in ("4", "5")]
+    tulu = {"id": "t1", "source": "x", "prompt": "2 + 2?", "chosen": chats[0], "rejected": chats[1]}
+    row = read_rows(write(tmp_path / "r.jsonl", [tulu]))[0]
+    assert (row.id, row.prompt, row.chosen, row.rejected) == ("t1", (ask,), ("4",), ("5",))
+
+
 def test_what_a_foreign_row_says_in_our_keys_is_kept(tmp_path: Path) -> None:
     more = {"group": "g", "split": "test", "margin": 0.5, "other": 1}
     row = read_rows(write(tmp_path / "r.jsonl", [first_of("trl") | more]))[0]

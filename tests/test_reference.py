@@ -17,7 +17,7 @@ import dpo.train
 from dpo.config import PackConfig
 from dpo.inputs import read_inputs
 from dpo.logprobs import TreeLogps, score_trees
-from dpo.reference import Usage, numerics_tag, reference_logps
+from dpo.reference import Usage, forward_code, numerics_tag, reference_logps
 from dpo.rows import Row, write_rows
 from dpo.settings import load_config
 from dpo.step import plan_steps
@@ -28,6 +28,7 @@ from models.lora import Adapter, add_lora
 from models.tiny import write_tiny_model
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 TREES = [random_tree(seed) for seed in range(10)]
 Score = Callable[[Sequence[Tree]], list[TreeLogps]]
 
@@ -193,6 +194,21 @@ def test_another_numerics_tag_misses(tmp_path, what):
     ask(open_store(tmp_path, "w", tag()), TREES)
     assert ask(open_store(tmp_path, "w", NEIGHBOURS[what]), TREES)[1].misses == completions(TREES)
     assert ask(open_store(tmp_path, "w", tag()), TREES, forbidden)[1].misses == 0
+
+
+def test_other_code_of_the_forward_is_another_tag_and_a_comment_is_not(tmp_path):
+    for package in ("dpo", "models", "kernels"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    seen = {forward_code(ROOT)}
+    for change, new in (("# a remark\n", 0), ("EXTRA = 1\n", 1)):
+        for file in ("models/rope.py", "models/families/qwen.py", "kernels/linear_paths.py"):
+            with open(tmp_path / file, "a") as handle:
+                handle.write(change)
+            forward_code.cache_clear()
+            before = len(seen)
+            seen.add(forward_code(tmp_path))
+            assert len(seen) == before + new, (change, file)
+    assert tag()["code"] == forward_code(ROOT)
 
 
 def test_another_number_of_threads_misses(tmp_path):

@@ -130,3 +130,4 @@ def test_the_order_is_the_seeds_and_differs_between_epochs_and_seeds():
 def test_max_steps_cuts_and_zero_does_not():
     assert planned(epochs=2, max_steps=5) == planned(epochs=2)[:5]
     assert planned(max_steps=0) == planned() == planned(max_steps=10**6)
+    assert planned(epochs=10**9, max_steps=5) == planned(epochs=2)[:5]  # epochs that are not reached cost nothing
