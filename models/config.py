@@ -119,7 +119,7 @@ def decoder_config(
     defaults: Fields = {},  # noqa: B006 (never written)
 ) -> ModelConfig:
     """What every family's config.json says in the same words; `defaults` are the published class's for absent keys."""
-    fields = {**defaults, **{key: value for key, value in fields.items() if value is not None}}
+    fields = {key: value for key, value in {**defaults, **fields}.items() if value is not None}
     for key, only in NEUTRAL.items():
         supported(fields, key, path, only)
     if experts is not None and experts.per_token > experts.count:
@@ -134,7 +134,7 @@ def decoder_config(
     head_dim = positive(fields, "head_dim", path, int, default=max(hidden // heads, 1))
     if head_dim % 2:
         raise UserError(f"{path}: head_dim = {head_dim} must be even: rotary embedding turns pairs")
-    rope_theta, rope_scaling = _read_rope(fields, path)
+    rope_theta, rope_scaling = _read_rope(fields, path, positive(defaults, "rope_theta", path, float, 10000.0))
     return ModelConfig(
         architecture=architecture,
         vocab=positive(fields, "vocab_size", path, int),
@@ -158,13 +158,13 @@ def decoder_config(
     )
 
 
-def _read_rope(fields: Fields, path: Path) -> tuple[float, RopeScaling | Yarn | None]:
+def _read_rope(fields: Fields, path: Path, default_theta: float) -> tuple[float, RopeScaling | Yarn | None]:
     """(theta, scaling), from either spelling."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling = {rope!r} must be an object or null")
     rope = {key: value for key, value in rope.items() if value is not None}
-    theta = positive({**fields, **rope}, "rope_theta", path, float, default=10000.0)
+    theta = positive({**fields, **rope}, "rope_theta", path, float, default_theta)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_KEYS:
         raise UserError(f"{path}: rope type {kind!r} is not supported; supported: {', '.join(map(repr, ROPE_KEYS))}")
@@ -221,11 +221,6 @@ def layer_numbers(fields: Fields, key: str, path: Path, layers: int, default: Se
     if not isinstance(numbers, Sequence) or not all(number in range(layers) for number in numbers):
         raise UserError(f"{path}: {key} = {numbers!r} must be a list of numbers below {layers}, the number of layers")
     return numbers
-
-
-def expert_count(fields: Fields, path: Path) -> int:
-    """E, under either name: num_experts (Qwen's files) or num_local_experts (all others, transformers 5's of Qwen)."""
-    return positive({"num_local_experts": fields.get("num_experts"), **fields}, "num_local_experts", path, int)
 
 
 def supported(fields: Fields, key: str, path: Path, *values: object) -> None:

@@ -101,6 +101,30 @@ def test_what_transformers_saves_again_is_read_alike(family: str, tmp_path: Path
     assert parse_model_config(again, tmp_path) == read(family, torch_dtype="bfloat16")
 
 
+@pytest.mark.parametrize("value", ["absent", None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_absent_field_and_null_mean_what_transformers_means_by_them_or_are_refused(
+    family: str, value: str | None, tmp_path: Path
+) -> None:
+    for key in fields_of(family).keys() - {"architectures", "model_type"}:
+        fields = fields_of(family, **{key: None})
+        if value == "absent":
+            del fields[key]
+        try:
+            ours = parse_model_config(fields, tmp_path)
+        except UserError as error:
+            assert key in str(error)
+            continue
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        try:
+            theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+        except Exception as error:  # a null that its strict class refuses
+            assert value is None and key in str(error)
+            continue
+        theirs.save_pretrained(tmp_path / "again")
+        assert ours == parse_model_config(json.loads((tmp_path / "again" / "config.json").read_text()), tmp_path), key
+
+
 def test_old_spellings_and_absent_fields_mean_what_they_were_published_as() -> None:
     for tuned in (4, True):
         assert read("scout", attn_temperature_tuning=tuned) == read("scout")

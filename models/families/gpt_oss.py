@@ -15,7 +15,6 @@ from models.config import (
     LayerKind,
     ModelConfig,
     decoder_config,
-    expert_count,
     flag,
     layer_types,
     positive,
@@ -24,19 +23,13 @@ from models.config import (
 from models.moe import MoE, clamped_swiglu, softmax_of_chosen
 from models.parts import Attention, ExactRMSNorm, Layer
 
-DEFAULTS: Fields = {
-    "head_dim": 64,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 150000.0,
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "original_max_position_embeddings": 4096,
-        "truncate": False,
-    },
+YARN: Fields = {  # where the file is silent
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
 }
 
 
@@ -51,18 +44,18 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     ffn = positive(fields, "intermediate_size", path, int)
     return decoder_config(
         architecture,
-        fields,
+        {**fields, "rope_scaling": fields.get("rope_scaling") or YARN},
         path,
         layers=tuple(LayerKind(span=spans[kind], sparse=True) for kind in kinds),
         qkv_bias=bias,
         output_bias=bias,
         experts=ExpertsConfig(
-            count=expert_count(fields, path),
+            count=positive(fields, "num_local_experts", path, int),
             per_token=positive(fields, "num_experts_per_tok", path, int),
             ffn=ffn,
             limit=positive(fields, "swiglu_limit", path, float, 7.0),
         ),
-        defaults=DEFAULTS,
+        defaults={"head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 150000.0},
     )
 
 

@@ -15,7 +15,6 @@ from models.config import (
     LayerKind,
     ModelConfig,
     decoder_config,
-    expert_count,
     flag,
     layer_numbers,
     layer_types,
@@ -62,14 +61,14 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
         qkv_bias=bias,
         output_bias=bias,
         experts=ExpertsConfig(
-            count=expert_count(fields, path),
+            count=positive(fields, "num_local_experts", path, int),
             per_token=positive(fields, "num_experts_per_tok", path, int),
             ffn=positive(fields, "intermediate_size", path, int),
         ),
         qk_norm=flag(fields, "use_qk_norm", path, True),
         temperature=(floor, scale) if tuned else None,
         ffn_key="intermediate_size_mlp",
-        defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+        defaults={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
     )
 
 

@@ -14,7 +14,6 @@ from models.config import (
     LayerKind,
     ModelConfig,
     decoder_config,
-    expert_count,
     flag,
     layer_numbers,
     layer_types,
@@ -36,14 +35,14 @@ def _count_full_layers(fields: Fields, path: Path) -> int:
 def read_qwen2(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen2ForCausalLM (Qwen2.5): q, k and v have a bias, whatever the file says."""
     _count_full_layers(fields, path)
-    return decoder_config(architecture, fields, path, qkv_bias=True)
+    return decoder_config(architecture, fields, path, qkv_bias=True, defaults={"num_key_value_heads": 32})
 
 
 def read_qwen3(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen3ForCausalLM."""
     _count_full_layers(fields, path)
     bias = flag(fields, "attention_bias", path)
-    defaults = {"head_dim": 128}
+    defaults = {"head_dim": 128, "num_key_value_heads": 32}
     return decoder_config(architecture, fields, path, qkv_bias=bias, output_bias=bias, qk_norm=True, defaults=defaults)
 
 
@@ -53,14 +52,23 @@ def read_qwen3_moe(architecture: str, fields: Fields, path: Path) -> ModelConfig
     step = positive(fields, "decoder_sparse_step", path, int, 1)
     dense = layer_numbers(fields, "mlp_only_layers", path, count)
     layers = tuple(LayerKind(sparse=i not in dense and (i + 1) % step == 0) for i in range(count))
+    total = fields.get("num_experts") or fields.get("num_local_experts")  # as published; as transformers 5 saves it
     experts = ExpertsConfig(
-        count=expert_count(fields, path),
+        count=positive({"num_experts": total}, "num_experts", path, int),
         per_token=positive(fields, "num_experts_per_tok", path, int),
         ffn=positive(fields, "moe_intermediate_size", path, int),
         renormalise=flag(fields, "norm_topk_prob", path),
     )
     return decoder_config(
-        architecture, fields, path, layers=layers, qkv_bias=bias, output_bias=bias, experts=experts, qk_norm=True
+        architecture,
+        fields,
+        path,
+        layers=layers,
+        qkv_bias=bias,
+        output_bias=bias,
+        experts=experts,
+        qk_norm=True,
+        defaults={"num_key_value_heads": 4},
     )
 
 
