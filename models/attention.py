@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 BLOCK = 128  # tokens of flex_attention's blocks
 PREFIX, PADDING = -1, -2  # in place of a tree's number
@@ -52,13 +52,7 @@ def tree_attention(
     `sinks_N`: one more logit in each head's softmax, not scaled, of no value: the weights then sum to less than 1.
     """
     if q_TNH.is_cuda:
-        mask = block_mask(layout, len(q_TNH), span, q_TNH.device)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TGH, v_TGH))
-        if sinks_N is None:
-            return _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-        out, aux = _compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
-        kept = torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[None, :, None])
-        return (out * kept[..., None].to(out.dtype))[0].transpose(0, 1)
+        return flex_trees(q_TNH, k_TGH, v_TGH, layout, span, sinks_N, _compiled_flex())
     return _by_branches(q_TNH, k_TGH, v_TGH, layout, span, sinks_N)
 
 
@@ -110,19 +104,41 @@ def _attend(q_NLH: Tensor, k_GSH: Tensor, v_GSH: Tensor, before: int, span: Span
     dtype = q_NLH.dtype
     if q_NLH.device.type == "cpu":  # its bf16 kernel takes twice as long, forward and back, on branches of a few tokens
         q_NLH, k_GSH, v_GSH = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_NLH, k_GSH, v_GSH))
-    causal = not before and span == FULL and sinks_N is None
+    causal, width = not before and span == FULL and sinks_N is None, q_NLH.shape[-1]
     mask = None if causal else _mask(before, q_NLH.shape[1], span, q_NLH.device)
-    if mask is not None and sinks_N is not None:  # a key of zeros with the sink as its logit, and a value of zeros
-        k_GSH, v_GSH = F.pad(k_GSH, (0, 0, 0, 1)), F.pad(v_GSH, (0, 0, 0, 1))
-        closed = torch.zeros_like(mask, dtype=q_NLH.dtype).masked_fill(~mask, -torch.inf)
-        sink = sinks_N.to(q_NLH.dtype)[:, None, None].expand(-1, len(mask), 1)
-        mask = torch.cat([closed.expand(len(sink), -1, -1), sink], -1)[None]
+    if mask is not None and sinks_N is not None:
+        # One more key, of no value, and one more dimension: that key's 1 there meets the query's sink. As a bias the
+        # sinks would need a mask for each head, and its gradient.
+        sink = (sinks_N.to(q_NLH.dtype) * width**0.5)[:, None, None].expand(-1, len(mask), 1)
+        q_NLH, only_sink = torch.cat([q_NLH, sink], -1), F.pad(k_GSH.new_ones(len(k_GSH), 1, 1), (width, 0))
+        k_GSH, v_GSH = torch.cat([F.pad(k_GSH, (0, 1)), only_sink], 1), F.pad(v_GSH, (0, 1, 0, 1))
+        mask = F.pad(mask, (0, 1), value=True)
     return F.scaled_dot_product_attention(
-        q_NLH[None], k_GSH[None], v_GSH[None], attn_mask=mask, is_causal=causal, enable_gqa=True
-    )[0].to(dtype)
+        q_NLH[None], k_GSH[None], v_GSH[None], attn_mask=mask, is_causal=causal, scale=width**-0.5, enable_gqa=True
+    )[0, ..., :width].to(dtype)
 
 
 # --- one block mask a pack (CUDA) -------------------------------------------------------------------------------------
+
+
+def flex_trees(
+    q_TNH: Tensor,
+    k_TGH: Tensor,
+    v_TGH: Tensor,
+    layout: Layout,
+    span: Span,
+    sinks_N: Tensor | None,
+    flex: Callable[..., tuple[Tensor, AuxOutput]],
+) -> Tensor:
+    """tree_attention by one `flex`_attention; a sink takes its part of the softmax afterwards, by the log-sum-exp."""
+    mask = block_mask(layout, len(q_TNH), span, q_TNH.device)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TGH, v_TGH))
+    out, aux = flex(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=sinks_N is not None))
+    if sinks_N is not None:
+        assert aux.lse is not None, "it was asked for"
+        kept = torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[None, :, None])
+        out = out * kept[..., None].to(out.dtype)
+    return out[0].transpose(0, 1)
 
 
 def token_places(layout: Layout, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,5 +188,5 @@ def _block_lists(marks_QK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _compiled_flex() -> Callable[..., Tensor]:
+def _compiled_flex() -> Callable[..., tuple[Tensor, AuxOutput]]:
     return torch.compile(flex_attention)

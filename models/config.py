@@ -7,7 +7,7 @@ Read next: models/families/, one file for each family.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,23 @@ from models.attention import FULL, Span
 from models.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+# Fields that change the arithmetic of some model or other and are read by none of ours, with the value that does not.
+NEUTRAL = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logit_scale": 1.0,
+    "clip_qkv": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "auto_map": None,  # code of the folder's own
+}
+ROPE_KEYS = {  # of each type, beside theta; any other key is refused
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "truncate"),
+}
 Fields = Mapping[str, object]
 Number = TypeVar("Number", int, float)
 
@@ -102,9 +119,11 @@ def decoder_config(
     defaults: Fields = {},  # noqa: B006 (never written)
 ) -> ModelConfig:
     """What every family's config.json says in the same words; `defaults` are the published class's for absent keys."""
-    fields = {**defaults, **{key: value for key, value in fields.items() if value is not None}}
-    if fields.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act = {fields['hidden_act']!r} is not supported; supported: 'silu'")
+    fields = {key: value for key, value in {**defaults, **fields}.items() if value is not None}
+    for key, only in NEUTRAL.items():
+        supported(fields, key, path, only)
+    if experts is not None and experts.per_token > experts.count:
+        raise UserError(f"{path}: num_experts_per_tok = {experts.per_token} of only {experts.count} experts")
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise UserError(f"{path}: dtype = {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
@@ -115,7 +134,7 @@ def decoder_config(
     head_dim = positive(fields, "head_dim", path, int, default=max(hidden // heads, 1))
     if head_dim % 2:
         raise UserError(f"{path}: head_dim = {head_dim} must be even: rotary embedding turns pairs")
-    rope_theta, rope_scaling = _read_rope(fields, path)
+    rope_theta, rope_scaling = _read_rope(fields, path, positive(defaults, "rope_theta", path, float, 10000.0))
     return ModelConfig(
         architecture=architecture,
         vocab=positive(fields, "vocab_size", path, int),
@@ -139,13 +158,19 @@ def decoder_config(
     )
 
 
-def _read_rope(fields: Fields, path: Path) -> tuple[float, RopeScaling | Yarn | None]:
+def _read_rope(fields: Fields, path: Path, default_theta: float) -> tuple[float, RopeScaling | Yarn | None]:
     """(theta, scaling), from either spelling."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_scaling = {rope!r} must be an object or null")
-    theta = positive({**fields, **rope}, "rope_theta", path, float, default=10000.0)
+    rope = {key: value for key, value in rope.items() if value is not None}
+    theta = positive({**fields, **rope}, "rope_theta", path, float, default_theta)
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_KEYS:
+        raise UserError(f"{path}: rope type {kind!r} is not supported; supported: {', '.join(map(repr, ROPE_KEYS))}")
+    supported(rope, "partial_rotary_factor", path, 1.0)
+    for key in rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS[kind]}:
+        supported(rope, key, path)
     if kind == "default":
         return theta, None
     if kind == "llama3":
@@ -155,18 +180,13 @@ def _read_rope(fields: Fields, path: Path) -> tuple[float, RopeScaling | Yarn | 
             high_freq_factor=positive(rope, "high_freq_factor", path, float),
             original_max_position=positive(rope, "original_max_position_embeddings", path, int),
         )
-    if kind == "yarn":
-        supported(rope, "attention_factor", path, None)
-        supported(rope, "mscale", path, None)
-        supported(rope, "mscale_all_dim", path, None)
-        return theta, Yarn(
-            factor=positive(rope, "factor", path, float),
-            beta_fast=positive(rope, "beta_fast", path, float, default=32.0),
-            beta_slow=positive(rope, "beta_slow", path, float, default=1.0),
-            original_max_position=positive(rope, "original_max_position_embeddings", path, int),
-            truncate=flag(rope, "truncate", path, default=True),
-        )
-    raise UserError(f"{path}: rope type {kind!r} is not supported; supported: 'default', 'llama3', 'yarn'")
+    return theta, Yarn(
+        factor=positive(rope, "factor", path, float),
+        beta_fast=positive(rope, "beta_fast", path, float, default=32.0),
+        beta_slow=positive(rope, "beta_slow", path, float, default=1.0),
+        original_max_position=positive(rope, "original_max_position_embeddings", path, int),
+        truncate=flag(rope, "truncate", path, default=True),
+    )
 
 
 def positive(fields: Fields, key: str, path: Path, kind: type[Number], default: Number | None = None) -> Number:
@@ -184,6 +204,23 @@ def flag(fields: Fields, key: str, path: Path, default: bool = False) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{path}: {key} = {value!r} must be true or false")
     return value
+
+
+def layer_types(fields: Fields, path: Path, default: Sequence[str], allowed: Collection[str]) -> Sequence[str]:
+    """The kind of attention of each layer, one of `allowed`; as many as `default` has."""
+    kinds = fields.get("layer_types") or default
+    if not isinstance(kinds, Sequence) or len(kinds) != len(default) or not all(kind in allowed for kind in kinds):
+        wanted = f"must name one of {', '.join(allowed)} for each of {len(default)} layers"
+        raise UserError(f"{path}: layer_types = {kinds!r} is not supported; it {wanted}")
+    return kinds
+
+
+def layer_numbers(fields: Fields, key: str, path: Path, layers: int, default: Sequence[int] = ()) -> Sequence[int]:
+    """A list of layers, counted from 0; absent and null both mean the default."""
+    numbers = default if fields.get(key) is None else fields[key]
+    if not isinstance(numbers, Sequence) or not all(number in range(layers) for number in numbers):
+        raise UserError(f"{path}: {key} = {numbers!r} must be a list of numbers below {layers}, the number of layers")
+    return numbers
 
 
 def supported(fields: Fields, key: str, path: Path, *values: object) -> None:

@@ -71,6 +71,18 @@ class RMSNorm(nn.Module):
         return rms_normal(x, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
+class ExactRMSNorm(nn.Module):
+    """x / rms(x) times the weight, all in fp32, then cast (gpt-oss's and OLMo 2's order)."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(width, dtype=dtype)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = rms_normal(x, self.eps)
+        return (normal * self.weight.to(normal.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; families override how queries and keys are prepared."""
 

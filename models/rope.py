@@ -34,8 +34,8 @@ def _yarn(frequency: Tensor, scaling: Yarn, theta: float) -> Tensor:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
-    ramp = ((torch.arange(half).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
-    return frequency / scaling.factor * ramp + frequency * (1 - ramp)
+    kept = 1 - ((torch.arange(half).float() - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return frequency / scaling.factor * (1 - kept) + frequency * kept
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from models.attention import BLOCK, FULL, Layout, Span, block_mask, tree_attention
+from models.attention import BLOCK, FULL, Layout, Span, block_mask, flex_trees, tree_attention
 
 SPANS = {
     "full": FULL,
@@ -58,19 +58,30 @@ def vectors(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tens
     return tuple(torch.randn(tokens, heads, 16, generator=generator, dtype=dtype) for heads in (4, 2, 2))
 
 
-def dense_attention(q, k, v, mask):
+def dense_attention(q, k, v, mask, sinks=None):
+    if sinks is not None:  # the definition: a softmax over the scores and the sink, whose weight is dropped
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("qnh,knh->nqk", q, k) / q.shape[-1] ** 0.5
+        scores = torch.cat([scores.masked_fill(~mask, -torch.inf), sinks[:, None, None].expand(-1, len(q), 1)], -1)
+        out = torch.einsum("nqk,knh->qnh", scores.softmax(-1)[..., :-1], v)
+        return out.masked_fill(~mask.any(1)[:, None, None], 0.0)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
     return out.masked_fill(~mask.any(1)[:, None, None], 0.0)
 
 
-def test_the_branch_path_equals_attention_under_the_dense_mask_in_values_and_gradients(pack, span):
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_the_branch_path_equals_attention_under_the_dense_mask_in_values_and_gradients(pack, span, has_sinks):
     layout, tokens = pack
+    sinks = [torch.tensor([0.5, -1.0, 3.0, 0.0], dtype=torch.float64)] if has_sinks else []
     mask = dense_mask(layout, tokens, span)
     upstream = torch.randn(tokens, 4, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     results = []
-    for attend in (lambda *x: tree_attention(*x, layout, span), lambda *x: dense_attention(*x, mask)):
-        inputs = [x.requires_grad_() for x in vectors(tokens)]
+    for attend in (
+        lambda q, k, v, *sinks: tree_attention(q, k, v, layout, span, *sinks),
+        lambda q, k, v, *sinks: dense_attention(q, k, v, mask, *sinks),
+    ):
+        inputs = [x.clone().requires_grad_() for x in (*vectors(tokens), *sinks)]
         out = attend(*inputs)
         (out * upstream).sum().backward()
         results.append([out.detach(), *(x.grad for x in inputs)])
@@ -108,17 +119,18 @@ def test_the_gradients_blocks_are_the_same_ones_seen_from_the_keys(pack, span):
         assert forward == {(i, j) for j in blocks for i in q[0, 0, j, : q_number[0, 0, j]].tolist()}
 
 
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 3.0, 0.0])], ids=["", "sinks"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_flex_attention_under_the_block_mask_equals_the_branch_path(name):
+def test_flex_attention_under_the_block_mask_equals_the_branch_path(name, sinks):
     """Its forward alone: on the CPU it has no backward."""
     layout, tokens = LAYOUTS[name]
+    span = FULL if sinks is None else SPANS["window"]
     q, k, v = vectors(tokens, torch.float32)
-    mask = block_mask(layout, tokens, FULL, torch.device("cpu"))
-    flex = flex_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), block_mask=mask, enable_gqa=True)
-    truth = dense_attention(*(x.double() for x in (q, k, v)), dense_mask(layout, tokens, FULL))
-    branches = tree_attention(q, k, v, layout)
-    error = (flex[0].transpose(0, 1).double() - truth).abs().max()
-    assert error <= 2 * (branches.double() - truth).abs().max()
+    flex = flex_trees(q, k, v, layout, span, sinks, flex_attention)
+    exact_sinks = None if sinks is None else sinks.double()
+    truth = dense_attention(*(x.double() for x in (q, k, v)), dense_mask(layout, tokens, span), exact_sinks)
+    branches = tree_attention(q, k, v, layout, span, sinks)
+    assert (flex.double() - truth).abs().max() <= 2 * (branches.double() - truth).abs().max()
 
 
 def test_windows_and_chunks_count_positions_so_a_branch_sees_what_it_would_alone(span):

@@ -271,7 +271,7 @@ def test_a_missing_shard_is_named(refused: Refused, tmp_path: Path) -> None:
 
 def test_a_model_that_lacks_embeddings_for_its_tokenizer_is_refused(refused: Refused, tmp_path: Path) -> None:
     small = tmp_path / "model"
-    write_tiny_model(small, vocab=259)
+    write_tiny_model(small, changes={"vocab_size": 259})
     tokenizer = json.loads((small / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 259, "content": "<|new|>"})
     (small / "tokenizer.json").write_text(json.dumps(tokenizer))

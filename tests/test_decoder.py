@@ -16,9 +16,9 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 VARIANTS: dict[str, dict[str, object]] = {
-    "tied": {"tie": True},
-    "untied": {"tie": False},
-    "llama3 rope": {"rope_scaling": LLAMA3_ROPE},
+    "tied": {},
+    "untied": {"changes": {"tie_word_embeddings": False}},
+    "llama3 rope": {"changes": {"rope_scaling": LLAMA3_ROPE}},
     "sharded": {"sharded": True},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,7 +66,7 @@ def test_logits_of_the_imported_smollm2_are_as_exact_as_transformers_own(smollm2
 def test_tied_model_has_no_head_of_its_own_and_an_untied_one_has(tmp_path):
     for tied in (True, False):
         folder = tmp_path / str(tied)
-        write_tiny_model(folder, tie=tied)
+        write_tiny_model(folder, changes={"tie_word_embeddings": tied})
         model = load_decoder(folder, weight_dtype=torch.float32, compute_dtype=torch.float32)
         assert ("lm_head.weight" in dict(model.named_parameters())) is not tied
         assert isinstance(model, Decoder)

@@ -15,6 +15,7 @@ from dpo.pairs import PairLogps, reference_sums
 from dpo.step import accumulate_gradients
 from dpo.trees import Completion, Pair, Tree
 from models.decoder import Decoder, load_decoder, next_token_logits
+from models.tiny import FAMILIES, write_tiny_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 CONFIG = Config(exp="test", pack={"tokens": 256, "head_chunk": 16})
@@ -61,15 +62,17 @@ def one_at_a_time(decoder: Decoder, tree: Tree) -> torch.Tensor:
     return torch.stack(sums)
 
 
-@pytest.mark.parametrize("pack_tokens", [256, 128])
-def test_packed_trees_equal_one_sequence_at_a_time_in_values_and_gradients(tiny_folder, pack_tokens):
+@pytest.mark.parametrize(("family", "pack_tokens"), [("llama", 128), *((family, 256) for family in FAMILIES)])
+def test_packed_trees_equal_one_sequence_at_a_time_in_values_and_gradients(tmp_path, family, pack_tokens):
+    """Windows, chunks and temperatures count positions: a branch has its own, wherever it stands in the pack."""
+    write_tiny_model(tmp_path, family=family)
     trees = [random_tree(seed) for seed in range(6)]
     weights = torch.randn(
         sum(len(t.completions) for t in trees), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     results = []
     for packed in (True, False):
-        decoder = model(tiny_folder, torch.float64, trains=True)
+        decoder = model(tmp_path, torch.float64, trains=True)
         sums: dict[tuple[int, int], torch.Tensor] = {}
         if packed:
             for batch in pack_trees(trees, pack_tokens):

@@ -76,7 +76,7 @@ def test_a_users_mistakes_are_named(runs, capsys, tmp_path):  # noqa: F811
     assert "holds nothing to merge" in capsys.readouterr().err
     assert export.main([str(folder), "--out", str(tmp_path / "out"), "--base", "nowhere"]) == 2
     assert "--base = 'nowhere'" in capsys.readouterr().err
-    write_tiny_model(tmp_path / "wider", head_dim=32)
+    write_tiny_model(tmp_path / "wider", changes={"head_dim": 32})
     assert export.main([str(folder), "--out", str(tmp_path / "out"), "--base", str(tmp_path / "wider")]) == 2
     assert "not the tensors that this model trains" in capsys.readouterr().err
     config = folder / "export" / "adapter" / "adapter_config.json"

@@ -165,7 +165,8 @@ def test_an_interrupted_write_leaves_nothing(
 @pytest.mark.parametrize("rope", [None, LLAMA3_ROPE])
 def test_tiny_models_open_in_transformers(tmp_path: Path, tie: bool, rope: dict[str, float | int | str] | None) -> None:
     transformers = pytest.importorskip("transformers")
-    write_tiny_model(tmp_path, tie=tie, rope_scaling=rope, sharded=not tie, head_dim=24, dtype=torch.float32)
+    changes = {"tie_word_embeddings": tie, "rope_scaling": rope, "head_dim": 24}
+    write_tiny_model(tmp_path, changes=changes, sharded=not tie, dtype=torch.float32)
     model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
@@ -175,7 +176,7 @@ def test_tiny_models_open_in_transformers(tmp_path: Path, tie: bool, rope: dict[
 
 def test_tiny_weights_follow_the_seed_and_not_the_sharding(tmp_path: Path) -> None:
     for name, seed, sharded in (("one", 0, False), ("two", 0, True), ("other", 1, False)):
-        write_tiny_model(tmp_path / name, seed=seed, sharded=sharded, tie=False)
+        write_tiny_model(tmp_path / name, seed=seed, sharded=sharded, changes={"tie_word_embeddings": False})
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
     shards = [load_file(path) for path in sorted((tmp_path / "two").glob("*.safetensors"))]
     assert len(shards) == 2 and all(shards)

@@ -35,7 +35,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 def fp32_folder(tmp_path_factory) -> Path:
     """A tiny Llama published in fp32, its head apart: an export of it rounds nothing away."""
     folder = tmp_path_factory.mktemp("fp32") / "model"
-    write_tiny_model(folder, dtype=torch.float32, tie=False)
+    write_tiny_model(folder, dtype=torch.float32, changes={"tie_word_embeddings": False})
     return folder
 
 

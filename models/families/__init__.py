@@ -12,9 +12,9 @@ from torch import nn
 
 from models.config import Fields, ModelConfig
 from models.errors import UserError
-from models.families import gpt_oss, llama, llama4, qwen
+from models.families import gpt_oss, llama, llama4, olmo2, qwen
 from models.files import read_json_object
-from models.parts import RMSNorm
+from models.parts import ExactRMSNorm, RMSNorm
 
 
 class Family(NamedTuple):
@@ -31,9 +31,10 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family(qwen.read_qwen2, llama.layer),
     "Qwen3ForCausalLM": Family(qwen.read_qwen3, qwen.layer),
     "Qwen3MoeForCausalLM": Family(qwen.read_qwen3_moe, qwen.layer),
-    "GptOssForCausalLM": Family(gpt_oss.read_config, gpt_oss.layer, gpt_oss.ExactRMSNorm, ("mxfp4",)),
+    "GptOssForCausalLM": Family(gpt_oss.read_config, gpt_oss.layer, ExactRMSNorm, ("mxfp4",)),
     "Llama4ForCausalLM": Family(llama4.read_config, llama4.layer),
     "Llama4ForConditionalGeneration": Family(llama4.read_nested, llama4.layer),
+    "Olmo2ForCausalLM": Family(olmo2.read_config, olmo2.layer, ExactRMSNorm),
 }
 
 
@@ -42,13 +43,17 @@ def read_model_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no config.json there; a Hugging Face model folder has one")
-    fields = read_json_object(path)
+    return parse_model_config(read_json_object(path), path)
+
+
+def parse_model_config(fields: Fields, path: Path) -> ModelConfig:
+    """The configuration that a config.json's fields say; `path` is what faults name."""
     named = fields.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
         raise UserError(f"{path}: architectures = {named!r} is not supported; supported: {', '.join(FAMILIES)}")
     family, quantised = FAMILIES[named[0]], fields.get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-    if method is not None and method not in family.quantised:
-        allowed = "mxfp4 of GptOssForCausalLM; else use a bf16 or fp32 copy"
-        raise UserError(f"{path}: quantization_config: {method!r} is not supported; supported: {allowed}")
+    if quantised and method not in family.quantised:
+        allowed = "'mxfp4' of GptOssForCausalLM; else use a bf16 or fp32 copy"
+        raise UserError(f"{path}: quantization_config.quant_method = {method!r} is not supported; supported: {allowed}")
     return family.read_config(named[0], fields, path)

@@ -6,29 +6,45 @@ Letters: `N` heads. Read next: models/families/llama4.py.
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.attention import FULL, Span
-from models.config import ExpertsConfig, Fields, LayerKind, ModelConfig, decoder_config, flag, positive, supported
-from models.errors import UserError
+from models.config import (
+    ExpertsConfig,
+    Fields,
+    LayerKind,
+    ModelConfig,
+    decoder_config,
+    flag,
+    layer_types,
+    positive,
+    supported,
+)
 from models.moe import MoE, clamped_swiglu, softmax_of_chosen
-from models.parts import Attention, Layer, rms_normal
+from models.parts import Attention, ExactRMSNorm, Layer
+
+YARN: Fields = {  # where the file is silent
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+    "truncate": False,
+}
 
 
 def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """GptOssForCausalLM."""
     supported(fields, "swiglu_alpha", path, 1.702)
     count = positive(fields, "num_hidden_layers", path, int)
-    kinds = fields.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(count)]
-    window = Span(window=positive(fields, "sliding_window", path, int, 128))
+    window = Span(window=positive({"sliding_window": 128, **fields}, "sliding_window", path, int))
     spans = {"sliding_attention": window, "full_attention": FULL}
-    if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= spans.keys():
-        raise UserError(f"{path}: layer_types must name one of {', '.join(spans)} for each of {count} layers")
+    kinds = layer_types(fields, path, [tuple(spans)[i % 2] for i in range(count)], spans)
     bias = flag(fields, "attention_bias", path, True)
     ffn = positive(fields, "intermediate_size", path, int)
     return decoder_config(
         architecture,
-        fields,
+        {**fields, "rope_scaling": fields.get("rope_scaling") or YARN},
         path,
         layers=tuple(LayerKind(span=spans[kind], sparse=True) for kind in kinds),
         qkv_bias=bias,
@@ -39,20 +55,8 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
             ffn=ffn,
             limit=positive(fields, "swiglu_limit", path, float, 7.0),
         ),
-        defaults={"head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+        defaults={"head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 150000.0},
     )
-
-
-class ExactRMSNorm(nn.Module):
-    """x / rms(x) times the weight, all in fp32, then cast (the other families cast before the weight)."""
-
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width, dtype=dtype)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normal = rms_normal(x, self.eps)
-        return (normal * self.weight.to(normal.dtype)).to(x.dtype)
 
 
 def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:

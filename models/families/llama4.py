@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import FULL, Span
-from models.config import ExpertsConfig, Fields, LayerKind, ModelConfig, decoder_config, flag, positive
+from models.config import (
+    ExpertsConfig,
+    Fields,
+    LayerKind,
+    ModelConfig,
+    decoder_config,
+    flag,
+    layer_numbers,
+    layer_types,
+    positive,
+)
 from models.errors import UserError
 from models.moe import MoE, sigmoid_of_chosen, swiglu
 from models.parts import MLP, Attention, Context, RMSNorm, rms_normal
@@ -29,12 +39,17 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Llama4ForCausalLM."""
     count = positive(fields, "num_hidden_layers", path, int)
     step = positive(fields, "interleave_moe_layer_step", path, int, 1)
-    rotary = fields.get("no_rope_layers") or [int((i + 1) % 4 != 0) for i in range(count)]
-    sparse = fields.get("moe_layers") or list(range(step - 1, count, step))
-    if not isinstance(rotary, list) or len(rotary) != count or not isinstance(sparse, list):
-        raise UserError(f"{path}: no_rope_layers and moe_layers must be lists, the first with a 0 or 1 for each layer")
-    chunk = Span(chunk=positive(fields, "attention_chunk_size", path, int, 8192))
+    sparse = layer_numbers(fields, "moe_layers", path, count, range(step - 1, count, step))
+    interval = positive(fields, "no_rope_layer_interval", path, int, 4)
+    rotary = fields.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(count)]
+    if not isinstance(rotary, list) or len(rotary) != count or not all(value in (0, 1) for value in rotary):
+        raise UserError(f"{path}: no_rope_layers = {rotary!r} must be a list of 0 or 1 for each of {count} layers")
+    chunk = Span(chunk=positive({"attention_chunk_size": 8192, **fields}, "attention_chunk_size", path, int))
+    spans = {"chunked_attention": chunk, "full_attention": FULL}
+    kinds = layer_types(fields, path, [tuple(spans)[not rotates] for rotates in rotary], spans)
     tuned = fields.get("attn_temperature_tuning", True)  # published as true, 4 or left out
+    if not isinstance(tuned, int):
+        raise UserError(f"{path}: attn_temperature_tuning = {tuned!r} must be true or false")
     floor = positive(fields, "floor_scale", path, float, 8192.0)
     scale = positive(fields, "attn_scale", path, float, 0.1)
     bias = flag(fields, "attention_bias", path)
@@ -42,7 +57,7 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
         architecture,
         fields,
         path,
-        layers=tuple(LayerKind(chunk if r else FULL, bool(r), i in sparse) for i, r in enumerate(rotary)),
+        layers=tuple(LayerKind(spans[kinds[i]], bool(rotary[i]), i in sparse) for i in range(count)),
         qkv_bias=bias,
         output_bias=bias,
         experts=ExpertsConfig(
@@ -53,7 +68,7 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
         qk_norm=flag(fields, "use_qk_norm", path, True),
         temperature=(floor, scale) if tuned else None,
         ffn_key="intermediate_size_mlp",
-        defaults={"head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+        defaults={"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
     )
 
 

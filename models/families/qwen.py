@@ -8,46 +8,67 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.config import ExpertsConfig, Fields, LayerKind, ModelConfig, decoder_config, flag, positive, supported
-from models.errors import UserError
+from models.config import (
+    ExpertsConfig,
+    Fields,
+    LayerKind,
+    ModelConfig,
+    decoder_config,
+    flag,
+    layer_numbers,
+    layer_types,
+    positive,
+    supported,
+)
 from models.moe import MoE, chosen_of_softmax, swiglu
 from models.parts import MLP, Attention, Context, Layer, RMSNorm
 
 
+def _count_full_layers(fields: Fields, path: Path) -> int:
+    """The number of layers, none of which may have a window: no published Qwen turns them on."""
+    supported(fields, "use_sliding_window", path, False)
+    count = positive(fields, "num_hidden_layers", path, int)
+    layer_types(fields, path, ["full_attention"] * count, ("full_attention",))
+    return count
+
+
 def read_qwen2(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen2ForCausalLM (Qwen2.5): q, k and v have a bias, whatever the file says."""
-    supported(fields, "use_sliding_window", path, False)
-    return decoder_config(architecture, fields, path, qkv_bias=True)
+    _count_full_layers(fields, path)
+    return decoder_config(architecture, fields, path, qkv_bias=True, defaults={"num_key_value_heads": 32})
 
 
 def read_qwen3(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen3ForCausalLM."""
-    supported(fields, "use_sliding_window", path, False)
+    _count_full_layers(fields, path)
     bias = flag(fields, "attention_bias", path)
-    defaults = {"head_dim": 128}
+    defaults = {"head_dim": 128, "num_key_value_heads": 32}
     return decoder_config(architecture, fields, path, qkv_bias=bias, output_bias=bias, qk_norm=True, defaults=defaults)
 
 
 def read_qwen3_moe(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen3MoeForCausalLM: a layer is sparse where decoder_sparse_step and mlp_only_layers say so."""
-    supported(fields, "use_sliding_window", path, False)
-    bias = flag(fields, "attention_bias", path)
-    step, dense = positive(fields, "decoder_sparse_step", path, int, 1), fields.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise UserError(f"{path}: mlp_only_layers = {dense!r} must be a list of layer numbers")
-    layers = tuple(
-        LayerKind(sparse=i not in dense and (i + 1) % step == 0)
-        for i in range(positive(fields, "num_hidden_layers", path, int))
-    )
+    count, bias = _count_full_layers(fields, path), flag(fields, "attention_bias", path)
+    step = positive(fields, "decoder_sparse_step", path, int, 1)
+    dense = layer_numbers(fields, "mlp_only_layers", path, count)
+    layers = tuple(LayerKind(sparse=i not in dense and (i + 1) % step == 0) for i in range(count))
+    total = fields.get("num_experts") or fields.get("num_local_experts")  # as published; as transformers 5 saves it
     experts = ExpertsConfig(
-        # transformers 5 saves the count under another name than the published files have.
-        count=positive({"num_experts": fields.get("num_local_experts"), **fields}, "num_experts", path, int),
+        count=positive({"num_experts": total}, "num_experts", path, int),
         per_token=positive(fields, "num_experts_per_tok", path, int),
         ffn=positive(fields, "moe_intermediate_size", path, int),
         renormalise=flag(fields, "norm_topk_prob", path),
     )
     return decoder_config(
-        architecture, fields, path, layers=layers, qkv_bias=bias, output_bias=bias, experts=experts, qk_norm=True
+        architecture,
+        fields,
+        path,
+        layers=layers,
+        qkv_bias=bias,
+        output_bias=bias,
+        experts=experts,
+        qk_norm=True,
+        defaults={"num_key_value_heads": 4},
     )
 
 
