@@ -233,7 +233,7 @@ def launches(arch: str, every: bool) -> list[Callable[[], object]]:
     """The launches of training at gpt-oss's head, in bf16; `every`: with each option, and in fp16, as well."""
     import torch
 
-    from kernels import linear_triton, preference_triton, row_triton
+    from kernels import linear_triton, mxfp4_triton, preference_triton, row_triton
 
     T, D, V, B = 2048, 2880, 201088, 64
     bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -264,10 +264,14 @@ def launches(arch: str, every: bool) -> list[Callable[[], object]]:
         preference_triton.forward(row_T, reference, cu_seqlens, 0.1, 0.0, kind, interleaved, arch)
         preference_triton.backward(new(fp64, B), new(fp64, B), cu_seqlens, row_T, interleaved, arch)
 
+    def experts(dtype: torch.dtype) -> None:
+        mxfp4_triton.dequantise(new(torch.uint8, 2 * D, D // 32, 16), new(torch.uint8, 2 * D, D // 32), dtype, arch)
+
     wanted: list[Callable[[], object]] = [
         lambda: products(bf16),
         lambda: rows(fp32, bf16, False),
         lambda: pairs("sigmoid", row_T, True),
+        lambda: experts(bf16),
     ]
     if every:
         wanted += [partial(products, bf16, keep=False), partial(products, bf16, entropy=True, keep=False)]
@@ -275,7 +279,7 @@ def launches(arch: str, every: bool) -> list[Callable[[], object]]:
         wanted += [partial(products, bf16, entropy=True), partial(products, bf16, True, 30.0, True)]
         wanted += [partial(products, fp16), partial(rows, fp32, fp32, True), partial(rows, bf16, bf16, True)]
         wanted += [partial(pairs, kind, new(fp32, 2 * B, 1), False) for kind in preference_triton.CODES]
-        wanted += [partial(pairs, "sigmoid", None, False)]
+        wanted += [partial(pairs, "sigmoid", None, False), partial(experts, fp16), partial(experts, fp32)]
     return wanted
 
 

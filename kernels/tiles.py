@@ -21,6 +21,7 @@ _ROWS: dict[str, Tile] = {  # bound by memory, not by tiles: one choice for all 
     "linear_target_rows": {"BN": 512, "num_warps": 4, "num_stages": 2},
     "pair_forward": {"BT": 256, "num_warps": 2, "num_stages": 2},
     "pair_backward": {"BT": 256, "num_warps": 2, "num_stages": 2},
+    "dequantise_blocks": {"BG": 128, "num_warps": 4, "num_stages": 2},
 }
 
 
@@ -58,6 +59,7 @@ TILES: dict[str, dict[str, Tile]] = {
         "linear_target_rows": {"BN": 64},
         "pair_forward": {"BT": 8},
         "pair_backward": {"BT": 8},
+        "dequantise_blocks": {"BG": 8},
         "linear_forward": {"BT": 16, "BV": 128, "BD": 64, "GROUP": 3, "DESC": 0},
         "linear_hidden_grad": {"BT": 32, "BN": 64, "BK": 64, "DESC": 0},
         "linear_weight_grad": {"BM": 64, "BN": 64, "BK": 32, "DESC": 0},
