@@ -126,6 +126,7 @@ def export(folder: Path, model: Decoder, source: Path, config: Config, ranks: Ra
     if not ranks.first:
         return
     if config.lora.rank:
-        save_adapter(folder / "adapter", tensors, adapter_of(config.lora), base=str(source))
+        adapter, architecture = adapter_of(config.lora), model.config.architecture
+        save_adapter(folder / "adapter", tensors, adapter, base=str(source), architecture=architecture)
     dtype = getattr(torch, model.config.dtype)
     save_folder(folder / "model", merged_weights(model, tensors), source, dtype=dtype)

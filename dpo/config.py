@@ -27,6 +27,10 @@ class ModelConfig(Section):
         description="a folder, this name, tiny-random, or on the Hub ORG/NAME or ORG/NAME@REVISION",
     )
     adapter: Place = Field("", description='folder of a peft adapter to start with and train on; "" = none')
+    experts: Literal["auto", "packed", "plain"] = Field(
+        "auto",
+        description="MXFP4 experts in memory: packed (frozen; 4.25 bits a value), plain, auto = packed with lora",
+    )
     template_variables: list[str] = Field(
         ["enable_thinking=false"], description="what the chat template is told, NAME=VALUE each; nothing = []"
     )
@@ -125,6 +129,15 @@ class LoraConfig(Section):
     )
 
 
+class MoeConfig(Section):
+    """The routers of a mixture of experts."""
+
+    aux_loss: float = Field(0.0, ge=0, description="weight of the load-balancing loss (router_aux_loss_coef); 0 = off")
+    routes: Literal["compare", "replay", "off"] = Field(
+        "compare", description="the reference's, stored: count the policy's that differ, train on them, or store none"
+    )
+
+
 class TrainConfig(Section):
     """The training loop and its optimizer (AdamW)."""
 
@@ -205,6 +218,7 @@ class Config(Section):
     kernels: KernelsConfig = KernelsConfig()
     loss: LossConfig = LossConfig()
     lora: LoraConfig = LoraConfig()
+    moe: MoeConfig = MoeConfig()
     train: TrainConfig = TrainConfig()
     reference: ReferenceConfig = ReferenceConfig()
     judge: JudgeConfig = JudgeConfig()

@@ -3,7 +3,7 @@
 Letters: `R` scored tokens, `S` completions, `B` pairs. Read next: dpo/reference.py, dpo/pairs.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from dpo.log import progress
 from dpo.packing import Batch, Pack, empty_pack, pack_trees
 from dpo.trees import Tree
 from models.decoder import Decoder
+from models.routing import Routing
 
 WINDOW_TREES = 4096  # trees packed at a time when scoring: bin packing stays cheap, memory flat in the number of rows
 
@@ -22,8 +23,8 @@ TreeLogps = list[np.ndarray]
 """Of one tree: for each completion, log p of its scored tokens (nats; fp32, fp64 in fp64 runs)."""
 
 
-def pack_logps(model: Decoder, pack: Pack, head_chunk: int) -> Tensor:
-    """log p of a pack's scored tokens [R], differentiable."""
+def pack_logps(model: Decoder, pack: Pack, head_chunk: int, routing: Routing | None = None) -> Tensor:
+    """log p of a pack's scored tokens [R], differentiable; `routing` is told the routes to its experts."""
     device = next(model.parameters()).device
     return model(
         pack.tokens_T.to(device),
@@ -32,6 +33,7 @@ def pack_logps(model: Decoder, pack: Pack, head_chunk: int) -> Tensor:
         pack.rows_R.to(device),
         pack.targets_R.to(device),
         head_chunk,
+        routing,
     )
 
 
@@ -56,9 +58,13 @@ def tail_sums(logp_R: Tensor, completion_R: Tensor, sides_2B: Tensor, completion
     return completion_sums(logp_R[token_R.to(logp_R.device)], side_R, len(sides_2B))
 
 
-def batch_logps(model: Decoder, batch: Batch, head_chunk: int) -> Tensor:
+def batch_logps(
+    model: Decoder, batch: Batch, head_chunk: int, routings: Sequence[Routing | None] | None = None
+) -> Tensor:
     """log p of a batch's scored tokens [R], differentiable; the graphs of its packs are all alive until backward."""
-    return torch.cat([pack_logps(model, pack, head_chunk) for pack in batch.packs])
+    routings = routings or [None] * len(batch.packs)
+    packs = zip(batch.packs, routings, strict=True)
+    return torch.cat([pack_logps(model, pack, head_chunk, routing) for pack, routing in packs])
 
 
 def batch_sums(logp_R: Tensor, batch: Batch, *, tails: bool = False) -> Tensor:
@@ -71,8 +77,18 @@ def batch_sums(logp_R: Tensor, batch: Batch, *, tails: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def score_trees(model: Decoder, trees: Sequence[Tree], pack: PackConfig, ranks: Ranks, label: str) -> list[TreeLogps]:
-    """Per-token log-probs of every completion of every tree, in order. All ranks share the work and get all of it."""
+def score_trees(
+    model: Decoder,
+    trees: Sequence[Tree],
+    pack: PackConfig,
+    ranks: Ranks,
+    label: str,
+    note: Callable[[Pack, Routing], None] | None = None,
+) -> list[TreeLogps]:
+    """Per-token log-probs of every completion of every tree, in order. All ranks share the work and get all of it.
+
+    `note` is told where each pack of this rank sent its tokens.
+    """
     scored: list[TreeLogps] = [[np.empty(0)] * len(tree.completions) for tree in trees]
     with progress(len(trees), label, "trees") as bar:
         for begin in range(0, len(trees), WINDOW_TREES):
@@ -82,7 +98,10 @@ def score_trees(model: Decoder, trees: Sequence[Tree], pack: PackConfig, ranks: 
             mine = own_share(jobs, ranks)
             parts: list[tuple[int, int, np.ndarray]] = []
             for batch, one in mine:
-                logp_R = pack_logps(model, one, pack.head_chunk).cpu()
+                routing = Routing(one.layout.tokens)
+                logp_R = pack_logps(model, one, pack.head_chunk, routing).cpu()
+                if note is not None:
+                    note(one, routing)
                 for slot in one.completion_R.unique().tolist():
                     tree, completion = batch.completions[slot]
                     parts.append((begin + tree, completion, logp_R[one.completion_R == slot].numpy()))

@@ -29,6 +29,7 @@ from dpo.config import Config
 from dpo.distributed import Ranks, clip_gradients, gather, without_gradient
 from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
+from dpo.routes import Routes
 from dpo.runs import sole_process, write_json
 from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps, set_dropout
 from models.decoder import Decoder
@@ -66,11 +67,13 @@ def train(
     *,
     reference: str,
     same_start: bool,
+    routes: Routes | None = None,
 ) -> TrainState:
     """Train to the end (or to Ctrl-C: a checkpoint, then KeyboardInterrupt); the policy then has the best weights.
 
     `reference` is the fingerprint of the weights behind `references`: a checkpoint goes on against the same alone.
     `same_start`: the policy starts as those weights, so that its log-probs must be the stored ones.
+    `routes`: of a mixture of experts.
     """
     pairs = inputs.train_trees.column("pairs")
     steps = plan_steps(pairs, config)
@@ -109,6 +112,7 @@ def train(
                 config,
                 ranks,
                 one_kernel=one_kernel,
+                routes=routes,
             )
             policy.eval()
             if done.step == 0:
@@ -140,6 +144,7 @@ def train(
             line = {
                 "epoch": done.pairs / epoch_pairs,
                 **means(sums),
+                **({} if routes is None else routes.figures(ranks)),
                 "lr": rate,
                 "grad_norm": grad_norm,
                 "without_gradient": len(done.without_gradient),

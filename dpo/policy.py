@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from dpo.config import Config, LoraConfig
+from dpo.config import Config, LoraConfig, MoeConfig
 from dpo.distributed import Ranks, shard
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
+from models.families import read_model_config
 from models.lora import Adapter, add_lora, load_adapter, read_adapter
 
 
@@ -37,11 +38,34 @@ def with_adapter(config: Config) -> Config:
     return config.model_copy(update={"lora": LoraConfig.model_validate(found)})
 
 
+def keeps_packed(config: Config, folder: Path) -> bool:
+    """Whether the policy's experts stay in MXFP4; UserError where model.experts or moe asks for what there is not."""
+    model = read_model_config(folder)
+    if config.moe != MoeConfig() and not any(layer.sparse for layer in model.layers):
+        raise UserError(
+            f"moe.aux_loss, moe.routes: {folder} has no experts, so nothing would read them; leave them out"
+        )
+    packed = model.experts is not None and model.experts.packed
+    if config.model.experts == "packed" and not (packed and config.lora.rank):
+        why = (
+            "its experts train, and packed ones are frozen: set lora.rank" if packed else "no MXFP4 in its config.json"
+        )
+        raise UserError(f"model.experts = packed: {folder}: {why}, or leave the key out")
+    return packed and bool(config.lora.rank) and config.model.experts != "plain"
+
+
 def load_policy(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> Decoder:
     """The policy: all of it trainable in fp32 masters, or frozen in `dtype` (the arithmetic's) beside an adapter."""
     weight_dtype = dtype if config.lora.rank else torch.promote_types(dtype, torch.float32)
     backend = config.kernels.backend
-    policy = load_decoder(folder, weight_dtype=weight_dtype, compute_dtype=dtype, device=ranks.device, backend=backend)
+    policy = load_decoder(
+        folder,
+        weight_dtype=weight_dtype,
+        compute_dtype=dtype,
+        device=ranks.device,
+        backend=backend,
+        packed=keeps_packed(config, folder),
+    )
     if config.lora.rank:
         add_lora(policy, adapter_of(config.lora), seed=config.seed)
     else:

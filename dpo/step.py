@@ -17,6 +17,7 @@ from dpo.logprobs import batch_logps, batch_sums
 from dpo.losses import pair_losses, reads, reward_metrics
 from dpo.packing import Batch, pack_share
 from dpo.pairs import batch_references, pair_logps
+from dpo.routes import Routes, mean_balance
 from dpo.trees import Tree
 from kernels import preference_loss
 from kernels.backend import resolve
@@ -78,11 +79,13 @@ def accumulate_gradients(
     ranks: Ranks,
     *,
     one_kernel: bool = False,
+    routes: Routes | None = None,
 ) -> dict[str, float]:
     """Backward through every pair of one optimizer step: the gradient is the mean over all ranks' pairs, exactly.
 
     `references` holds the sums of each tree (of reference_sums; with the tails of its pairs where ld_alpha is not 1);
-    `one_kernel`, of in_one_kernel for all trees of the run, takes the pairs' losses from kernels.preference_loss.
+    `one_kernel`, of in_one_kernel for all trees of the run, takes the pairs' losses from kernels.preference_loss;
+    `routes` of a mixture of experts counts them, and lends the reference's. Each pair bears its batch's moe.aux_loss.
     Returns sums over all pairs for the log, `weight` to divide them by, and `difference`: this rank's largest
     |policy - reference| of a completion, nats (NaN if any is).
     """
@@ -91,15 +94,24 @@ def accumulate_gradients(
     sums = {"tokens": float(sum(trees[i].tokens for i in mine))}
     differences = [torch.zeros(1, dtype=torch.float64)]
     for batch in pack_share(trees, config.pack.tokens, ranks.rank, ranks.world):
-        logp_R = batch_logps(policy, batch, config.pack.head_chunk)
+        routings = None if routes is None else routes.of(batch.packs, ranks)
+        logp_R = batch_logps(policy, batch, config.pack.head_chunk, routings)
         scored = batch_sums(logp_R, batch, tails=config.loss.ld_alpha != 1).cpu()
         reference = batch_references([references[i] for i in mine], batch)
         differences.append((scored.detach() - reference).abs())
         reference = reference * reads(config.loss, "reference")
         logps = pair_logps(scored, reference, batch)
         losses_B = kernel_losses(logp_R, reference, batch, config) if one_kernel else pair_losses(logps, config.loss)
-        ((losses_B * batch.weight_B).sum() / weight).backward()
-        for name, value in reward_metrics(logps, losses_B, batch.weight_B, config.loss.beta).items():
+        figures = reward_metrics(logps, losses_B, batch.weight_B, config.loss.beta)
+        loss = (losses_B * batch.weight_B).sum()
+        if routings is not None and config.moe.aux_loss:
+            aux = mean_balance(routings).cpu() * batch.weight_B.sum()
+            loss = loss + config.moe.aux_loss * aux
+            figures["moe/aux_loss"] = float(aux.detach())
+        (loss / weight).backward()
+        if routes is not None and routings is not None:
+            routes.count(batch.packs, routings)
+        for name, value in figures.items():
             sums[name] = sums.get(name, 0.0) + value
     return {**total(sums, ranks), "difference": float(torch.cat(differences).max())}
 

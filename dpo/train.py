@@ -22,7 +22,7 @@ from dpo.inputs import Inputs, pick_device, read_inputs
 from dpo.judge.local import Score, evaluation, judge_results, verdicts, write_verdicts
 from dpo.judge.statistics import Verdict
 from dpo.log import peak_rss_mib, stage
-from dpo.logprobs import WINDOW_TREES, score_trees
+from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
 from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
 from dpo.pairs import tree_sums
@@ -30,16 +30,19 @@ from dpo.policy import load_policy, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
 from dpo.results import read_metrics
+from dpo.routes import Note, keeps_routes, routes_of, store_missing, store_routes
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
 from dpo.store import open_store
+from dpo.trees import Tree
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
+from models.moe import ROWS
 
 
 def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> list[Tensor]:
@@ -112,12 +115,18 @@ def run(config: Config) -> Path:
     root = Path(config.reference.store) if config.reference.store else inputs.cache / "reference"
     used = used_kernels(policy, inputs, config, ranks)
     tag = numerics_tag(ranks.device, inputs.dtype, config.pack, used["linear_logprobs"])
+    if policy.config.experts is not None:
+        tag["experts"] = f"blocks of {ROWS} rows" if ranks.device.type == "cpu" else "grouped, or packed and looped"
 
-    def live(model: Decoder, label: str) -> Score:
-        return lambda trees: score_trees(model, trees, config.pack, ranks, label)
+    def live(model: Decoder, label: str, routes: Path | None = None) -> Score:
+        def score(trees: Sequence[Tree], note: Note | None = None) -> list[TreeLogps]:
+            return score_trees(model, trees, config.pack, ranks, label, note)
 
-    def stored(model: Decoder, weights: str, label: str) -> Score:
-        return lambda trees: reference_logps(open_store(root, weights, tag), trees, live(model, label), ranks, usage)
+        return score if routes is None else lambda trees: store_routes(routes, trees, score, ranks)
+
+    def stored(model: Decoder, weights: str, label: str, routes: Path | None = None) -> Score:
+        score = live(model, label, routes)
+        return lambda trees: reference_logps(open_store(root, weights, tag), trees, score, ranks, usage)
 
     def judge(rows: Sequence[Row], score: Score, sighted: bool = config.judge.sighted) -> list[Verdict]:
         return verdicts(rows, inputs, config, score, sighted=sighted)
@@ -133,14 +142,21 @@ def run(config: Config) -> Path:
                 compute_dtype=dtype,
                 device=ranks.device,
                 backend=config.kernels.backend,
+                packed=config.model.experts != "plain",
             )
         )
         score = stored(reference, reference_fingerprint, "reference")
-        train_references = training_references(inputs, config, score, ranks)
+        kept = None
+        if keeps_routes(config, policy.config, reference.config):
+            kept = open_store(root, reference_fingerprint, tag | {"values": "routes"})
+        training_score = stored(reference, reference_fingerprint, "reference", kept)
+        train_references = training_references(inputs, config, training_score, ranks)
+        if kept is not None:
+            store_missing(kept, inputs.train_trees, live(reference, "reference's routes", kept), ranks)
         validation = inputs.validation_trees
         scored = score(validation)
         validation_references = [tree_sums(*one, config.loss) for one in zip(scored, validation, strict=True)]
-        del reference, score, scored
+        del reference, score, training_score, scored
 
     test = inputs.splits.test
     with stage("judge base", times):
@@ -159,6 +175,7 @@ def run(config: Config) -> Path:
             folder,
             reference=reference_fingerprint,
             same_start=same,
+            routes=routes_of(config, policy.config, kept),
         )
 
     with stage("judge trained", times):

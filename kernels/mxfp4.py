@@ -98,7 +98,9 @@ class _RowsLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_start = None
         scaled_MO = grad_MO if ctx.alpha == 1 else grad_MO * ctx.alpha
         if ctx.needs_input_grad[0]:
-            grad_x = scaled_MO @ _whole(weight if scales is None else Packed(weight, scales), grad_MO.dtype, ctx.backend)
+            grad_x = scaled_MO @ _whole(
+                weight if scales is None else Packed(weight, scales), grad_MO.dtype, ctx.backend
+            )
         if ctx.needs_input_grad[1]:
             grad_weight = (scaled_MO.T @ x_MI).to(weight.dtype)
         if ctx.needs_input_grad[3]:
@@ -110,12 +112,10 @@ class _RowsLinear(torch.autograd.Function):
 # --- public -------------------------------------------------------------------------------------------------------
 
 
-def dequantise(
-    blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16, *, backend: str = "auto"
-) -> Tensor:
+def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16, *, backend: str = "auto") -> Tensor:
     """The weight [..., O, I] of uint8 blocks [..., O, I/32, 16] and scales [..., O, I/32]: exact in bf16, fp32, fp64.
 
-    Scales of 2^-126 to 2^125, so that a value is neither rounded nor infinite.
+    Within scales of 2^-125 to 2^125: a value is then neither subnormal nor infinite.
     """
     assert blocks.dtype == scales.dtype == torch.uint8, "blocks and scales are bytes"
     assert blocks.shape == (*scales.shape, 16), f"blocks {list(blocks.shape)} and scales {list(scales.shape)}"

@@ -18,8 +18,7 @@ def value_of(code, scale):
     """scale times the value of a 4-bit float (sign, 2 bits of exponent, 1 of mantissa): exact, -0 included."""
     small = code & 7
     halves = tl.where(small < 2, small, (2 + (small & 1)) << tl.maximum((small >> 1) - 1, 0))
-    value = halves.to(tl.float32) * 0.5 * scale
-    return tl.where(code >= 8, -value, value)
+    return halves.to(tl.float32) * tl.where(code >= 8, -0.5, 0.5) * scale  # a minus sign would lose -0
 
 
 @triton.jit

@@ -33,6 +33,11 @@ class Layout(NamedTuple):
     prefix: int
     trees: tuple[TreeShape, ...]
 
+    @property
+    def tokens(self) -> int:
+        """All but the padding."""
+        return self.prefix + sum(prompt + sum(branches) for prompt, branches in self.trees)
+
 
 class Span(NamedTuple):
     """How far a layer looks back, in positions: the last `window` of them, itself included; only its own `chunk`."""

@@ -76,6 +76,7 @@ class ExpertsConfig:
     ffn: int  # F of one expert
     renormalise: bool = True  # the chosen experts' weights sum to 1 (Qwen3-MoE's norm_topk_prob)
     limit: float = math.inf  # gpt-oss: gate and up are clamped to it
+    packed: bool = False  # the weights are MXFP4, in the files and, unless load_decoder unpacks them, in memory
 
 
 @dataclass(frozen=True)

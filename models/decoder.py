@@ -7,6 +7,7 @@ Parameter names are the published ones (model.layers.0.self_attn.q_proj.weight).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from models.config import ModelConfig
 from models.families import FAMILIES, read_model_config
 from models.parts import Attend, Context, Embedding, Linear
 from models.rope import rope_tables
+from models.routing import Routing
 
 
 def attend_trees(layout: Layout) -> Attend:
@@ -62,10 +64,11 @@ class Decoder(nn.Module):
         """What makes logits of hidden states: lm_head, or the embedding of a tied model."""
         return self.model.embed_tokens if self.lm_head is None else self.lm_head
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
-        """Final-normed hidden states [T, D]; `attend` says which token sees which."""
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend, routing: Routing | None = None) -> Tensor:
+        """Final-normed hidden states [T, D]; `attend` says which token sees which, `routing` which are no padding."""
         x_TD = self.model.embed_tokens(tokens_T).to(self.compute_dtype)
-        context = Context(positions_T, *rope_tables(positions_T, self.config, self.compute_dtype), attend)
+        tables = rope_tables(positions_T, self.config, self.compute_dtype)
+        context = Context(positions_T, *tables, attend, routing or Routing(len(tokens_T)))
         for layer in self.model.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x_TD = checkpoint(layer, x_TD, context, use_reentrant=False)
@@ -81,9 +84,10 @@ class Decoder(nn.Module):
         rows_R: Tensor,
         targets_R: Tensor,
         head_chunk: int,
+        routing: Routing | None = None,
     ) -> Tensor:
         """log p(targets_R[i] | everything that hidden row rows_R[i] sees), nats: fp32 [R] (fp64 in fp64)."""
-        hidden_TD = self.hidden(tokens_T, positions_T, attend_trees(layout))
+        hidden_TD = self.hidden(tokens_T, positions_T, attend_trees(layout), routing or Routing(layout.tokens))
         weight = self.head.weight
         return linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
 
@@ -95,9 +99,15 @@ def load_decoder(
     compute_dtype: torch.dtype,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    packed: bool = False,
 ) -> Decoder:
-    """A decoder with a Hugging Face folder's weights, frozen (nothing requires a gradient), in eval mode."""
+    """A decoder with a Hugging Face folder's weights, frozen (nothing requires a gradient), in eval mode.
+
+    `packed`: experts that are MXFP4 in the files stay so in memory.
+    """
     config = read_model_config(folder)
+    if config.experts is not None and not packed:
+        config = replace(config, experts=replace(config.experts, packed=False))
     with torch.device(device):
         model = Decoder(config, weight_dtype=weight_dtype, compute_dtype=compute_dtype, backend=backend)
     load_weights(folder, dict(model.named_parameters()))

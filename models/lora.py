@@ -3,12 +3,14 @@
 Letters: `r` rank. y = x W^T + s (x A^T) B^T, A [r, in] uniform as peft's (Kaiming, a = sqrt 5), B [out, r] zero, both
 kept in fp32 (Hu et al. 2021, eq. 3); s = alpha / r, or alpha / sqrt r (rsLoRA, Kalajdzievski 2023). DoRA (Liu et al.
 2024, eq. 5) has a magnitude for each output: y = (||W|| + M) / ||W + s B A|| times that, norms over the inputs.
-B = 0 and M = 0 make the first forward exactly the base model's. Read next: models/checkpoint.py.
+B = 0 and M = 0 make the first forward exactly the base model's. The experts of a sparse layer are adapted one by one,
+where a target names experts.gate_up_proj or experts.down_proj: A [E, r, in], B [E, out, r]. Read next: models/moe.py.
 """
 
 import difflib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kernels import dequantise
 from models.checkpoint import ADAPTER, ADAPTER_CONFIG, load_weights, stored_tensors
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import atomic_folder, read_json_object, write_json
+from models.moe import Experts, LowRankExperts
 from models.parts import Linear
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR = "all-linear"  # as peft's: no experts among them, which are parameters and no layers
+PROJECTIONS = ("gate_up_proj", "down_proj")  # of experts, in the order in which peft wraps them
 PEFT_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "lora_magnitude_vector"}
 
 
@@ -34,7 +39,7 @@ class Adapter:
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = (ALL_LINEAR,)  # ends of layer names, or whole ones
+    targets: tuple[str, ...] = (ALL_LINEAR,)  # ends of names of layers or of experts' parameters, or whole ones
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
@@ -43,6 +48,23 @@ class Adapter:
     def scale(self) -> float:
         """s, by which B A is multiplied."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def adapts(self, name: str) -> bool:
+        """Whether a target is the name of this layer, or of these experts' parameter."""
+        experts = _of_experts(name)
+        return (ALL_LINEAR in self.targets and not experts) or any(
+            f".{name}".endswith(f".{target}") for target in self.targets if _of_experts(target) == experts
+        )
+
+
+def _of_experts(name: str) -> bool:
+    return name.rpartition(".")[0].rpartition(".")[2] == "experts"
+
+
+def _kaiming(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A, [..., r, in]: peft's kaiming_uniform(a=sqrt(5)) of the inputs."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.rand(*shape, generator=generator, dtype=torch.float64) * (2 * bound) - bound
 
 
 class LowRank(nn.Module):
@@ -56,9 +78,7 @@ class LowRank(nn.Module):
         super().__init__()
         outputs, inputs = weight.shape
         master = torch.promote_types(weight.dtype, torch.float32)
-        bound = 1 / math.sqrt(inputs)  # = kaiming_uniform(a=sqrt(5))
-        values = torch.rand(adapter.rank, inputs, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-        self.A = nn.Parameter(values.to(weight.device, master))
+        self.A = nn.Parameter(_kaiming((adapter.rank, inputs), generator).to(weight.device, master))
         self.B = nn.Parameter(torch.zeros(outputs, adapter.rank, dtype=master, device=weight.device))
         self.M = nn.Parameter(torch.zeros(outputs, dtype=master, device=weight.device)) if adapter.dora else None
         self.scale, self.dropout = adapter.scale, adapter.dropout
@@ -92,21 +112,46 @@ def _linears(model: Decoder) -> dict[str, Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear) and name != "lm_head"}
 
 
+def _experts(model: Decoder) -> dict[str, tuple[Experts, str]]:
+    """Every projection of experts by its published name: whose it is, and its name there."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return {f"{name}.{kind}": (module, kind) for name, module in found.items() for kind in module.shapes}
+
+
 def add_lora(model: Decoder, adapter: Adapter, *, seed: int) -> None:
-    """Attach trainable low-rank updates to the Linears that the targets name ("all-linear": all but the head)."""
-    linears = _linears(model)
-    kinds = sorted({name.rpartition(".")[2] for name in linears})
+    """Attach trainable low-rank updates to what the targets name ("all-linear": all Linears but the head)."""
+    linears, experts = _linears(model), _experts(model)
+    kinds = sorted({_kind(name) for name in [*linears, *experts]})
     for target in adapter.targets:
-        if target != ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in linears):
+        named = [name for name in [*linears, *experts] if Adapter(1, 1, (target,)).adapts(name)]
+        if target != ALL_LINEAR and not named:
             near = difflib.get_close_matches(target, [ALL_LINEAR, *kinds], 1, 0.4)
             raise UserError(
                 f"lora.targets: no linear layer is called {target!r}{f'; did you mean {near[0]!r}?' if near else ''}; "
                 f"allowed are {ALL_LINEAR} or any of {', '.join(kinds)}"
             )
+        for key, asked, none in (("dropout", adapter.dropout, "0"), ("dora", adapter.dora, "false")):
+            if asked and named and _of_experts(named[0]):
+                raise UserError(
+                    f"lora.{key} = {asked}: updates of experts have none, as in peft; set it to {none}, or leave "
+                    f"{target} out of lora.targets"
+                )
     generator = torch.Generator().manual_seed(seed)
     for name, linear in linears.items():
-        if ALL_LINEAR in adapter.targets or any(f".{name}".endswith(f".{target}") for target in adapter.targets):
+        if adapter.adapts(name):
             linear.lora = LowRank(linear.weight, adapter, generator).train(model.training)
+    head = model.head.weight
+    like = head.new_empty((), dtype=torch.promote_types(model.compute_dtype, torch.float32))
+    for name, (module, kind) in experts.items():
+        if adapter.adapts(name):
+            count, outputs, inputs = module.shapes[kind]
+            a = _kaiming((count, adapter.rank, inputs), generator).to(like)
+            module.lora[kind] = LowRankExperts(a, like.new_zeros(count, outputs, adapter.rank), adapter.scale)
+
+
+def _kind(name: str) -> str:
+    """What is called alike in every layer."""
+    return ".".join(name.split(".")[-2 if _of_experts(name) else -1 :])
 
 
 @torch.no_grad()
@@ -114,6 +159,7 @@ def merged_weights(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tens
     """Published names and tensors with every update folded in, computed in fp32 (fp64 in fp64).
 
     `tensors`: the model's full (unsharded) parameters by name, the updates' `...lora.A`, `.B` and `.M` among them.
+    Packed experts come out unpacked.
     """
     merged = {name: tensor for name, tensor in tensors.items() if ".lora." not in name}
     for name, linear in _linears(model).items():
@@ -123,12 +169,28 @@ def merged_weights(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tens
             if linear.lora.M is not None:
                 whole *= _stretch(weight, a, b, tensors[f"{name}.lora.M"], linear.lora.scale)[:, None]
             merged[f"{name}.weight"] = whole
+    for name, (module, kind) in _experts(model).items():
+        if module.packed:
+            merged[name] = dequantise(merged.pop(f"{name}_blocks"), merged.pop(f"{name}_scales"))
+        if (update := module.update(kind)) is not None:
+            a, b = (tensors[f"{name.removesuffix(kind)}lora.{kind}.{part}"] for part in "AB")
+            merged[name] = torch.baddbmm(merged[name].to(a.dtype), b, a, alpha=update.scale)
     return merged
 
 
 # --- as peft stores it ----------------------------------------------------------------------------------------------
 
-READ = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "lora_dropout", "init_lora_weights"}
+READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "target_parameters",
+    "use_rslora",
+    "use_dora",
+    "lora_dropout",
+    "init_lora_weights",
+}
 HARMLESS = {  # they say nothing of the arithmetic, or what the tensors' names say too
     *("base_model_name_or_path", "revision", "task_type", "peft_version", "auto_mapping", "inference_mode"),
     *("layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core", "qalora_group_size", "eva_config"),
@@ -136,9 +198,26 @@ HARMLESS = {  # they say nothing of the arithmetic, or what the tensors' names s
 STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of A and B; others (pissa, olora, ...) change the base weight
 
 
-def _peft_name(name: str) -> str:
-    stem, _, part = name.rpartition(".lora.")
-    return f"base_model.model.{stem}.{PEFT_NAMES[part]}"
+# Their experts are [E, in, out], which peft takes for [E, out, in]: its A is our B, turned, and its B our A.
+TURNED = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
+
+
+def _to_peft(values: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """Updates by our names -> by peft's, as it lays them out: experts' A is [E r, in], B [out, r E], E innermost.
+
+    peft wraps the module once for each of its parameters: gate_up_proj's update stands inside down_proj's.
+    """
+    stored = {}
+    for name, value in values.items():
+        stem, _, part = name.rpartition(".lora.")
+        kind, _, part = part.rpartition(".")
+        if kind:
+            if architecture in TURNED:
+                part, value = {"A": "B", "B": "A"}[part], value.mT
+            value = value.flatten(0, 1) if part == "A" else value.permute(1, 2, 0).flatten(1)
+            stem += ".base_layer" * (kind == "gate_up_proj" and f"{stem}.lora.down_proj.A" in values)
+        stored[f"base_model.model.{stem}.{PEFT_NAMES[part]}"] = value
+    return stored
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -166,38 +245,58 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(
             f"{folder / ADAPTER_CONFIG}: r = {rank!r}, lora_alpha = {alpha!r}; both must be numbers above 0"
         )
-    stored = [name.rpartition(".lora_")[0] for name in stored_tensors(folder)]
-    layers = {name.removeprefix("base_model.model.") for name in stored if name}
-    if not layers:
+    stored = [name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in stored_tensors(folder)]
+    named = fields.get("target_parameters")
+    parameters = [str(name) for name in named] if isinstance(named, list) else []
+    layers = {name for name in stored if name and not _inside_experts(name)}
+    wrapped = {name.removesuffix(".base_layer") for name in stored if _inside_experts(name)}
+    experts = {f"{name}.{kind}" for name in wrapped for kind in PROJECTIONS}
+    experts = {name for name in experts if any(f".{name}".endswith(f".{target}") for target in parameters)}
+    if not layers | experts:
         raise UserError(f"{folder / ADAPTER}: holds no tensor of a low-rank update (lora_A, lora_B)")
     targets = fields.get("target_modules")
-    everywhere = isinstance(targets, list) and not any("." in str(target) for target in targets)
-    if everywhere and not fields.get("layers_to_transform") and not fields.get("exclude_modules"):
-        layers = {name.rpartition(".")[2] for name in layers}
+    everywhere = not fields.get("layers_to_transform") and not fields.get("exclude_modules")
+    if everywhere and isinstance(targets, list) and not any("." in str(target) for target in targets):
+        layers = {_kind(name) for name in layers}
+    if everywhere and not any(part.isdigit() for name in parameters for part in name.split(".")):
+        experts = {_kind(name) for name in experts}
     dora, rslora = fields.get("use_dora") is True, fields.get("use_rslora") is True
-    return Adapter(rank, float(alpha), tuple(sorted(layers)), rslora, dora)
+    return Adapter(rank, float(alpha), tuple(sorted(layers | experts)), rslora, dora)
+
+
+def _inside_experts(name: str) -> bool:
+    return name.removesuffix(".base_layer").endswith(".experts")
 
 
 @torch.no_grad()
 def load_adapter(folder: Path, model: Decoder) -> None:
     """Copy a peft adapter's values into the updates that add_lora attached; names and shapes must match exactly."""
     parameters = {name: p for name, p in model.named_parameters() if ".lora." in name}
-    values = {name: torch.empty_like(parameter) for name, parameter in parameters.items()}
-    load_weights(folder, {_peft_name(name): value for name, value in values.items()})
-    for name, parameter in parameters.items():
+    places = {name: torch.arange(p.numel()).view(p.shape) for name, p in parameters.items()}
+    order = _to_peft(places, model.config.architecture)  # by peft's names, which of our values stands where
+    values = {
+        name: parameter.new_empty(place.shape)
+        for (name, place), parameter in zip(order.items(), parameters.values(), strict=True)
+    }
+    load_weights(folder, values)
+    for (name, parameter), place, value in zip(parameters.items(), order.values(), values.values(), strict=True):
         if name.endswith(".M"):  # stored as a whole, and put together again to the same bits
             weight = model.get_parameter(name.replace(".lora.M", ".weight"))
-            values[name] -= _norms(weight.to(parameter.dtype))
-        parameter.copy_(values[name])
+            value -= _norms(weight.to(parameter.dtype))
+        parameter.view(-1)[place] = value
 
 
-def save_adapter(folder: Path, tensors: dict[str, Tensor], adapter: Adapter, *, base: str) -> None:
+def save_adapter(
+    folder: Path, tensors: dict[str, Tensor], adapter: Adapter, *, base: str, architecture: str = ""
+) -> None:
     """Write peft's adapter_model.safetensors and adapter_config.json from full parameters by name, atomically."""
     values = {name: tensor for name, tensor in tensors.items() if ".lora." in name}
     for name in values:
         if name.endswith(".M"):
             values[name] = values[name] + _norms(tensors[name.replace(".lora.M", ".weight")].to(values[name].dtype))
-    kinds = {name.rpartition(".lora.")[0].rpartition(".")[2] for name in values}
+    parts = [name.rpartition(".lora.") for name in values]
+    linears = {stem.rpartition(".")[2] for stem, _, part in parts if part in PEFT_NAMES}
+    named = {experts: sorted(t for t in adapter.targets if _of_experts(t) == experts) for experts in (False, True)}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -209,12 +308,17 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], adapter: Adapter, *, 
         "use_rslora": adapter.rslora,
         "use_dora": adapter.dora,
         "bias": "none",
-        "target_modules": sorted(kinds if ALL_LINEAR in adapter.targets else adapter.targets),
+        "target_modules": sorted(linears) if ALL_LINEAR in adapter.targets else named[False],
+        "target_parameters": named[True] or None,
     }
     try:
         with atomic_folder(folder) as temporary:
-            stored = {_peft_name(name): tensor.contiguous().cpu() for name, tensor in values.items()}
-            save_file(stored, temporary / ADAPTER, {"format": "pt"})
+            stored = _to_peft(values, architecture)
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in stored.items()},
+                temporary / ADAPTER,
+                {"format": "pt"},
+            )
             write_json(temporary / ADAPTER_CONFIG, config)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the adapter ({error}); nothing half-written is left") from error

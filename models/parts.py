@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.attention import Span
 from models.config import ModelConfig
 from models.rope import rotate
+from models.routing import Routing
 
 # (layer number, q [T, N, H], k and v [T, G, H], span, sinks [N] or None) -> [T, N, H]
 Attend = Callable[[int, Tensor, Tensor, Tensor, Span, Tensor | None], Tensor]
@@ -27,6 +28,7 @@ class Context(NamedTuple):
     cos: Tensor  # rotary tables of these positions [T, 1, H/2], fp32 (fp64 in fp64)
     sin: Tensor
     attend: Attend
+    routing: Routing  # to the experts of sparse layers
 
 
 class Linear(nn.Module):
@@ -117,7 +119,7 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden, ffn, bias, dtype)
         self.down_proj = Linear(ffn, hidden, bias, dtype)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
@@ -140,4 +142,4 @@ class Layer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), context)

@@ -1,4 +1,4 @@
-"""What the row kernels and the pair kernels claim: see tests/kernel_claims.py, of which this is the second half."""
+"""What the kernels of rows, pairs and packed weights claim: the second half of tests/kernel_claims.py."""
 
 import math
 from types import ModuleType
@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from kernels.mxfp4 import reference_dequantise
 from tests.kernel_claims import (
     EPS,
     Claim,
@@ -236,4 +237,32 @@ PAIRS: list[Claim] = [
     pairs_agree_with_the_definition_in_every_form,
     pairs_swapped_negate_the_margin,
     pairs_ignore_padding_write_nothing_beyond_and_bear_extreme_margins,
+]
+
+
+# --- dequantise ---------------------------------------------------------------------------------------------------
+
+
+def packed_values_are_the_definitions_under_every_byte_and_scale(k: ModuleType) -> None:
+    """Within the scales of which no value is subnormal, rounded or infinite; -0 keeps its sign."""
+    for dtype, low, high in ((torch.bfloat16, 2, 252), (torch.float32, 2, 252), (torch.float16, 104, 140)):
+        blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(high - low + 1, 16, 16).contiguous()
+        scales = torch.arange(low, high + 1, dtype=torch.uint8)[:, None].expand(-1, 16).contiguous()
+        truth = reference_dequantise(blocks, scales)
+        values = k.dequantise(blocks, scales, dtype, backend="triton")
+        assert values.dtype == dtype and torch.equal(values.double(), truth)
+        assert torch.equal(values.signbit(), truth.signbit()) and truth.unique().numel() > 15
+
+
+def packed_tails_are_unpacked_whole_and_nothing_else_is_written(k: ModuleType) -> None:
+    for shape in ((3, 5, 3), (1, 1), (7, 2, 3, 2)):
+        blocks, scales = torch.arange(16 * math.prod(shape)).view(*shape, 16) % 251, torch.full(shape, 120)
+        with guarded_buffers():
+            values = k.dequantise(blocks.byte(), scales.byte(), torch.bfloat16, backend="triton")
+        assert torch.equal(values.double(), reference_dequantise(blocks.byte(), scales.byte()))
+
+
+PACKED: list[Claim] = [
+    packed_values_are_the_definitions_under_every_byte_and_scale,
+    packed_tails_are_unpacked_whole_and_nothing_else_is_written,
 ]

@@ -79,6 +79,11 @@ MUTATIONS = {
     "halves read as interleaved": ("preference_triton", "PAIRS", "first + 1 if INTERLEAVED else b + B", "first + 1"),
     "label smoothing left out of the slope": ("preference_triton", "PAIRS", "(sigma - (1 - smoothing))", "(sigma - 1)"),
     "reference forgotten": ("preference_triton", "PAIRS", "ratio -= segment_sum(REFERENCE, begin, end, BT)", "ratio -= 0"),
+    # dequantise_blocks
+    "halves of a byte the other way round": ("mxfp4_triton", "PACKED", "value_of(codes & 15, scale), value_of(codes >> 4, scale)", "value_of(codes >> 4, scale), value_of(codes & 15, scale)"),
+    "-0 without its sign": ("mxfp4_triton", "PACKED", "tl.where(code >= 8, -0.5, 0.5) * scale", "0.5 * tl.where(code >= 9, -scale, scale)"),
+    "subnormal half read as a normal": ("mxfp4_triton", "PACKED", "tl.where(small < 2, small, ", "tl.where(small < 1, small, "),
+    "values beyond the last block written": ("mxfp4_triton", "PACKED", "to(OUT.dtype.element_ty), mask=inside[:, None])", "to(OUT.dtype.element_ty))"),
     "overflow at large margins": ("preference_triton", "PAIRS", "tail = tl.exp(-tl.abs(x))", "tail = tl.exp(-x)"),
 }  # fmt: skip
 

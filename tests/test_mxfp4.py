@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 from kernels import Packed, dequantise, rows_linear
 from kernels.mxfp4 import VALUES, reference_dequantise
+from tests import kernel_claims_rows as claims
 
 GENERATOR = torch.Generator().manual_seed(0)
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted"))]
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 
 
@@ -19,26 +20,16 @@ def packed(*shape: int, low: int = 115, high: int = 125) -> Packed:
     return Packed(blocks, torch.randint(low, high + 1, groups, dtype=torch.uint8, generator=GENERATOR))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-def test_every_byte_under_every_scale_has_the_value_of_the_definition(backend, dtype):
-    low, high = (1, 252) if dtype != torch.float16 else (103, 140)  # those of which no value is rounded or infinite
-    if backend == "triton" and dtype == torch.float64:
-        backend = "auto"
-    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(high - low + 1, 16, 16).contiguous()
-    scales = torch.arange(low, high + 1, dtype=torch.uint8)[:, None].expand(-1, 16).contiguous()
-    truth = reference_dequantise(blocks, scales)
-    assert truth.unique().numel() > 15 and truth[127 - low, :32].tolist() == [v for b in range(16) for v in (VALUES[b], 0)]
-    values = dequantise(blocks, scales, dtype, backend=backend)
-    assert values.dtype == dtype and torch.equal(values.double(), truth)
-    assert torch.equal(values.signbit(), truth.signbit())
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the claims run in the interpreter")
+@pytest.mark.parametrize("claim", claims.PACKED, ids=lambda claim: claim.__name__)
+def test_triton_kernel(claim):
+    claim(kernels)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(3, 5, 96), (1, 32), (7, 2, 3, 64)])
-def test_odd_numbers_of_blocks_are_unpacked_whole_and_nothing_else_is_written(backend, shape):
-    weight = packed(*shape)
-    assert torch.equal(dequantise(*weight, backend=backend).double(), reference_dequantise(*weight))
+@pytest.mark.parametrize("claim", claims.PACKED, ids=lambda claim: claim.__name__)
+def test_torch_path(claim, monkeypatch):
+    monkeypatch.setattr("kernels.backend.resolve", lambda *asked: "torch")
+    claim(kernels)
 
 
 def test_the_values_are_those_of_transformers():
@@ -46,6 +37,12 @@ def test_the_values_are_those_of_transformers():
     blocks, scales = packed(2, 8, 64)
     exact = theirs.convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
     assert torch.equal(dequantise(blocks, scales).transpose(1, 2), exact.cpu())  # theirs are [E, in, out]
+
+
+def test_the_definition_is_the_formats_own():
+    """Low half first; 1 sign, 2 exponent and 1 mantissa bits; a scale of 127 is 1."""
+    blocks, scales = torch.arange(16, dtype=torch.uint8)[None], torch.tensor([128], dtype=torch.uint8)
+    assert reference_dequantise(blocks, scales).tolist() == [2 * v for code in range(16) for v in (VALUES[code], 0.0)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -54,6 +54,7 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
             per_token=positive(fields, "num_experts_per_tok", path, int),
             ffn=ffn,
             limit=positive(fields, "swiglu_limit", path, float, 7.0),
+            packed=fields.get("quantization_config") is not None,
         ),
         defaults={"head_dim": 64, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 150000.0},
     )
@@ -64,5 +65,5 @@ def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
     assert config.experts is not None
     attention = Attention(config, index, dtype)
     attention.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype))
-    mlp = MoE(config.hidden, config.experts, dtype, softmax_of_chosen, clamped_swiglu, bias=True)
+    mlp = MoE(config.hidden, config.experts, index, dtype, softmax_of_chosen, clamped_swiglu, bias=True)
     return Layer(config, dtype, attention, mlp, ExactRMSNorm)

@@ -95,13 +95,13 @@ class Llama4Attention(Attention):
 class SharedMoE(MoE):
     """Top-1 experts that read their input scaled by the router, and one that everybody asks."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
         assert config.experts is not None
-        super().__init__(config.hidden, config.experts, dtype, sigmoid_of_chosen, swiglu, scale_input=True)
+        super().__init__(config.hidden, config.experts, index, dtype, sigmoid_of_chosen, swiglu, scale_input=True)
         self.shared_expert = MLP(config.hidden, config.experts.ffn, False, dtype)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.shared_expert(x_TD) + super().forward(x_TD)
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
+        return self.shared_expert(x_TD, context) + super().forward(x_TD, context)
 
 
 class Llama4Layer(nn.Module):
@@ -113,11 +113,11 @@ class Llama4Layer(nn.Module):
         self.self_attn = Llama4Attention(config, index, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype)
         sparse = config.layers[index].sparse
-        self.feed_forward = SharedMoE(config, dtype) if sparse else MLP(config.hidden, config.ffn, False, dtype)
+        self.feed_forward = SharedMoE(config, index, dtype) if sparse else MLP(config.hidden, config.ffn, False, dtype)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
-        return x_TD + self.feed_forward(self.post_attention_layernorm(x_TD))
+        return x_TD + self.feed_forward(self.post_attention_layernorm(x_TD), context)
 
 
 layer = Llama4Layer
