@@ -33,17 +33,18 @@ def adapter_for(kind: str, which: str) -> Adapter:
 def their_model(kind: str, ours: Decoder) -> torch.nn.Module:
     """transformers' model with our weights, in fp64."""
     transformers = pytest.importorskip("transformers")
-    name, fields = KINDS[kind]
-    configs = {
-        "gpt_oss": transformers.GptOssConfig,
-        "qwen3_moe": transformers.Qwen3MoeConfig,
-        "llama4": transformers.Llama4TextConfig,
-    }
-    config = configs[kind](**SHARED, **fields, attn_implementation="eager")
+    fields = KINDS[kind][1]
+    config_class, model_class = {
+        "gpt_oss": (transformers.GptOssConfig, transformers.GptOssForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+        "llama4": (transformers.Llama4TextConfig, transformers.Llama4ForCausalLM),
+    }[kind]
+    config = config_class(**SHARED, **fields, attn_implementation="eager")
     if kind == "gpt_oss":
         config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-    model = transformers.__dict__[name](config).double().eval()
-    model.set_experts_implementation("eager") if kind != "llama4" else None
+    model = model_class(config).double().eval()
+    if kind != "llama4":
+        model.set_experts_implementation("eager")
     published = dict(ours.named_parameters())
     with torch.no_grad():
         for key, weight in model.named_parameters():
