@@ -42,7 +42,6 @@ from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
 from models.errors import UserError
-from models.moe import ROWS
 
 
 def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> list[Tensor]:
@@ -115,14 +114,17 @@ def run(config: Config) -> Path:
     root = Path(config.reference.store) if config.reference.store else inputs.cache / "reference"
     used = used_kernels(policy, inputs, config, ranks)
     tag = numerics_tag(ranks.device, inputs.dtype, config.pack, used["linear_logprobs"])
-    if policy.config.experts is not None:
-        tag["experts"] = f"blocks of {ROWS} rows" if ranks.device.type == "cpu" else "grouped, or packed and looped"
+    if ranks.device.type == "cuda" and policy.config.experts is not None and policy.config.experts.packed:
+        tag["experts"] = "packed"  # other products than the grouped ones; on the CPU they are the same
 
     def live(model: Decoder, label: str, routes: Path | None = None) -> Score:
-        def score(trees: Sequence[Tree], note: Note | None = None) -> list[TreeLogps]:
+        if routes is None:
+            return lambda trees: score_trees(model, trees, config.pack, ranks, label)
+
+        def score(trees: Sequence[Tree], note: Note) -> list[TreeLogps]:
             return score_trees(model, trees, config.pack, ranks, label, note)
 
-        return score if routes is None else lambda trees: store_routes(routes, trees, score, ranks)
+        return lambda trees: store_routes(routes, trees, score, ranks)
 
     def stored(model: Decoder, weights: str, label: str, routes: Path | None = None) -> Score:
         score = live(model, label, routes)

@@ -159,7 +159,7 @@ def merged_weights(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tens
     """Published names and tensors with every update folded in, computed in fp32 (fp64 in fp64).
 
     `tensors`: the model's full (unsharded) parameters by name, the updates' `...lora.A`, `.B` and `.M` among them.
-    Packed experts come out unpacked.
+    Packed experts come out unpacked where they have an update.
     """
     merged = {name: tensor for name, tensor in tensors.items() if ".lora." not in name}
     for name, linear in _linears(model).items():
@@ -170,9 +170,9 @@ def merged_weights(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tens
                 whole *= _stretch(weight, a, b, tensors[f"{name}.lora.M"], linear.lora.scale)[:, None]
             merged[f"{name}.weight"] = whole
     for name, (module, kind) in _experts(model).items():
-        if module.packed:
-            merged[name] = dequantise(merged.pop(f"{name}_blocks"), merged.pop(f"{name}_scales"))
         if (update := module.update(kind)) is not None:
+            if module.packed:
+                merged[name] = dequantise(merged.pop(f"{name}_blocks"), merged.pop(f"{name}_scales"))
             a, b = (tensors[f"{name.removesuffix(kind)}lora.{kind}.{part}"] for part in "AB")
             merged[name] = torch.baddbmm(merged[name].to(a.dtype), b, a, alpha=update.scale)
     return merged

@@ -1,22 +1,27 @@
 """dpo/routes.py: routes are found again whatever they are packed with; flips, replay, load, the balancing loss."""
 
 import copy
+import json
+import math
 
 import pytest
 import torch
 from test_exactness import ALONE, CONFIG, random_tree
 
+from dpo import train
 from dpo.config import Config
 from dpo.logprobs import pack_logps, score_trees
 from dpo.packing import pack_trees
 from dpo.pairs import reference_sums
 from dpo.routes import Routes, keeps_routes, routes_of, segments, store_missing, store_routes, tree_addresses
+from dpo.settings import load_config
 from dpo.step import accumulate_gradients, means
 from dpo.store import read_values
 from models.decoder import Decoder
 from models.errors import UserError
 from models.moe import MoE
 from models.routing import Routing
+from models.tiny import write_tiny_model
 from tests.moe_models import decoder, model_config
 
 TREES = [random_tree(seed) for seed in range(8)]
@@ -160,3 +165,52 @@ def test_routes_of_other_experts_are_neither_compared_nor_replayed():
     assert keeps_routes(config(), policy, policy) and not keeps_routes(config(), policy, other)
     with pytest.raises(UserError, match="moe.routes = replay"):
         keeps_routes(config(routes="replay"), policy, other)
+
+
+# --- the whole command ----------------------------------------------------------------------------------------------
+
+
+def run(place, *more: str) -> tuple[dict, list[dict]]:
+    """Three steps of the smoke run on a tiny gpt-oss; its results and its metrics."""
+    small = (
+        "checkable.train_rows=8",
+        "checkable.test_rows=4",
+        "checkable.validation_rows=4",
+        "checkable.subsets=Focus",
+    )
+    quick = (
+        "judge.blind_control=false",
+        "log.plots=false",
+        "train.batch_pairs=4",
+        "train.max_steps=3",
+        "train.lr=0.01",
+    )
+    where = (f"model.path={place / 'model'}", f"run.root={place / 'runs'}", f"run.cache={place / 'cache'}")
+    folder = train.run(load_config(["exp=smoke", *small, *quick, *where, *more]))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((folder / "results.json").read_text()), [line for line in lines if "loss" in line]
+
+
+def test_a_run_counts_flips_against_a_stored_reference_and_replays_it_without_another_forward(tmp_path):
+    write_tiny_model(tmp_path / "model", family="gpt_oss")
+    lora = ("lora.rank=4", "lora.targets=all-linear,experts.gate_up_proj,experts.down_proj")
+    first, lines = run(tmp_path, *lora, "moe.aux_loss=0.1")
+    assert first["step0_max_difference"] == 0 and first["reference"]["misses"] > 0
+    assert lines[0]["moe/route_flips"] == 0 < lines[-1]["moe/route_flips"] < 1
+    assert all(line["moe/max_load"] >= 1 and line["moe/aux_loss"] >= 1 for line in lines)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-12)
+    replayed, again = run(tmp_path, *lora, "moe.routes=replay")
+    assert replayed["reference"]["misses"] == 0 and replayed["step0_max_difference"] == 0
+    assert again[0]["moe/route_flips"] == 0 and "moe/aux_loss" not in again[0]
+    full, trained = run(tmp_path, "lora.rank=0", "moe.routes=off")
+    assert full["step0_max_difference"] == 0 and "moe/route_flips" not in trained[0]
+
+
+def test_keys_of_experts_are_refused_where_nothing_would_read_them(tmp_path):
+    write_tiny_model(tmp_path / "model")
+    for key in ("moe.aux_loss=0.1", "moe.routes=replay"):
+        with pytest.raises(UserError, match="moe.aux_loss, moe.routes: .* has no experts"):
+            run(tmp_path, key)
+    with pytest.raises(UserError, match="model.experts = packed: .*no MXFP4"):
+        run(tmp_path, "model.experts=packed", "lora.rank=2")
+    assert not (tmp_path / "runs").exists()

@@ -43,7 +43,7 @@ class Olmo2Layer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         x_TD = x_TD + self.post_attention_layernorm(self.self_attn(x_TD, context))
-        return x_TD + self.post_feedforward_layernorm(self.mlp(x_TD))
+        return x_TD + self.post_feedforward_layernorm(self.mlp(x_TD, context))
 
 
 layer = Olmo2Layer
