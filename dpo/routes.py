@@ -30,7 +30,7 @@ Note = Callable[[Pack, Routing], None]
 
 
 def _address(prefix: int, prompt: np.ndarray, branch: np.ndarray) -> bytes:
-    head = np.array([prefix, len(prompt), len(branch)])
+    head = np.array([prefix, len(prompt)])  # where a prefix ends changes no route but by the last bits of its logits
     return hashlib.blake2b(np.concatenate([head, prompt, branch]).astype("<i8").tobytes(), digest_size=16).digest()
 
 

@@ -79,7 +79,7 @@ def step(model: Decoder, tokens_T: torch.Tensor) -> tuple[float, float]:
     attend = attend_trees(Layout(0, ((len(tokens_T), ()),)))
     loss = model.hidden(tokens_T, positions_T, attend, Routing(len(tokens_T))).float().square().mean()
     loss.backward()
-    return time.perf_counter() - begin, float(loss)
+    return time.perf_counter() - begin, float(loss.detach())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -65,9 +65,9 @@ def test_dropout_is_on_in_the_gradients_of_all_steps_but_the_first_and_nowhere_e
         on["score"].append(model.training)
         return score(model, *rest)
 
-    def accumulated(policy, *rest, one_kernel):
+    def accumulated(policy, *rest, one_kernel, routes):
         on["gradient"].append(policy.training)
-        return accumulate(policy, *rest, one_kernel=one_kernel)
+        return accumulate(policy, *rest, one_kernel=one_kernel, routes=routes)
 
     monkeypatch.setattr("dpo.train.score_trees", scored)
     monkeypatch.setattr("dpo.loop.accumulate_gradients", accumulated)

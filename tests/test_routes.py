@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from dpo.routes import Routes, keeps_routes, routes_of, segments, store_missing,
 from dpo.settings import load_config
 from dpo.step import accumulate_gradients, means
 from dpo.store import read_values
+from dpo.trees import Completion, Tree
 from models.decoder import Decoder
 from models.errors import UserError
 from models.moe import MoE
@@ -83,6 +85,14 @@ def test_a_pack_and_its_trees_have_the_same_addresses():
     assert sum(part.stop - part.start for part in rows) == sum(
         pack.layout.tokens for batch in pack_trees(TREES, 256) for pack in batch.packs
     )
+
+
+def test_where_the_prefix_and_the_prompt_end_is_in_the_address():
+    """As in a log-prob's: it changes the shapes that the last bits come from."""
+    tree = Tree("t", (1, 2, 3, 4), ((5, 6),), (Completion(0, 0, (5, 6, 7)),), (), 2)
+    others = replace(tree, prefix=0), replace(tree, prefix=1), replace(tree, prompt=(1, 2, 3), branches=((4, 5, 6),))
+    for other in others:
+        assert set(tree_addresses(tree)[1:]).isdisjoint(tree_addresses(other)[bool(other.prefix) :])
 
 
 def test_routes_are_a_byte_each_and_the_same_whatever_they_were_packed_with(model, folder, tmp_path):
