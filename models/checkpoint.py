@@ -1,29 +1,34 @@
 """Model folders: which file holds which tensor, streaming load, fingerprint, save. safetensors only, nothing unpickled.
 
-Parameter names are the published ones, so nothing is converted: a stored name is a parameter's name.
-Read next: models/decoder.py (the parameters), dpo/checkpoint.py (who saves).
+Parameter names are the published ones; where files hold a tensor otherwise, models/layouts.py says how.
+Read next: models/layouts.py, models/decoder.py (the parameters), dpo/checkpoint.py (who saves).
 """
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from models.errors import UserError
-from models.families import read_model_config
+from models.families import FAMILIES, llama4, read_model_config
 from models.files import atomic_folder, atomic_write_text, read_json_object, write_json
+from models.layouts import IGNORED, Layout, Piece, plain
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's, in a folder of their own
 # Copied from the source folder beside new weights (patterns): what a tokenizer, a template and a licence need.
 COPIED = ("*token*", "vocab.*", "merges.txt", "chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*")
+STEP_VALUES = 2**24  # read at a time, or one expert
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -46,33 +51,54 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def stored_tensors(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """File and shape of every tensor, by name. The library checks each header against its file's length."""
+class Stored(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    path: Path
+    shape: tuple[int, ...]
+    kind: str  # safetensors' word: F32, BF16, U8, ...
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder, by name. The library checks each header against its file's length."""
     stored = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as handle:
-                stored.update({name: (path, handle.get_slice(name).get_shape()) for name in handle.keys()})  # noqa: SIM118
+                for name in handle.keys():  # noqa: SIM118
+                    entry = handle.get_slice(name)
+                    stored[name] = Stored(path, tuple(entry.get_shape()), entry.get_dtype())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: truncated, or no safetensors file ({error}); fetch the file again") from error
     return stored
 
 
-def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
+def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor], layout: Layout = plain) -> None:
     """Copy the folder's weights into `parameters`, cast to each one's dtype; names and shapes must match exactly.
 
-    All checks come before the first copy. A stored lm_head.weight is ignored where the model has none (tied), as are
-    old files' rotary tables. Never more than one stored tensor is held beside the parameters.
+    All checks come before the first copy. A stored lm_head.weight is ignored where the model has none (tied), as is
+    all else in IGNORED. Never more than a part of one stored tensor is held beside the parameters.
     """
     stored = stored_tensors(folder)
-    ignored = {name for name in stored if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")}
+    pieces = {name: layout(name, parameter.shape, stored) for name, parameter in parameters.items()}
+    wanted = {
+        name: (shape, FLOATS if parameters[owner].is_floating_point() and len(piece.stored) == 1 else ("U8",))
+        for owner, its_pieces in pieces.items()
+        for piece in its_pieces
+        for name, shape in piece.stored.items()
+    }
     faults = {
-        "missing": [name for name in parameters if name not in stored],
-        "unexpected": [name for name in stored if name not in parameters.keys() | ignored],
+        "missing": [name for name in wanted if name not in stored],
+        "unexpected": [name for name in stored if name not in wanted and not IGNORED.fullmatch(name)],
         "wrong shape": [
-            f"{name} is {stored[name][1]}, the config asks for {list(parameter.shape)}"
-            for name, parameter in parameters.items()
-            if name in stored and stored[name][1] != list(parameter.shape)
+            f"{name} is {list(stored[name].shape)}, the config asks for {list(shape)}"
+            for name, (shape, _) in wanted.items()
+            if name in stored and stored[name].shape != shape
+        ],
+        "wrong type": [
+            f"{name} is {stored[name].kind}, read are {', '.join(kinds)}"
+            for name, (_, kinds) in wanted.items()
+            if name in stored and stored[name].kind not in kinds
         ],
     }
     if any(faults.values()):
@@ -80,9 +106,19 @@ def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
         raise UserError(f"{folder}: the weights do not fit the model's config.json; {named}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            # Opened for this tensor alone: mapped pages count as our memory as long as a file is open.
-            with safe_open(stored[name][0], framework="pt") as handle:
-                parameter.copy_(handle.get_tensor(name))
+            for piece in pieces[name]:
+                _read(piece, stored, parameter[piece.place])
+
+
+def _read(piece: Piece, stored: Mapping[str, Stored], target: torch.Tensor) -> None:
+    step = max(1, STEP_VALUES * len(target) // target.numel())
+    for begin in range(0, len(target), step):
+        parts = []
+        for name in piece.stored:
+            # Opened for this part alone: mapped pages count as our memory as long as a file is open.
+            with safe_open(stored[name].path, framework="pt") as handle:
+                parts.append(handle.get_slice(name)[begin : begin + step])
+        target[begin : begin + step].copy_(piece.decode(*parts))
 
 
 def _listed(names: list[str], most: int = 5) -> str:
@@ -117,10 +153,14 @@ def _digest(path: Path, memo: Path | None) -> str:
 def save_folder(folder: Path, tensors: Mapping[str, torch.Tensor], source_folder: Path, *, dtype: torch.dtype) -> None:
     """Write a Hugging Face model folder, whole or not at all: weights in `dtype`, the rest from `source_folder`.
 
+    Never quantised, and of a Llama 4 with pictures the text model alone, as Llama4ForCausalLM.
     An older folder at `folder` is replaced once the new one is complete.
     """
     fields = read_json_object(source_folder / "config.json")
+    if "text_config" in fields:
+        fields = llama4.text_fields(fields, source_folder / "config.json")
     spelling = "dtype" if "dtype" in fields else "torch_dtype"  # the older one is read by every version
+    fields = {key: value for key, value in fields.items() if key not in ("quantization_config", "dtype", "torch_dtype")}
     try:
         with atomic_folder(folder) as temporary:
             write_json(temporary / "config.json", fields | {spelling: str(dtype).removeprefix("torch.")})
@@ -138,11 +178,21 @@ def save_folder(folder: Path, tensors: Mapping[str, torch.Tensor], source_folder
 def write_weights(
     folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Write model.safetensors beside config.json; beyond `max_shard_bytes`, shards with their index. In `dtype`."""
+    """Write model.safetensors beside config.json, as the family is published, in `dtype`.
+
+    Beyond `max_shard_bytes`: shards with their index.
+    """
+    layout = FAMILIES[read_model_config(folder).architecture].layout
+    pieces = {
+        stored: (name, piece)
+        for name, tensor in tensors.items()
+        for piece in layout(name, tensor.shape, ())
+        for stored in piece.stored
+    }
+    sizes = {name: math.prod(piece.stored[name]) * dtype.itemsize for name, (_, piece) in pieces.items()}
     shards: list[list[str]] = []
     room = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
+    for name, size in sizes.items():
         if not shards or size > room:
             shards.append([])
             room = max_shard_bytes
@@ -151,10 +201,12 @@ def write_weights(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        shard = {}
+        for name in names:
+            owner, piece = pieces[name]
+            shard[name] = piece.decode(tensors[owner].detach()[piece.place]).to("cpu", dtype).contiguous()
         save_file(shard, folder / file, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / file)  # the library makes it readable to the owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total_bytes = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
-        write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})

@@ -110,7 +110,7 @@ def load_decoder(
         config = replace(config, experts=replace(config.experts, packed=False))
     with torch.device(device):
         model = Decoder(config, weight_dtype=weight_dtype, compute_dtype=compute_dtype, backend=backend)
-    load_weights(folder, dict(model.named_parameters()))
+    load_weights(folder, dict(model.named_parameters()), FAMILIES[config.architecture].layout)
     return model.requires_grad_(False).eval()
 
 

@@ -106,9 +106,9 @@ def test_a_tied_models_copy_of_the_head_and_rotary_tables_are_ignored(tmp_path: 
 def test_every_tensor_is_found_in_its_shard(model: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, truth = model
     stored = stored_tensors(folder)
-    assert {name: shape for name, (_, shape) in stored.items()} == {k: list(v.shape) for k, v in truth.items()}
-    for name, (path, _) in stored.items():
-        assert torch.equal(load_file(path)[name], truth[name])
+    assert {name: entry.shape for name, entry in stored.items()} == {k: tuple(v.shape) for k, v in truth.items()}
+    for name, entry in stored.items():
+        assert entry.kind == "F32" and torch.equal(load_file(entry.path)[name], truth[name])
 
 
 def test_faults_of_names_and_shapes_are_listed_together_and_nothing_is_loaded(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_faults_of_names_and_shapes_are_listed_together_and_nothing_is_loaded(tm
 
 def test_a_missing_shard_is_named(model: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, truth = model
-    shard, _ = stored_tensors(folder)["model.norm.weight"]
+    shard = stored_tensors(folder)["model.norm.weight"].path
     shard.unlink()
     with pytest.raises(UserError, match=re.escape(shard.name)):
         load_weights(folder, empty_like(truth))
@@ -138,7 +138,7 @@ def test_a_truncated_file_is_named_and_never_read_as_weights(
     model: tuple[Path, dict[str, torch.Tensor]], kept: int
 ) -> None:
     folder, truth = model
-    shard, _ = stored_tensors(folder)["model.layers.0.mlp.up_proj.weight"]
+    shard = stored_tensors(folder)["model.layers.0.mlp.up_proj.weight"].path
     os.truncate(shard, kept if kept >= 0 else shard.stat().st_size + kept)
     ours = empty_like(truth)
     with pytest.raises(UserError, match=f"{shard.name}: truncated"):
@@ -199,7 +199,7 @@ def test_the_fingerprint_follows_weights_and_config_and_nothing_else(
     (copy / "generation_config.json").write_text("{}")
     (copy / "unused.safetensors").write_bytes(b"")
     assert weights_fingerprint(copy) == first
-    shard, _ = stored_tensors(copy)["model.norm.weight"]
+    shard = stored_tensors(copy)["model.norm.weight"].path
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)

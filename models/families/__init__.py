@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from models import layouts
 from models.config import Fields, ModelConfig
 from models.errors import UserError
 from models.families import gpt_oss, llama, llama4, olmo2, qwen
 from models.files import read_json_object
+from models.layouts import Layout, plain
 from models.parts import ExactRMSNorm, RMSNorm
 
 
@@ -24,16 +26,17 @@ class Family(NamedTuple):
     layer: Callable[[ModelConfig, int, torch.dtype], nn.Module]
     norm: Callable[[int, float, torch.dtype], nn.Module] = RMSNorm  # the last one
     quantised: tuple[str, ...] = ()  # quant_method of files that are read
+    layout: Layout = plain  # of experts on disk
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family(llama.read_config, llama.layer),
     "Qwen2ForCausalLM": Family(qwen.read_qwen2, llama.layer),
     "Qwen3ForCausalLM": Family(qwen.read_qwen3, qwen.layer),
-    "Qwen3MoeForCausalLM": Family(qwen.read_qwen3_moe, qwen.layer),
-    "GptOssForCausalLM": Family(gpt_oss.read_config, gpt_oss.layer, ExactRMSNorm, ("mxfp4",)),
-    "Llama4ForCausalLM": Family(llama4.read_config, llama4.layer),
-    "Llama4ForConditionalGeneration": Family(llama4.read_nested, llama4.layer),
+    "Qwen3MoeForCausalLM": Family(qwen.read_qwen3_moe, qwen.layer, layout=layouts.qwen3_moe),
+    "GptOssForCausalLM": Family(gpt_oss.read_config, gpt_oss.layer, ExactRMSNorm, ("mxfp4",), layouts.gpt_oss),
+    "Llama4ForCausalLM": Family(llama4.read_config, llama4.layer, layout=layouts.llama4),
+    "Llama4ForConditionalGeneration": Family(llama4.read_nested, llama4.layer, layout=layouts.llama4),
     "Olmo2ForCausalLM": Family(olmo2.read_config, olmo2.layer, ExactRMSNorm),
 }
 

@@ -28,11 +28,16 @@ from models.rope import rotate_pairs
 
 def read_nested(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Llama4ForConditionalGeneration: the decoder is its text_config; pictures are not read."""
+    return read_config(architecture, text_fields(fields, path), path)
+
+
+def text_fields(fields: Fields, path: Path) -> dict[str, object]:
+    """The config.json of the decoder alone: text_config, and what only the object around it says."""
     text = fields.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{path}: text_config = {text!r} must be an object")
     outer = {key: fields[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in fields}
-    return read_config(architecture, {**outer, **text}, path)
+    return {**outer, **text, "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
 
 
 def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:

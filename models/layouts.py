@@ -1,0 +1,92 @@
+"""Where a parameter's values stand in a model folder: published names, shapes and orders, a function for each family.
+
+Letters: `E` experts, `F` ffn width of an expert, `D` model width. In memory all experts are [E, out, in]: gate_up_proj
+[E, 2F, D], down_proj [E, D, F]. Which layout a file has is told by names alone, the same for both tensors of a layer,
+and then every shape is checked: since [2F, D] and [D, F] are never both square, experts stored the other way round
+cannot pass. Read next: models/checkpoint.py.
+"""
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Stored and not read: a tied head's copy, old files' rotary tables, the part of Llama 4 that sees.
+IGNORED = re.compile(r"(\w+\.)?lm_head\.weight|.*rotary_emb\.inv_freq|(vision_model|multi_modal_projector)\..*")
+
+
+def as_is(part: Tensor) -> Tensor:
+    """As it is stored."""
+    return part
+
+
+def turned(part: Tensor) -> Tensor:
+    """[.., in, out] as [.., out, in], and back."""
+    return part.mT
+
+
+def dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
+    """MXFP4 [.., G, 16] bytes and [.., G] exponents as fp32 [.., 32 G]: e2m1 pairs, the low four bits first."""
+    halves = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat((halves, -halves))[torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()]
+    return torch.ldexp(values, scales[..., None].int() - 127).flatten(-2)
+
+
+class Piece(NamedTuple):
+    """A part of a parameter, and the stored tensors that it is made of."""
+
+    stored: dict[str, tuple[int, ...]]  # name: shape
+    place: tuple[int | slice, ...] = ()  # of the parameter; () is all of it
+    decode: Callable[..., Tensor] = as_is  # from the same rows (first dimension) of each stored tensor
+
+
+# (parameter's name, its shape, names in the files) -> what it is made of. Names decide between a family's layouts;
+# without any it is the one that is written, in which `decode` is its own inverse.
+Layout = Callable[[str, Sequence[int], Collection[str]], list[Piece]]
+
+
+def plain(name: str, shape: Sequence[int], stored: Collection[str] = ()) -> list[Piece]:
+    """One stored tensor of the same name and shape."""
+    return [Piece({name: tuple(shape)})]
+
+
+def _has(stored: Collection[str], experts: str, ending: str = "") -> bool:
+    return any(f"{experts}.{kind}{ending}" in stored for kind in ("gate_up_proj", "down_proj"))
+
+
+def qwen3_moe(name: str, shape: Sequence[int], stored: Collection[str]) -> list[Piece]:
+    """A tensor for each expert's gate, up and down; or fused (transformers with save_original_format=False)."""
+    experts, _, kind = name.rpartition(".")
+    if not experts.endswith(".experts") or _has(stored, experts):
+        return plain(name, shape)
+    count, outputs, inputs = shape
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
+    rows = outputs // len(parts)
+    return [
+        Piece({f"{experts}.{expert}.{part}.weight": (rows, inputs)}, (expert, slice(i * rows, (i + 1) * rows)))
+        for expert in range(count)
+        for i, part in enumerate(parts)
+    ]
+
+
+def gpt_oss(name: str, shape: Sequence[int], stored: Collection[str]) -> list[Piece]:
+    """MXFP4 [E, out, in / 32, 16] and scales, which may stay packed; or bf16, [E, in, out]."""
+    experts, _, kind = name.rpartition(".")
+    if kind not in ("gate_up_proj", "down_proj") or not experts.endswith(".experts"):
+        return plain(name, shape)
+    count, outputs, inputs = shape
+    if _has(stored, experts, "_blocks"):
+        groups = (count, outputs, inputs // 32)
+        return [Piece({f"{name}_blocks": (*groups, 16), f"{name}_scales": groups}, decode=dequantise)]
+    return [Piece({name: (count, inputs, outputs)}, decode=turned)]
+
+
+def llama4(name: str, shape: Sequence[int], stored: Collection[str]) -> list[Piece]:
+    """Experts are [E, in, out]; all names begin with language_model. where the folder has pictures too."""
+    whole = f"language_model.{name}" if "language_model.model.embed_tokens.weight" in stored else name
+    if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        return plain(whole, shape)
+    count, outputs, inputs = shape
+    return [Piece({whole: (count, inputs, outputs)}, decode=turned)]
