@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from kernels import dequantise
 from models.errors import UserError
 from models.families import FAMILIES, llama4, read_model_config
 from models.files import atomic_folder, atomic_write_text, read_json_object, write_json
@@ -180,13 +181,19 @@ def write_weights(
 ) -> None:
     """Write model.safetensors beside config.json, as the family is published, in `dtype`.
 
-    Beyond `max_shard_bytes`: shards with their index.
+    Beyond `max_shard_bytes`: shards with their index. Experts that are packed in memory are unpacked.
     """
     layout = FAMILIES[read_model_config(folder).architecture].layout
+    shapes: dict[str, Sequence[int]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_blocks"):
+            shapes[name.removesuffix("_blocks")] = (*tensor.shape[:-2], 32 * tensor.shape[-2])
+        elif not name.endswith("_scales"):
+            shapes[name] = tensor.shape
     pieces = {
         stored: (name, piece)
-        for name, tensor in tensors.items()
-        for piece in layout(name, tensor.shape, ())
+        for name, shape in shapes.items()
+        for piece in layout(name, shape, ())
         for stored in piece.stored
     }
     sizes = {name: math.prod(piece.stored[name]) * dtype.itemsize for name, (_, piece) in pieces.items()}
@@ -204,9 +211,16 @@ def write_weights(
         shard = {}
         for name in names:
             owner, piece = pieces[name]
-            shard[name] = piece.decode(tensors[owner].detach()[piece.place]).to("cpu", dtype).contiguous()
+            shard[name] = piece.decode(_whole(tensors, owner)[piece.place]).to("cpu", dtype).contiguous()
         save_file(shard, folder / file, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / file)  # the library makes it readable to the owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def _whole(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A parameter, unpacked if MXFP4 blocks and scales stand for it."""
+    if name in tensors:
+        return tensors[name].detach()
+    return dequantise(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])

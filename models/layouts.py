@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from kernels import dequantise
 
 # Stored and not read: a tied head's copy, old files' rotary tables, the part of Llama 4 that sees.
 IGNORED = re.compile(r"(\w+\.)?lm_head\.weight|.*rotary_emb\.inv_freq|(vision_model|multi_modal_projector)\..*")
@@ -25,13 +26,6 @@ def as_is(part: Tensor) -> Tensor:
 def turned(part: Tensor) -> Tensor:
     """[.., in, out] as [.., out, in], and back."""
     return part.mT
-
-
-def dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
-    """MXFP4 [.., G, 16] bytes and [.., G] exponents as fp32 [.., 32 G]: e2m1 pairs, the low four bits first."""
-    halves = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    values = torch.cat((halves, -halves))[torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()]
-    return torch.ldexp(values, scales[..., None].int() - 127).flatten(-2)
 
 
 class Piece(NamedTuple):

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dpo.export import merge
 from models import checkpoint, layouts
 from models.checkpoint import INDEX, SINGLE, load_weights, save_folder, weights_fingerprint
 from models.decoder import Decoder, load_decoder, next_token_logits
 from models.errors import UserError
+from models.lora import Adapter, add_lora, save_adapter
 
 transformers = pytest.importorskip("transformers")
 
@@ -208,6 +210,23 @@ def test_a_llama4_with_pictures_is_written_as_its_text_model(tmp_path: Path, spe
     assert_equal(in_memory(theirs), {name: tensor.bfloat16() for name, tensor in tensors.items()})
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_adapter_is_merged_into_a_folder_of_the_published_layout(tmp_path: Path, name: str) -> None:
+    quantised(tmp_path / "base") if name == "gpt_oss" else random_model(name).save_pretrained(tmp_path / "base")
+    model = load_decoder(tmp_path / "base", weight_dtype=torch.float32, compute_dtype=torch.float32)
+    adapter = Adapter(rank=2, alpha=4.0, targets=("q_proj", "o_proj"))
+    add_lora(model, adapter, seed=0)
+    for key, parameter in model.named_parameters():
+        if key.endswith(".lora.B"):
+            parameter.data.normal_(0, 0.1)
+    save_adapter(tmp_path / "adapter", dict(model.named_parameters()), adapter, base=str(tmp_path / "base"))
+    found = merge(tmp_path / "adapter", tmp_path / "merged", dtype=torch.float32)
+    assert found.written <= found.allowed < found.trained / 100
+    kind = getattr(transformers, json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"][0])
+    _, report = kind.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values()), report
+
+
 # ---------------------------------------------------------------- MXFP4
 
 
@@ -257,9 +276,11 @@ def test_packed_parameters_get_the_stored_bytes(tmp_path: Path) -> None:
 
 
 def test_what_was_quantised_is_written_in_bf16(tmp_path: Path) -> None:
-    quantised(tmp_path / "source")
+    packed = quantised(tmp_path / "source")
     tensors = parameters(tmp_path / "source")
     save_folder(tmp_path / "ours", tensors, tmp_path / "source", dtype=torch.bfloat16)
+    save_folder(tmp_path / "packed", packed, tmp_path / "source", dtype=torch.bfloat16)
+    assert_equal(load_file(tmp_path / "ours" / SINGLE), load_file(tmp_path / "packed" / SINGLE))
     assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
     assert_equal(parameters(tmp_path / "ours"), {name: p.bfloat16().float() for name, p in tensors.items()})
     theirs = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
@@ -342,6 +363,7 @@ def test_floats_that_are_called_blocks_are_refused(tmp_path: Path) -> None:
 MEASURE = """
 import sys, torch
 from pathlib import Path
+from dpo.export import merge
 from models import checkpoint, layouts
 
 def peak_kib():
