@@ -20,7 +20,7 @@ from dpo.config import Config
 from dpo.distributed import Ranks, full_parameters
 from dpo.inputs import DTYPES, cache_folder
 from dpo.policy import load_policy, with_adapter
-from models.checkpoint import ADAPTER_CONFIG, save_folder
+from models.checkpoint import ADAPTER_CONFIG, save_folder, whole_tensor
 from models.decoder import Decoder, load_decoder, next_token_logits
 from models.errors import UserError
 from models.files import read_json_object
@@ -92,7 +92,7 @@ def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch
     model, generator = published(folder), torch.Generator().manual_seed(0)
     trained = gap(fixed_logits(model), truth)
     for name, weight in model.named_parameters():
-        weight.copy_(merged[name])
+        weight.copy_(whole_tensor(merged, name))
     unrounded = fixed_logits(model)
     for weight in model.parameters():
         signs = torch.randint(2, weight.shape, generator=generator) * 2 - 1

@@ -176,6 +176,13 @@ def save_folder(folder: Path, tensors: Mapping[str, torch.Tensor], source_folder
         ) from error
 
 
+def whole_tensor(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A parameter by its name, unpacked if its MXFP4 blocks and scales stand there instead."""
+    if name in tensors:
+        return tensors[name].detach()
+    return dequantise(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
+
+
 def write_weights(
     folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, max_shard_bytes: int = 5_000_000_000
 ) -> None:
@@ -211,16 +218,9 @@ def write_weights(
         shard = {}
         for name in names:
             owner, piece = pieces[name]
-            shard[name] = piece.decode(_whole(tensors, owner)[piece.place]).to("cpu", dtype).contiguous()
+            shard[name] = piece.decode(whole_tensor(tensors, owner)[piece.place]).to("cpu", dtype).contiguous()
         save_file(shard, folder / file, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / file)  # the library makes it readable to the owner alone
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-
-
-def _whole(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A parameter, unpacked if MXFP4 blocks and scales stand for it."""
-    if name in tensors:
-        return tensors[name].detach()
-    return dequantise(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
