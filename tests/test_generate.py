@@ -1,0 +1,196 @@
+"""models/generate.py: greedy tokens as transformers', logits as without a cache, draws as the distribution says.
+
+The tiny models have random biases, sinks and norms, a window and a chunk of 8, a floor of 4: all are passed.
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import generate as module
+from models.attention import FULL, Layout, Span
+from models.decoder import Decoder, next_token_logits
+from models.families import read_model_config
+from models.generate import Cache, Prompt, Segment, generate
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 96
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+WIDE = COMMON | {"head_dim": 16}
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+YARN |= {"original_max_position_embeddings": 64, "rope_theta": 150000.0}
+STRETCHED = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
+STRETCHED |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
+LLAMA4 = WIDE | {"intermediate_size_mlp": 64, "num_local_experts": 4, "attention_chunk_size": 8, "floor_scale": 4}
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
+FAMILIES = {
+    "llama": ("LlamaConfig", COMMON),
+    "llama, a kv head for each": ("LlamaConfig", COMMON | {"num_key_value_heads": 4}),
+    "qwen2.5": ("Qwen2Config", COMMON),
+    "qwen3": ("Qwen3Config", WIDE),
+    "qwen3-moe": ("Qwen3MoeConfig", WIDE | MOE | {"decoder_sparse_step": 2}),
+    "gpt-oss": (
+        "GptOssConfig",
+        WIDE | {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8, "rope_parameters": YARN},
+    ),
+    "scout": (
+        "Llama4TextConfig",
+        LLAMA4 | {"interleave_moe_layer_step": 1, "use_qk_norm": True, "rope_parameters": STRETCHED},
+    ),
+    "maverick": ("Llama4TextConfig", LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False}),
+}
+# Two prompts that begin alike, one of them with three branches of which one is empty, longer than window and chunk.
+PROMPTS = [
+    Prompt((5, 9, 2, 61, 33, 8, 17, 70, 41), ((3, 12, 90, 44, 7, 1, 26, 58, 39, 71, 4), (), (95, 6))),
+    Prompt((5, 9, 2, 50, 13)),
+]
+WHOLE = [(*prompt.shared, *branch) for prompt in PROMPTS for branch in prompt.branches]
+
+
+def twins(family: str, folder: Path) -> tuple[torch.nn.Module, Decoder]:
+    """transformers' tiny random model of a family, and ours with its weights, both in fp32."""
+    name, fields = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**fields)
+    config._attn_implementation = "eager"
+    theirs = (
+        transformers.Llama4ForCausalLM(config)
+        if "Llama4" in name
+        else transformers.AutoModelForCausalLM.from_config(config)
+    ).eval()
+    with torch.no_grad():
+        for key, weight in theirs.named_parameters():
+            weight.copy_(torch.randn_like(weight) * 0.3 + ("norm" in key))
+    folder.mkdir()
+    saved = config.to_dict() | {"architectures": [type(theirs).__name__]}
+    (folder / "config.json").write_text(json.dumps(saved))
+    ours = Decoder(read_model_config(folder), weight_dtype=torch.float32, compute_dtype=torch.float32)
+    weights = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for key, weight in ours.named_parameters():
+            turned = weight.dim() == 3 and family in ("gpt-oss", "scout", "maverick")  # they keep [E, in, out]
+            weight.copy_(weights[key].transpose(1, 2) if turned else weights[key])
+    return theirs, ours.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    return twins(request.param, tmp_path_factory.mktemp("twins") / "model")
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory) -> Decoder:
+    """gpt-oss in fp64: sinks, a window, experts."""
+    return in_fp64(twins("gpt-oss", tmp_path_factory.mktemp("gpt-oss") / "model")[1])
+
+
+def in_fp64(model: Decoder) -> Decoder:
+    exact = Decoder(model.config, weight_dtype=torch.float64, compute_dtype=torch.float64)
+    exact.load_state_dict({name: weight.double() for name, weight in model.state_dict().items()})
+    return exact.requires_grad_(False).eval()
+
+
+def flat(generations: list) -> list:
+    return [one for of_prompt in generations for of_branch in of_prompt for one in of_branch]
+
+
+def test_greedy_tokens_of_every_family_are_transformers_own(pair):
+    theirs, model = pair
+    ours = flat(generate(model, PROMPTS, stops=(), max_new_tokens=40))
+    for tokens, one in zip(WHOLE, ours, strict=True):
+        options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = theirs.generate(torch.tensor([tokens]), **options)[0, len(tokens) :].tolist()
+        assert one.tokens == expected
+
+
+def test_logits_of_every_step_are_those_of_the_whole_sequence_run_without_a_cache(pair, monkeypatch):
+    model, choose, seen = in_fp64(pair[1]), module._choose, []
+    monkeypatch.setattr(module, "_choose", lambda logits, *rest: (seen.append(logits), choose(logits, *rest))[1])
+    written = flat(generate(model, PROMPTS, stops=(), max_new_tokens=24, temperature=1.0, seed=3))
+    for sequence, (tokens, one) in enumerate(zip(WHOLE, written, strict=True)):
+        truth = next_token_logits(model, [*tokens, *one.tokens])[len(tokens) - 1 : -1]
+        cached = torch.stack([logits[sequence] for logits in seen])
+        assert (cached - truth).norm() <= 1e4 * torch.finfo(torch.float64).eps * truth.norm()
+        expected = truth.log_softmax(-1).gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
+        assert one.logps == pytest.approx(expected.tolist(), rel=1e-9)
+
+
+def test_a_sample_is_the_same_alone_and_beside_others_and_another_with_every_number(ours):
+    options = {"stops": (), "max_new_tokens": 20, "temperature": 0.8, "top_p": 0.9, "seed": 11}
+    together = generate(ours, PROMPTS, samples=3, **options)
+    alone = [flat(generate(ours, [Prompt(tokens)], samples=3, **options)) for tokens in WHOLE]
+    assert [one.tokens for one in flat(together)] == [one.tokens for many in alone for one in many]
+    assert len({tuple(one.tokens) for one in flat(together)}) == 3 * len(WHOLE)
+    first = flat(generate(ours, PROMPTS, samples=1, **options))
+    assert [one.tokens for one in first] == [many[0].tokens for many in alone]
+    assert flat(generate(ours, PROMPTS, **options | {"seed": 12}))[0].tokens != first[0].tokens
+
+
+def test_a_sequence_ends_at_its_first_stop_token_and_the_others_go_on_as_they_would(ours):
+    options = {"max_new_tokens": 30, "temperature": 1.0, "samples": 4}
+    free = flat(generate(ours, PROMPTS, stops=(), **options))
+    stops = {one.tokens[3 + 2 * i] for i, one in enumerate(free[::3])}
+    ends = []
+    for one, stopped in zip(free, flat(generate(ours, PROMPTS, stops=stops, **options)), strict=True):
+        end = next((i for i, token in enumerate(one.tokens) if token in stops), None)
+        ends.append(end)
+        assert stopped.tokens == one.tokens[: None if end is None else end + 1]
+        assert stopped.logps == pytest.approx(one.logps[: len(stopped.tokens)], rel=1e-9)
+        assert stopped.stop == (None if end is None else one.tokens[end])
+    assert len(set(ends)) > 4
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.5, 0.8)])
+def test_samples_have_the_distribution_that_was_asked_for(ours, temperature, top_p):
+    tokens, draws = WHOLE[0], 4000
+    options = {"stops": (), "max_new_tokens": 1, "temperature": temperature, "top_p": top_p}
+    counts = Counter(one.tokens[0] for one in flat(generate(ours, [Prompt(tokens)], samples=draws, **options)))
+    p = (next_token_logits(ours, tokens)[-1] / temperature).softmax(-1)
+    likely = p.sort(descending=True)
+    inside = likely.indices[: int((likely.values.cumsum(0) < top_p).sum()) + 1] if top_p < 1 else torch.arange(VOCAB)
+    assert counts.keys() <= set(inside.tolist())
+    expected = {int(i): draws * float(p[i] / p[inside].sum()) for i in inside}
+    cells = [(counts[i], e) for i, e in expected.items() if e >= 5]
+    cells.append((draws - sum(n for n, _ in cells), max(draws - sum(e for _, e in cells), 1e-9)))
+    chi2 = sum((n - e) ** 2 / e for n, e in cells if e > 1e-6)
+    freedom = len(cells) - 1
+    assert freedom >= 5
+    assert abs(chi2 - freedom) < 4 * math.sqrt(2 * freedom)  # mean and spread of chi-square
+
+
+def test_gpt_oss_holds_24576_bytes_a_token_beyond_its_windows(monkeypatch):
+    """Its 20b: 24 layers, 8 kv heads of 64, bf16, every other layer a window of 128 (issue's figure: 49,152 in all)."""
+    spans = [Span(window=128), FULL] * 12
+
+    def held(prompt: int, steps: int) -> tuple[int, int]:
+        segments = [Segment(0, 2, 0, 0, prompt), Segment(0, 1, prompt, prompt, 5), Segment(1, 2, prompt + 5, prompt, 9)]
+        cache = Cache(Layout(0, ((prompt, (5, 9)),)), segments, torch.tensor([prompt + 5, prompt + 9]))
+        heads = [torch.zeros(prompt + 14, 8, 64, dtype=torch.bfloat16) for _ in range(3)]
+        for layer, span in enumerate(spans):
+            cache.prefill(layer, *heads, span, None)
+        kept = sum(kv.nbytes for of_layer in cache.shared for kv in of_layer)
+        for _ in range(steps):
+            for layer, span in enumerate(spans):
+                cache.attend(layer, *(x[:2] for x in heads), span, None)
+            cache.advance()
+        return kept, sum(own.nbytes for own in cache.own)
+
+    monkeypatch.setattr(module, "tree_attention", lambda q, *rest: q)
+    token = 2 * 8 * 64 * 2 * 12  # of the 12 full layers, and of the 12 others
+    assert token == 24576
+    assert held(300, 0)[0] == token * 314 + token * (122 + 5 + 9)  # 127 before the next token, of the shorter branch
+    assert held(400, 0)[0] - held(300, 0)[0] == 100 * token
+    assert held(300, 200)[1] == 2 * token * (256 + 128)  # two sequences: a doubled buffer, and a ring of the window
