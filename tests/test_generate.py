@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from models import generate as module
-from models.attention import FULL, Layout, Span
+from models import kv_cache
+from models.attention import FULL, Span
 from models.decoder import Decoder, next_token_logits
 from models.families import read_model_config
-from models.generate import Cache, Prompt, Segment, generate
+from models.generate import Prompt, generate
 
 transformers = pytest.importorskip("transformers")
 
@@ -176,9 +177,11 @@ def test_gpt_oss_holds_24576_bytes_a_token_beyond_its_windows(monkeypatch):
     spans = [Span(window=128), FULL] * 12
 
     def held(prompt: int, steps: int) -> tuple[int, int]:
-        segments = [Segment(0, 2, 0, 0, prompt), Segment(0, 1, prompt, prompt, 5), Segment(1, 2, prompt + 5, prompt, 9)]
-        cache = Cache(Layout(0, ((prompt, (5, 9)),)), segments, torch.tensor([prompt + 5, prompt + 9]))
-        heads = [torch.zeros(prompt + 14, 8, 64, dtype=torch.bfloat16) for _ in range(3)]
+        tokens_T, layout, levels, _ = module._lay_out(
+            [Prompt((1,) * prompt, ((2,) * 5, (3,) * 5))], 1, torch.device("cpu")
+        )
+        cache = kv_cache.Cache(layout, levels, torch.tensor([prompt + 5] * 2))
+        heads = [torch.zeros(len(tokens_T), 8, 64, dtype=torch.bfloat16) for _ in range(3)]
         for layer, span in enumerate(spans):
             cache.prefill(layer, *heads, span, None)
         kept = sum(kv.nbytes for of_layer in cache.shared for kv in of_layer)
@@ -188,9 +191,11 @@ def test_gpt_oss_holds_24576_bytes_a_token_beyond_its_windows(monkeypatch):
             cache.advance()
         return kept, sum(own.nbytes for own in cache.own)
 
-    monkeypatch.setattr(module, "tree_attention", lambda q, *rest: q)
+    monkeypatch.setattr(kv_cache, "tree_attention", lambda q, *rest: q)
     token = 2 * 8 * 64 * 2 * 12  # of the 12 full layers, and of the 12 others
     assert token == 24576
-    assert held(300, 0)[0] == token * 314 + token * (122 + 5 + 9)  # 127 before the next token, of the shorter branch
+    assert held(300, 0)[0] == token * 310 + token * (122 + 2 * 5)  # a window of 128 sees 127 before the next token
     assert held(400, 0)[0] - held(300, 0)[0] == 100 * token
-    assert held(300, 200)[1] == 2 * token * (256 + 128)  # two sequences: a doubled buffer, and a ring of the window
+    assert held(300, 200)[1] == 2 * token * (
+        256 + 128
+    )  # of two sequences: 16 doubled four times, and a ring of the window
