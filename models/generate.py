@@ -71,7 +71,7 @@ def _lay_out(
             last_rows += [len(tokens) - 1 if branch else end] * samples
     trees = tuple((len(prompt.shared) - prefix, tuple(map(len, prompt.branches))) for prompt in prompts)
     levels = [
-        Level(*torch.tensor(of_level, device=device).unbind(1), of_S=torch.tensor(of_S, device=device))
+        Level(torch.tensor(of_level, device=device).T, torch.tensor(of_S, device=device))
         for of_level, of_S in zip(stretches, of, strict=True)
         if any(end > begin for _, begin, end in of_level)
     ]
@@ -124,9 +124,9 @@ def generate(
         if step + 1 == max_new_tokens or not any(going):
             break
         if not all(going):
-            keep_S = torch.tensor(going, device=device)
-            cache.keep(keep_S)
-            token_S, live = token_S[keep_S], list(compress(live, going))
+            stay = torch.tensor(list(compress(range(len(live)), going)), device=device)
+            cache.keep(stay)
+            token_S, live = token_S[stay], list(compress(live, going))
         hidden_SD = model.hidden(token_S, cache.position_S, cache.attend)
         cache.advance()
     each = (Generation(ids, logps, ids[-1] if ids[-1] in stops else None) for ids, logps in written)

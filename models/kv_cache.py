@@ -24,9 +24,7 @@ CAPACITY = 16  # tokens that a sequence's own keys have room for at first; then 
 class Level(NamedTuple):
     """Stretches of the prompts side by side; every sequence continues one of them, which may be empty."""
 
-    row_P: Tensor  # of the prefill, where each begins
-    begin_P: Tensor  # positions
-    end_P: Tensor
+    stretches_3P: Tensor  # of each, its first row of the prefill, its first position, and the position behind it
     of_S: Tensor  # which is a sequence's, ascending
 
 
@@ -48,9 +46,7 @@ class Groups(NamedTuple):
     def apart(self, x: Tensor) -> Tensor:
         """[S, G, R, Z] of a [P * G, width * R, Z]."""
         R, Z = x.shape[1] // self.width, x.shape[2]  # noqa: N806
-        x_SGRZ = (
-            x.view(self.stretches, -1, self.width, R, Z).transpose(1, 2).reshape(self.stretches * self.width, -1, R, Z)
-        )
+        x_SGRZ = x.view(self.stretches, -1, self.width, R, Z).transpose(1, 2).flatten(0, 1)
         return x_SGRZ if len(x_SGRZ) == len(self.place_S) else x_SGRZ[self.place_S]
 
 
@@ -86,11 +82,11 @@ class Cache:
         first_S = reaches(self.position_S[:, None], every, span).int().argmax(1)
         self.shared.append([])
         for level in self.levels:
-            first_P = torch.full_like(level.begin_P, FAR).scatter_reduce(0, level.of_S, first_S, "amin")
-            seen = (level.end_P - first_P.maximum(level.begin_P)).clamp(min=0).tolist()
+            row_P, begin_P, end_P = level.stretches_3P
+            first_P = torch.full_like(row_P, FAR).scatter_reduce(0, level.of_S, first_S, "amin")
+            seen = (end_P - first_P.maximum(begin_P)).clamp(min=0).tolist()
             kept = kv.new_zeros(2, len(seen), kv.shape[1], max(seen), kv.shape[3])
-            ends = (level.row_P + level.end_P - level.begin_P).tolist()
-            for place, (end, tokens) in enumerate(zip(ends, seen, strict=True)):
+            for place, (end, tokens) in enumerate(zip((row_P + end_P - begin_P).tolist(), seen, strict=True)):
                 kept[:, place, :, max(seen) - tokens :] = kv[:, :, end - tokens : end]
             self.shared[layer].append(kept)
         shape = (2, len(self.position_S), kv.shape[1], min(CAPACITY, _limit(span)), kv.shape[3])
@@ -131,19 +127,17 @@ class Cache:
         self.step, self.position_S = self.step + 1, self.position_S + 1
         self.masks.clear()
 
-    def keep(self, keep_S: Tensor) -> None:
-        """Only these sequences go on; what none of them continues is let go."""
-        self.position_S = self.position_S[keep_S]
-        used = []
-        for place, level in enumerate(self.levels):
-            used_P, of_S = level.of_S[keep_S].unique(return_inverse=True)
-            used.append(used_P)
-            self.levels[place] = Level(level.row_P[used_P], level.begin_P[used_P], level.end_P[used_P], of_S)
-        for layer, shared in enumerate(self.shared):
-            self.own[layer] = self.own[layer][:, keep_S]
-            self.shared[layer] = [
-                kv if len(used_P) == kv.shape[1] else kv[:, used_P] for kv, used_P in zip(shared, used, strict=True)
-            ]
+    def keep(self, stay_X: Tensor) -> None:
+        """Only these of the sequences go on; what none of them continues is let go."""
+        self.position_S = self.position_S[stay_X]
+        for place, (stretches_3P, of_S) in enumerate(self.levels):
+            used_P, of_X = of_S[stay_X].unique(return_inverse=True)
+            self.levels[place] = Level(stretches_3P[:, used_P], of_X)
+            if len(used_P) < stretches_3P.shape[1]:
+                for shared in self.shared:
+                    shared[place] = shared[place][:, used_P]
+        for layer, own in enumerate(self.own):
+            self.own[layer] = own[:, stay_X]
         self.key_SW.clear()
         self._group()
 
@@ -152,8 +146,9 @@ class Cache:
         if span not in self.key_SW:
             keys = [query_S1[:, :0]]
             for level, kv in zip(self.levels, self.shared[layer], strict=True):
-                key_PL = level.end_P[:, None] - torch.arange(kv.shape[3], 0, -1, device=query_S1.device)
-                keys.append(key_PL.masked_fill(key_PL < level.begin_P[:, None], FAR)[level.of_S])
+                _, begin_P1, end_P1 = level.stretches_3P[:, :, None]
+                key_PL = end_P1 - torch.arange(kv.shape[3], 0, -1, device=query_S1.device)
+                keys.append(key_PL.masked_fill(key_PL < begin_P1, FAR)[level.of_S])
             self.key_SW[span] = torch.cat(keys, 1)
         limit = _limit(span)
         age = (self.step - torch.arange(min(self.step + 1, limit), device=query_S1.device)) % limit
