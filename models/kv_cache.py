@@ -37,6 +37,8 @@ class Groups(NamedTuple):
 
     def together(self, x_SGRZ: Tensor) -> Tensor:
         """[P * G, width * R, Z]."""
+        if self.width == 1:
+            return x_SGRZ.flatten(0, 1)
         S, G, R, Z = x_SGRZ.shape  # noqa: N806
         if self.stretches * self.width != S:
             x_SGRZ = x_SGRZ.new_zeros(self.stretches * self.width, G, R, Z).index_copy_(0, self.place_S, x_SGRZ)
@@ -45,6 +47,8 @@ class Groups(NamedTuple):
 
     def apart(self, x: Tensor) -> Tensor:
         """[S, G, R, Z] of a [P * G, width * R, Z]."""
+        if self.width == 1:
+            return x.view(self.stretches, -1, *x.shape[1:])
         R, Z = x.shape[1] // self.width, x.shape[2]  # noqa: N806
         x_SGRZ = x.view(self.stretches, -1, self.width, R, Z).transpose(1, 2).flatten(0, 1)
         return x_SGRZ if len(x_SGRZ) == len(self.place_S) else x_SGRZ[self.place_S]
@@ -103,13 +107,13 @@ class Cache:
         own = self.own[layer]
         own[0, :, :, slot], own[1, :, :, slot] = k_SGH, v_SGH
         parts = [kv.flatten(1, 2).unbind() for kv in (*self.shared[layer], own[:, :, :, :used])]
-        q = q_SNH.view(len(q_SNH), k_SGH.shape[1], -1, q_SNH.shape[2]) * q_SNH.shape[2] ** -0.5
+        q = q_SNH.unflatten(1, (k_SGH.shape[1], -1)) * q_SNH.shape[2] ** -0.5
         scores = [
             group.apart(torch.bmm(group.together(q), k.transpose(1, 2)))
             for group, (k, _) in zip(self.groups, parts, strict=True)
         ]
         if sinks_N is not None:
-            scores.append(sinks_N.to(q.dtype).view(1, *q.shape[1:3], 1).expand(len(q), -1, -1, -1))
+            scores.append(sinks_N.to(q.dtype).view(1, *q.shape[1:3], 1).expand(q.shape[0], -1, -1, -1))
         if span not in self.masks:
             self.masks[span] = self._mask(span, layer, q.dtype)
         scores_SGRW = torch.cat(scores, -1)
