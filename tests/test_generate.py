@@ -138,6 +138,8 @@ def test_a_sample_is_the_same_alone_and_beside_others_and_another_with_every_num
     first = flat(generate(ours, PROMPTS, samples=1, **options))
     assert [one.tokens for one in first] == [many[0].tokens for many in alone]
     assert flat(generate(ours, PROMPTS, **options | {"seed": 12}))[0].tokens != first[0].tokens
+    even = flat(generate(ours, PROMPTS, **options | {"temperature": 1e9, "top_p": 1.0}))  # the numbers drawn, no more
+    assert len({tuple(one.tokens) for one in even}) == len(WHOLE)
 
 
 def test_a_sequence_ends_at_its_first_stop_token_and_the_others_go_on_as_they_would(ours):
@@ -170,6 +172,14 @@ def test_samples_have_the_distribution_that_was_asked_for(ours, temperature, top
     freedom = len(cells) - 1
     assert freedom >= 5
     assert abs(chi2 - freedom) < 4 * math.sqrt(2 * freedom)  # mean and spread of chi-square
+
+
+def test_top_p_leaves_the_fewest_tokens_of_that_mass_in_their_proportions():
+    logits = torch.tensor([[0.125, 0.5, 0.0, 0.375]], dtype=torch.float64).log().expand(700, -1)
+    uniform = (torch.arange(700) + 0.5).double() / 700
+    for top_p, expected in ((0.4, [0, 700, 0, 0]), (0.6, [0, 400, 0, 300]), (1.0, [87, 350, 0, 263])):
+        counts = module._choose(logits, uniform, top_p).bincount(minlength=4).tolist()
+        assert counts == pytest.approx(expected, abs=1)
 
 
 def test_gpt_oss_holds_24576_bytes_a_token_beyond_its_windows(monkeypatch):
