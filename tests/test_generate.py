@@ -1,58 +1,26 @@
 """models/generate.py: greedy tokens as transformers', logits as without a cache, draws as the distribution says.
 
-The tiny models have random biases, sinks and norms, a window and a chunk of 8, a floor of 4: all are passed.
+All pass the tiny models' windows, chunks and temperature steps.
 """
 
-import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from test_families import VARIANTS, both
 
 from models import generate as module
 from models import kv_cache
 from models.attention import FULL, Span
 from models.decoder import Decoder, next_token_logits
-from models.families import read_model_config
+from models.files import write_json
 from models.generate import Prompt, generate
+from models.tiny import FAMILIES, SHARED
 
-transformers = pytest.importorskip("transformers")
+EDGES = ("llama: as many kv heads as heads", "llama: 9 heads on 3", "gpt_oss: window of 1", "llama4: chunks of 5")
+MODELS = {family: (family, {}) for family in FAMILIES} | {name: VARIANTS[name] for name in EDGES}
 
-VOCAB = 96
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-WIDE = COMMON | {"head_dim": 16}
-YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-YARN |= {"original_max_position_embeddings": 64, "rope_theta": 150000.0}
-STRETCHED = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0}
-STRETCHED |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
-LLAMA4 = WIDE | {"intermediate_size_mlp": 64, "num_local_experts": 4, "attention_chunk_size": 8, "floor_scale": 4}
-MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True}
-FAMILIES = {
-    "llama": ("LlamaConfig", COMMON),
-    "llama, a kv head for each": ("LlamaConfig", COMMON | {"num_key_value_heads": 4}),
-    "qwen2.5": ("Qwen2Config", COMMON),
-    "qwen3": ("Qwen3Config", WIDE),
-    "qwen3-moe": ("Qwen3MoeConfig", WIDE | MOE | {"decoder_sparse_step": 2}),
-    "gpt-oss": (
-        "GptOssConfig",
-        WIDE | {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8, "rope_parameters": YARN},
-    ),
-    "scout": (
-        "Llama4TextConfig",
-        LLAMA4 | {"interleave_moe_layer_step": 1, "use_qk_norm": True, "rope_parameters": STRETCHED},
-    ),
-    "maverick": ("Llama4TextConfig", LLAMA4 | {"interleave_moe_layer_step": 2, "use_qk_norm": False}),
-}
 # Two prompts that begin alike, one of them with three branches of which one is empty, longer than window and chunk.
 PROMPTS = [
     Prompt((5, 9, 2, 61, 33, 8, 17, 70, 41), ((3, 12, 90, 44, 7, 1, 26, 58, 39, 71, 4), (), (95, 6))),
@@ -61,41 +29,20 @@ PROMPTS = [
 WHOLE = [(*prompt.shared, *branch) for prompt in PROMPTS for branch in prompt.branches]
 
 
-def twins(family: str, folder: Path) -> tuple[torch.nn.Module, Decoder]:
-    """transformers' tiny random model of a family, and ours with its weights, both in fp32."""
-    name, fields = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, name)(**fields)
-    config._attn_implementation = "eager"
-    theirs = (
-        transformers.Llama4ForCausalLM(config)
-        if "Llama4" in name
-        else transformers.AutoModelForCausalLM.from_config(config)
-    ).eval()
-    with torch.no_grad():
-        for key, weight in theirs.named_parameters():
-            weight.copy_(torch.randn_like(weight) * 0.3 + ("norm" in key))
-    folder.mkdir()
-    saved = config.to_dict() | {"architectures": [type(theirs).__name__]}
-    (folder / "config.json").write_text(json.dumps(saved))
-    ours = Decoder(read_model_config(folder), weight_dtype=torch.float32, compute_dtype=torch.float32)
-    weights = dict(theirs.named_parameters())
-    with torch.no_grad():
-        for key, weight in ours.named_parameters():
-            turned = weight.dim() == 3 and family in ("gpt-oss", "scout", "maverick")  # they keep [E, in, out]
-            weight.copy_(weights[key].transpose(1, 2) if turned else weights[key])
-    return theirs, ours.requires_grad_(False).eval()
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def pair(request, tmp_path_factory):
-    return twins(request.param, tmp_path_factory.mktemp("twins") / "model")
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory) -> tuple[torch.nn.Module, Decoder]:
+    """transformers' tiny random model of a family and ours of the same weights, in fp32."""
+    folder, (family, changes) = tmp_path_factory.mktemp("twins"), MODELS[request.param]
+    write_json(folder / "config.json", {**SHARED, **FAMILIES[family], **changes})
+    return both(folder, torch.float32, seed=0)
 
 
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory) -> Decoder:
     """gpt-oss in fp64: sinks, a window, experts."""
-    return in_fp64(twins("gpt-oss", tmp_path_factory.mktemp("gpt-oss") / "model")[1])
+    folder = tmp_path_factory.mktemp("gpt-oss")
+    write_json(folder / "config.json", {**SHARED, **FAMILIES["gpt_oss"]})
+    return both(folder, torch.float64, seed=0)[1]
 
 
 def in_fp64(model: Decoder) -> Decoder:
@@ -111,9 +58,10 @@ def flat(generations: list) -> list:
 def test_greedy_tokens_of_every_family_are_transformers_own(pair):
     theirs, model = pair
     ours = flat(generate(model, PROMPTS, stops=(), max_new_tokens=40))
+    cached = model.config.layers[0].span.window != 1  # their cache then keeps every key (a slice from -0 on)
     for tokens, one in zip(WHOLE, ours, strict=True):
         options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        expected = theirs.generate(torch.tensor([tokens]), **options)[0, len(tokens) :].tolist()
+        expected = theirs.generate(torch.tensor([tokens]), use_cache=cached, **options)[0, len(tokens) :].tolist()
         assert one.tokens == expected
 
 
@@ -161,9 +109,9 @@ def test_samples_have_the_distribution_that_was_asked_for(ours, temperature, top
     tokens, draws = WHOLE[0], 4000
     options = {"stops": (), "max_new_tokens": 1, "temperature": temperature, "top_p": top_p}
     counts = Counter(one.tokens[0] for one in flat(generate(ours, [Prompt(tokens)], samples=draws, **options)))
-    p = (next_token_logits(ours, tokens)[-1] / temperature).softmax(-1)
+    p = (next_token_logits(ours, tokens)[-1] / temperature).softmax(-1).detach()
     likely = p.sort(descending=True)
-    inside = likely.indices[: int((likely.values.cumsum(0) < top_p).sum()) + 1] if top_p < 1 else torch.arange(VOCAB)
+    inside = likely.indices[: int((likely.values.cumsum(0) < top_p).sum()) + 1] if top_p < 1 else torch.arange(len(p))
     assert counts.keys() <= set(inside.tolist())
     expected = {int(i): draws * float(p[i] / p[inside].sum()) for i in inside}
     cells = [(counts[i], e) for i, e in expected.items() if e >= 5]
