@@ -68,10 +68,10 @@ def tree_attention(
 def _mask(before: int, tokens: int, span: Span, device: torch.device) -> Tensor:
     """[L, P + L], True where `tokens` after `before` others see. SDPA's `is_causal` is top-left aligned: wrong here."""
     query, key = torch.arange(before, before + tokens, device=device)[:, None], torch.arange(before + tokens).to(device)
-    return _reaches(query, key, span)
+    return reaches(query, key, span)
 
 
-def _reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
+def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
     """Whether a token at position `query` may see one at position `key` of its own sequence (they broadcast)."""
     sees = key <= query
     if span.window is not None:
@@ -169,7 +169,7 @@ def block_mask(layout: Layout, tokens: int, span: Span, device: torch.device) ->
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (tree_T[q] == tree_T[k]) & ((branch_T[k] == -1) | (branch_T[q] == branch_T[k]))
         shown = (tree_T[q] != PADDING) & ((tree_T[k] == PREFIX) | own)
-        return shown & _reaches(position_T[q], position_T[k], span)
+        return shown & reaches(position_T[q], position_T[k], span)
 
     blocks = -(-tokens // BLOCK)
     every_K = torch.arange(blocks * BLOCK, device=device)
