@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.formats import Answer, Message, convert, known, message_of, messages_of, need, plain, recognise, text_of
-from dpo.lines import Lines, mapped
+from dpo.lines import Lines
 from dpo.shards import Record, read_records
 from models.errors import UserError, show
 from models.files import atomic_write_text
@@ -147,17 +147,18 @@ def keep_rows(rows: Iterable[Row], folder: Path | None = None) -> Rows:
     ends = array("q", [0])
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        for row in rows:
-            ends.append(ends[-1] + file.write(json.dumps(list(vars(row).values())).encode()))
-        file.flush()
-        return Lines(mapped(file), np.stack([ends[:-1], ends[1:]], 1), _kept)
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the rows are)
+    for row in rows:
+        ends.append(ends[-1] + file.write(json.dumps(list(vars(row).values())).encode()))
+    file.flush()
+    return Lines(file, np.stack([ends[:-1], ends[1:]], 1), _kept)
 
 
 def _kept(line: bytes) -> Row:
-    identity, subset, prompt, chosen, rejected, group, split, where, values = json.loads(line)
+    identity, subset, prompt, chosen, rejected, group, split, where, values, thinking = json.loads(line)
     texts = tuple(prompt), tuple(chosen), tuple(rejected)
-    return Row(identity, subset, *texts, group, split, where, tuple(PairValues(*one) for one in values))
+    said = tuple(PairValues(*one) for one in values), tuple(map(tuple, thinking))
+    return Row(identity, subset, *texts, group, split, where, *said)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -48,12 +48,10 @@ def split_rows(rows: Rows, *, split: str, validation_fraction: float, test_fract
     (test_fraction is not read), the rest unused; training is cut into one row per pair, "id#j": the first chosen answer
     against the rejected one j, however many are right (Ties); validation_fraction of these *pairs* validate.
     """
-    ids = [row.id for row in rows]
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    assert all(ids[a] != ids[b] for a, b in pairwise(order)), "rows to split have ids in common"
+    rows, subsets = _by_id(rows)
     train_fraction = 1 - validation_fraction - test_fraction
     fraction = {"train": train_fraction, "validation": validation_fraction, "test": test_fraction}
-    parts, unused_rows = SPLITTERS[split](rows.take(order), fraction, seed)
+    parts, unused_rows = SPLITTERS[split](rows, fraction, seed)
     leaks = find_leaks(parts)
     if split == "group" and leaks:
         raise UserError(_leak_message(leaks))
@@ -75,13 +73,23 @@ def split_rows(rows: Rows, *, split: str, validation_fraction: float, test_fract
         "rows": {name: len(part) for name, part in parts.items()},
         "pairs": pairs,
         "groups": {name: len(found) for name, found in groups.items()},
-        "subsets": {
-            subset: {name: rows_of[subset, name] for name in SPLITS} for subset in sorted({row.subset for row in rows})
-        },
+        "subsets": {subset: {name: rows_of[subset, name] for name in SPLITS} for subset in sorted(subsets)},
         "unused_rows": unused_rows,
         "leaks": {kind: sum(mark[0] == kind for mark in leaks) for kind in KINDS},
     }
     return Splits(parts["train"], parts["validation"], parts["test"], report)
+
+
+def _by_id(rows: Rows) -> tuple[Rows, set[str]]:
+    """The rows in the order of their ids, and the names of their subsets."""
+    ids: list[str] = []
+    subsets: set[str] = set()
+    for row in rows:
+        ids.append(row.id)
+        subsets.add(row.subset)
+    order = sorted(range(len(ids)), key=ids.__getitem__)
+    assert all(ids[a] != ids[b] for a, b in pairwise(order)), "rows to split have ids in common"
+    return rows.take(order), subsets
 
 
 def _split_by_group(rows: Rows, fraction: dict[str, float], seed: int) -> tuple[Parts, int]:

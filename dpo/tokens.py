@@ -1,4 +1,4 @@
-"""Trees on disk, memory-mapped and found again: rows are tokenised once, by all cores, and never all in memory.
+"""Trees on disk, found again by content: rows are tokenised once, by all cores, and never all in memory.
 
     CACHE/tokens/<address>/trees.jsonl          a line a tree
                            table.safetensors    a row of TABLE a tree, and a checksum of both files
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 import dpo.judge.prompts
 import dpo.trees
 import models.tokenizer
-from dpo.lines import Lines, mapped
+from dpo.lines import Lines
 from dpo.log import progress
 from dpo.rows import Row
 from dpo.trees import Completion, Pair, Tree, TreeSettings, build_trees
@@ -105,15 +105,14 @@ def _alone(lock: Path) -> Iterator[None]:
 def _open(folder: Path) -> Trees | None:
     """The folder's trees, or None where it is not there, torn or altered."""
     try:
-        with (folder / "trees.jsonl").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-            data = mapped(file)
+        file = (folder / "trees.jsonl").open("rb")
+        digest = hashlib.file_digest(file, "sha256")
         with safetensors.safe_open(folder / "table.safetensors", "numpy") as part:
             table = part.get_tensor("table")
             sound = (part.metadata() or {}).get("sha256") == _checksum(digest.digest(), table)
     except (OSError, safetensors.SafetensorError):
         return None
-    return Trees(data, table[:, :2], _decode, table, digest.hexdigest()) if sound else None
+    return Trees(file, table[:, :2], _decode, table, digest.hexdigest()) if sound else None
 
 
 def _write(folder: Path, rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> None:
