@@ -127,7 +127,7 @@ def test_a_flipped_byte_in_a_parquet_file_with_page_checksums_is_never_read_as_a
         result = outcome(path, "ours")
         assert result == whole or "cannot be read" in str(result)  # the same: a column's statistics, which no row needs
         refused += isinstance(result, str)
-    assert refused >= 9
+    assert refused >= 3
 
 
 @pytest.mark.parametrize("codec", [".gz", ".zst"])
