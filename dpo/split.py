@@ -11,7 +11,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,10 @@ def split_rows(rows: Rows, *, split: str, validation_fraction: float, test_fract
     (test_fraction is not read), the rest unused; training is cut into one row per pair, "id#j": the first chosen answer
     against the rejected one j, however many are right (Ties); validation_fraction of these *pairs* validate.
     """
-    rows, subsets = _by_id(rows)
+    ids = [row.id for row in rows]
+    assert len(set(ids)) == len(ids), "rows to split have ids in common"
+    rows = rows.take(sorted(range(len(ids)), key=ids.__getitem__))
+    del ids  # of many rows, the most that is held of them here
     train_fraction = 1 - validation_fraction - test_fraction
     fraction = {"train": train_fraction, "validation": validation_fraction, "test": test_fraction}
     parts, unused_rows = SPLITTERS[split](rows, fraction, seed)
@@ -73,60 +76,42 @@ def split_rows(rows: Rows, *, split: str, validation_fraction: float, test_fract
         "rows": {name: len(part) for name, part in parts.items()},
         "pairs": pairs,
         "groups": {name: len(found) for name, found in groups.items()},
-        "subsets": {subset: {name: rows_of[subset, name] for name in SPLITS} for subset in sorted(subsets)},
+        "subsets": {
+            subset: {name: rows_of[subset, name] for name in SPLITS} for subset in sorted({row.subset for row in rows})
+        },
         "unused_rows": unused_rows,
         "leaks": {kind: sum(mark[0] == kind for mark in leaks) for kind in KINDS},
     }
     return Splits(parts["train"], parts["validation"], parts["test"], report)
 
 
-def _by_id(rows: Rows) -> tuple[Rows, set[str]]:
-    """The rows in the order of their ids, and the names of their subsets."""
-    ids: list[str] = []
-    subsets: set[str] = set()
-    for row in rows:
-        ids.append(row.id)
-        subsets.add(row.subset)
-    order = sorted(range(len(ids)), key=ids.__getitem__)
-    assert all(ids[a] != ids[b] for a, b in pairwise(order)), "rows to split have ids in common"
-    return rows.take(order), subsets
-
-
 def _split_by_group(rows: Rows, fraction: dict[str, float], seed: int) -> tuple[Parts, int]:
-    subsets: dict[str, int] = {}  # in the order they are met
-    facts = np.fromiter(
-        (
-            (
-                subsets.setdefault(row.subset, len(subsets)),
-                SPLITS.index(row.split) if row.split else -1,
-                _draw(seed, row.id),
-            )
-            for row in rows
-        ),
-        [("subset", np.int64), ("split", np.int64), ("draw", np.uint64)],
-        len(rows),
+    told = (
+        (_draw(seed, row.subset), _draw(seed, row.id), SPLITS.index(row.split) if row.split else -1) for row in rows
     )
+    facts = np.fromiter(told, [("subset", np.uint64), ("row", np.uint64), ("split", np.int64)], len(rows))
     unit = bound_rows(rows)
-    size = np.bincount(unit, minlength=len(rows))  # of the unit that begins with this row
+    size = np.bincount(unit, minlength=len(rows))  # of the unit whose first row this is
     members, begin = np.argsort(unit, kind="stable"), size.cumsum() - size
 
     def of_unit(first: int) -> NDArray[np.int64]:
         return members[begin[first] : begin[first] + size[first]]
 
-    split = facts["split"]  # -1: to be drawn
-    stratum = np.full(len(rows), -1)  # of a unit to be drawn, at its first row
-    for first in np.flatnonzero(size).tolist():
-        given = split[of_unit(first)]
-        if (given >= 0).any():  # given splits that differ: each row keeps its own, and the guard names the leak
-            split[of_unit(first)] = np.where(given >= 0, given, given[given >= 0][0])
-        else:
-            stratum[first] = Counter(facts["subset"][of_unit(first)].tolist()).most_common(1)[0][0]
-    drawn = np.flatnonzero(stratum >= 0)
-    subset_draw = np.array([_draw(seed, subset) for subset in subsets], np.uint64)
+    def stratum(first: int) -> int:
+        """What to sort units by: the draw of their commonest subset, then of their first row."""
+        return Counter(facts["subset"][of_unit(first)].tolist()).most_common(1)[0][0] << 64 | int(facts["row"][first])
+
+    split = facts["split"]
+    given = np.flatnonzero(split >= 0)[::-1]
+    bound = np.full(len(rows), -1)
+    bound[unit[given]] = split[given]  # to the unit's first row that gives one
+    split = np.where(
+        split < 0, bound[unit], split
+    )  # some that differ: each row keeps its own, the guard names the leak
     # A unit goes where rows are missed most, counted over all strata: each subset is divided by the fractions to within
     # about a unit, and the roundings of many small subsets do not add up.
     seen, count = 0, dict.fromkeys(SPLITS, 0)
-    for first in drawn[np.lexsort((facts["draw"][drawn], subset_draw[stratum[drawn]]))].tolist():
+    for first in sorted(np.flatnonzero((size > 0) & (split < 0)).tolist(), key=stratum):
         seen += int(size[first])
         # Rounded, so that 0.7 - 0.7 is a tie. What is missed adds up to the unit, so a fraction of 0 never leads.
         name = max(SPLITS, key=lambda name: (round(fraction[name] * seen - count[name], 9), fraction[name]))
@@ -195,11 +180,10 @@ def _hashed_marks(rows: Iterable[Row]) -> tuple[NDArray[np.int64], NDArray[np.in
     return found["mark"], found["row"]
 
 
-def bound_rows(rows: Iterable[Row]) -> NDArray[np.int64]:
-    """For each row the place of its unit's first: rows are in one unit when a chain of shared marks leads from one to
-    the other (union-find)."""
+def bound_rows(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """Of each row the place of its unit's first row: a chain of shared marks binds the rows of a unit (union-find)."""
     marks, places = _hashed_marks(rows)
-    parent = array("q", range(int(places.max()) + 1 if len(places) else 0))
+    parent = array("q", range(len(rows)))
 
     def root(place: int) -> int:
         while parent[place] != place:

@@ -14,7 +14,18 @@ from dpo.settings import load_config
 
 CHAT = ({"role": "system", "content": "é 日本 🙂\u2028"}, {"role": "user", "content": 'a "b"\n\\'})
 ROWS = [
-    Row(f"r{n}", "s", CHAT[n % 2 :], ("yes", "ja"), ("no",), f"g{n}", split, f"f:{n}", (PairValues(0.1), PairValues()))
+    Row(
+        f"r{n}",
+        "s",
+        CHAT[n % 2 :],
+        ("yes", "ja"),
+        ("no",),
+        f"g{n}",
+        split,
+        f"f:{n}",
+        (PairValues(0.1), PairValues()),
+        (("ja", "hm"),),
+    )
     for n, split in enumerate(["train", None, "test", None, None])
 ]
 
