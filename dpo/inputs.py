@@ -8,14 +8,16 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dpo.checkable import make_rows
 from dpo.config import Config
 from dpo.losses import check_loss
-from dpo.rows import Row, columns_of, read_rows
+from dpo.rows import Rows, columns_of, keep_rows, read_rows
 from dpo.shards import ENDINGS
 from dpo.split import Splits, split_rows
 from dpo.tokens import Trees, token_trees
@@ -85,12 +87,12 @@ def load_splits(config: Config) -> Splits:
     """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`."""
     dropped: Counter[str] = Counter()
     if config.data.path == "checkable":
-        rows = make_rows(**config.checkable.model_dump(), seed=config.seed)
+        rows = keep_rows(make_rows(**config.checkable.model_dump(), seed=config.seed), cache_folder(config))
     else:
         path = config.data.path
         plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
         place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
-        rows = read_rows(place, config.data.format, dropped)
+        rows = read_rows(place, config.data.format, dropped, cache_folder(config))
     data, seed = config.data, config.seed
     fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
     splits = split_rows(rows, split=data.split, seed=seed, **fractions)
@@ -103,10 +105,10 @@ def load_splits(config: Config) -> Splits:
     return replace(splits, train=train, test=test, report=splits.report | {"dropped": dict(sorted(dropped.items()))})
 
 
-def sample(rows: Sequence[Row], most: int, seed: int) -> tuple[Row, ...]:
+def sample(rows: Rows, most: int, seed: int) -> Rows:
     """At most `most` rows (0: all), in their old order: whole groups drawn with the seed, as long as they fit."""
     if not most or most >= len(rows):
-        return tuple(rows)
+        return rows
     sizes = Counter(row.group for row in rows)
     groups = sorted(sizes)
     random.Random(f"sample {seed}").shuffle(groups)
@@ -116,7 +118,7 @@ def sample(rows: Sequence[Row], most: int, seed: int) -> tuple[Row, ...]:
         if sizes[group] <= room:
             taken.add(group)
             room -= sizes[group]
-    return tuple(row for row in rows if row.group in taken)
+    return rows.take(place for place, row in enumerate(rows) if row.group in taken)
 
 
 def check_place(key: str, path: Path) -> None:
@@ -179,30 +181,28 @@ def judge_settings(config: Config, *, sighted: bool) -> TreeSettings:
 
 @dataclass(frozen=True)
 class _Fitted:
-    rows: tuple[Row, ...]  # those whose trees fit
+    rows: Rows  # those whose trees fit
     trees: Trees  # theirs, under the last of the settings
     counts: dict[str, int]  # of rows, for results.json's `data`
 
 
-def _fit(
-    split: str, rows: tuple[Row, ...], builds: Sequence[TreeSettings], tokenizer: Tokenizer, cache: Path
-) -> _Fitted:
+def _fit(split: str, rows: Rows, builds: Sequence[TreeSettings], tokenizer: Tokenizer, cache: Path) -> _Fitted:
     """The rows of a split whose trees fit under all settings. UserError where there were rows and none is left."""
     fitting = rows
-    noted: dict[str, set[str]] = {"cut": set(), "merges": set()}
+    noted = np.zeros((2, len(rows)), bool)  # of those that fit: cut, merges
     for settings in builds:
         trees = token_trees(fitting, tokenizer, settings, cache)
-        fitting = tuple(fitting[i] for i in trees.column("row"))
-        for name, ids in noted.items():
-            ids.update(row.id for row, is_so in zip(fitting, trees.column(name), strict=True) if is_so)
+        places = trees.column("row")
+        fitting = fitting.take(places)
+        noted = noted[:, places] | np.array([trees.column("cut"), trees.column("merges")], bool)
     if rows and not fitting:
         raise UserError(
             f"data.too_long={builds[-1].too_long}: all {len(rows)} {split} rows are longer than {builds[-1].limit} "
             "tokens; raise data.max_tokens or pack.tokens"
         )
-    left = {row.id for row in fitting}
-    counts = {"too_long": len(rows) - len(fitting), "truncated": len(noted["cut"] & left)}
-    return _Fitted(fitting, trees, {**counts, "boundary_differs": len(noted["merges"] & left)})
+    cut, merges = noted.sum(1).tolist()
+    counts = {"too_long": len(rows) - len(fitting), "truncated": cut, "boundary_differs": merges}
+    return _Fitted(fitting, trees, counts)
 
 
 def read_inputs(config: Config, device: str) -> Inputs:
@@ -219,7 +219,7 @@ def read_inputs(config: Config, device: str) -> Inputs:
             "lower the one or raise the other"
         )
     splits = load_splits(config)
-    check_loss(config.loss, columns_of(splits.train + splits.validation))
+    check_loss(config.loss, columns_of(chain(splits.train, splits.validation)))
     model_folder = resolve_model_path(config.model.path, cache)
     tokenizer = load_tokenizer(model_folder, read_variables(config.model.template_variables))
     check_vocabulary(model_folder, tokenizer)

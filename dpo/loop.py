@@ -7,13 +7,12 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dpo.adamw import AdamW
 from dpo.alarms import DIFFERENCE, Watch, told
@@ -29,6 +28,7 @@ from dpo.config import Config
 from dpo.distributed import Ranks, clip_gradients, gather, without_gradient
 from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
+from dpo.pairs import TreeSums
 from dpo.routes import Routes
 from dpo.runs import sole_process, write_json
 from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps, set_dropout
@@ -59,7 +59,7 @@ class TrainState:
 def train(
     policy: Decoder,
     inputs: Inputs,
-    references: Sequence[Tensor],
+    references: TreeSums,
     evaluate: Callable[[], dict[str, float]],
     config: Config,
     ranks: Ranks,

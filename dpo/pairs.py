@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo.config import LossConfig
@@ -62,6 +63,18 @@ def reference_sums(logps: TreeLogps, tailed: Sequence[Pair] = ()) -> Tensor:
 def tree_sums(logps: TreeLogps, tree: Tree, config: LossConfig) -> Tensor:
     """A tree's sums, with the tails of its pairs where the loss looks at them."""
     return reference_sums(logps, tree.pairs if config.ld_alpha != 1 else ())
+
+
+@dataclass(frozen=True)
+class TreeSums:
+    """The sums of many trees, one after another in one vector."""
+
+    values: Tensor  # fp64
+    ends: NDArray[np.int64]  # of each tree's
+
+    def __getitem__(self, tree: int) -> Tensor:
+        """A view of a tree's sums."""
+        return self.values[self.ends[tree - 1] if tree else 0 : self.ends[tree]]
 
 
 def batch_references(references: Sequence[Tensor], batch: Batch) -> Tensor:

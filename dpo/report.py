@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from dpo.alarms import ALARMS
 from dpo.config import Config
+from dpo.judge.controls import SURFACE_ROWS
 from dpo.judge.statistics import PairedTest
 from dpo.plots import PLOTS, draw
 from dpo.results import Alarm, Environment, Judgement, Results, read_metrics, widest_interval
@@ -175,7 +176,8 @@ def _controls(judge: Judgement) -> list[Block]:
     text = (
         f"The trained judge is {judge['conclusion']}. Its lead, in points, and the tests are of the order-averaged "
         f"accuracy on the same pairs. Corrected: {judge['correction']}. A control counts as beaten below "
-        f"{judge['alpha']:g}."
+        f"{judge['alpha']:g}. The surface classifier is fitted on the training rows; where they are more than "
+        f"{SURFACE_ROWS:,}, on so many drawn with the seed."
     )
     return [Table(rows), Text("paragraph", text)]
 

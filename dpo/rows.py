@@ -1,19 +1,25 @@
 """Preference rows: what a row is, and reading, checking and writing files of them.
 
 No tensors here. A row is one request with its right (chosen) and wrong (rejected) answers; its pairs are all (chosen i,
-rejected j). Rows come from files (`read_rows`) or from the generator (dpo/checkable). Read next: dpo/split.py.
+rejected j). Rows come from files (`read_rows`) or from the generator (dpo/checkable), and are kept on disk: memory does
+not grow with their texts. Read next: dpo/split.py.
 """
 
 import hashlib
 import json
 import re
+import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dpo.formats import Answer, Message, convert, known, message_of, messages_of, need, plain, recognise, text_of
+from dpo.lines import Lines
 from dpo.shards import Record, read_records
 from models.errors import UserError, show
 from models.files import atomic_write_text
@@ -57,6 +63,9 @@ class Row:
     thinking: tuple[tuple[str, str], ...] = ()
 
 
+Rows = Lines[Row]
+
+
 def normalise(text: str) -> str:
     """Lower case, runs of anything but (Unicode) letters and digits to one space: the "same text" of a leak."""
     return " ".join(re.findall(r"[^\W_]+", text.lower()))
@@ -95,7 +104,7 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
     `format`: a name in dpo/formats.py, or "auto": the one of each file's first row. What its format marks as no
     preference is left out and counted in `dropped` by reason. A UserError names file and line of the first bad row.
     """
-    ids: dict[str, str] = {}
+    ids: set[str] = set()
     try:
         for records in read_records(path):
             first: tuple[str, str] | None = None
@@ -108,8 +117,9 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
                     continue
                 row = _row(ours, where)
                 if row.id in ids:
-                    raise UserError(f"{where}: id {show(row.id)} is also the id at {ids[row.id]}; ids must be unique")
-                ids[row.id] = where
+                    first_place = next(one.where for one in iterate_rows(path, format, Counter()) if one.id == row.id)
+                    raise UserError(f"{where}: id {show(row.id)} is also the id at {first_place}; ids must be unique")
+                ids.add(row.id)
                 yield row
     except FileNotFoundError as error:
         raise UserError(f"data.path={path}: there is no such file") from error
@@ -120,14 +130,35 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
         raise UserError(f"data.path={path}: there are no rows{left}")
 
 
-def read_rows(path: Path, format: str = "auto", dropped: Counter[str] | None = None) -> list[Row]:
-    """All rows of `iterate_rows`.
+def read_rows(
+    path: Path, format: str = "auto", dropped: Counter[str] | None = None, folder: Path | None = None
+) -> Rows:
+    """All rows of `iterate_rows`, kept in `folder` (keep_rows).
 
     Of ours, `chosen` and `rejected` may be one answer or a list, an answer a text or a message with its thinking,
     `prompt` a text or a list of messages, `group` (default: the normalised prompt), `split`, `weight`, `margin` and
     `soft_label` absent or null; the last three are a number for all pairs or a list of one each, chosen-major.
     """
-    return list(iterate_rows(path, format, Counter() if dropped is None else dropped))
+    return keep_rows(iterate_rows(path, format, Counter() if dropped is None else dropped), folder)
+
+
+def keep_rows(rows: Iterable[Row], folder: Path | None = None) -> Rows:
+    """The rows in a file without a name in `folder` (default: the system's place): it ends with the process."""
+    ends = array("q", [0])
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as the rows are)
+    for row in rows:
+        ends.append(ends[-1] + file.write(json.dumps(list(vars(row).values())).encode()))
+    file.flush()
+    return Lines(file, np.stack([ends[:-1], ends[1:]], 1), _kept)
+
+
+def _kept(line: bytes) -> Row:
+    identity, subset, prompt, chosen, rejected, group, split, where, values, thinking = json.loads(line)
+    texts = tuple(prompt), tuple(chosen), tuple(rejected)
+    said = tuple(PairValues(*one) for one in values), tuple(map(tuple, thinking))
+    return Row(identity, subset, *texts, group, split, where, *said)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -34,7 +34,7 @@ def read_records(path: Path) -> Iterator[Records]:
     if not path.is_dir():
         if _kind(path) not in READERS:
             raise UserError(f"data.path={path}: {ALLOWED}")
-        yield READERS[_kind(path)](path, path.name)
+        yield _whole(path, path.name)
         return
     found = [(file.relative_to(path), file) for file in path.rglob("*") if file.is_file() and _kind(file) in READERS]
     shards = sorted((name.as_posix(), file) for name, file in found if not any(p.startswith(".") for p in name.parts))
@@ -50,7 +50,21 @@ def read_records(path: Path) -> Iterator[Records]:
             "name one of them, or write all rows to one file, each with its `split`"
         )
     for name, file in shards:
-        yield READERS[kinds[0]](file, name)
+        yield _whole(file, name)
+
+
+def _whole(path: Path, name: str) -> Records:
+    """The file's records. UserError behind the last of them where what follows is damaged or cut off."""
+    where = ""
+    try:
+        for where, raw in READERS[_kind(path)](path, name):
+            yield where, raw
+    except OSError as error:
+        if error.errno:  # the disk's fault, not the file's
+            raise
+        place = f"{where}: behind this row the file" if where else f"data.path={path}:"
+        why = " ".join(str(error).split())
+        raise UserError(f"{place} cannot be read ({why}); it is damaged or cut off: write or fetch it again") from error
 
 
 def _kind(path: Path) -> str:
@@ -191,17 +205,17 @@ def _read_parquet(path: Path, name: str) -> Records:
 
     try:
         source = path if path.suffix not in CODECS else pyarrow.BufferReader(_open(path).read())
-        with pyarrow.parquet.ParquetFile(source) as file:
+        with pyarrow.parquet.ParquetFile(source, page_checksum_verification=True) as file:
             columns = file.schema_arrow.names
             if len(set(columns)) < len(columns):
-                raise UserError(f"data.path={path}: a column's name stands twice: {show(columns)}")
+                raise UserError(f"{name}: a column's name stands twice: {show(columns)}")
             number = 0
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{name}:{number}", _without_nulls(record)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"data.path={path}: not a readable parquet file ({error})") from error
+        raise OSError(f"not a readable parquet file: {error}") from error
 
 
 def _without_nulls(value: object) -> object:

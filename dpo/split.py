@@ -2,15 +2,21 @@
 
 A leak is a group, a prompt or a long answer (more than 20 characters, normalised as dpo/rows.py says) that is met in
 two splits. "group" binds rows that share any of these and never parts them; "study" copies a published split and counts
-its leaks. Read next: dpo/trees.py, where rows become tokens.
+its leaks. Rows are on disk and are read one at a time; of what binds them only hashes are held.
+Read next: dpo/trees.py, where rows become tokens.
 """
 
 import hashlib
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
-from dpo.rows import SPLITS, Row, normalise, pairs_of, prompt_key, values_of
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo.rows import SPLITS, Row, Rows, keep_rows, normalise, prompt_key, values_of
 from models.errors import UserError, show
 
 LONG_ANSWER_CHARACTERS = 20  # "yes" may be met in two splits, a sentence may not
@@ -18,7 +24,7 @@ STUDY_ROWS, STUDY_TRAIN_ROWS, STUDY_TEST_ROWS = 1865, 1500, 300  # RewardBench 2
 ROWS_IN_A_MESSAGE = 5
 KINDS = ("prompt", "group", "answer")
 
-Parts = dict[str, list[Row]]
+Parts = dict[str, Rows]
 Mark = tuple[str, str]  # what two rows of different splits must not share: (kind, normalised text)
 Leaks = dict[Mark, list[tuple[str, Row]]]  # what they share nevertheless, and who: (split, row)
 
@@ -27,15 +33,13 @@ Leaks = dict[Mark, list[tuple[str, Row]]]  # what they share nevertheless, and w
 class Splits:
     """Rows by use, each in the order of ids, and a report of counts and leaks for results.json."""
 
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    test: tuple[Row, ...]
+    train: Rows
+    validation: Rows
+    test: Rows
     report: dict[str, object]
 
 
-def split_rows(
-    rows: Sequence[Row], *, split: str, validation_fraction: float, test_fraction: float, seed: int
-) -> Splits:
+def split_rows(rows: Rows, *, split: str, validation_fraction: float, test_fraction: float, seed: int) -> Splits:
     """Rows for training, validation and test; the same for the same rows and seed, whatever the order of the file.
 
     split="group" keeps together what shares a group, a prompt or a long answer, and stratifies by subset. A row with
@@ -44,11 +48,13 @@ def split_rows(
     (test_fraction is not read), the rest unused; training is cut into one row per pair, "id#j": the first chosen answer
     against the rejected one j, however many are right (Ties); validation_fraction of these *pairs* validate.
     """
-    assert len({row.id for row in rows}) == len(rows), "rows to split have ids in common"
+    ids = [row.id for row in rows]
+    assert len(set(ids)) == len(ids), "rows to split have ids in common"
+    rows = rows.take(sorted(range(len(ids)), key=ids.__getitem__))
+    del ids  # of many rows, the most that is held of them here
     train_fraction = 1 - validation_fraction - test_fraction
     fraction = {"train": train_fraction, "validation": validation_fraction, "test": test_fraction}
-    parts, unused_rows = SPLITTERS[split](sorted(rows, key=lambda row: row.id), fraction, seed)
-    parts = {name: sorted(part, key=lambda row: row.id) for name, part in parts.items()}
+    parts, unused_rows = SPLITTERS[split](rows, fraction, seed)
     leaks = find_leaks(parts)
     if split == "group" and leaks:
         raise UserError(_leak_message(leaks))
@@ -57,44 +63,64 @@ def split_rows(
             way_out = f", or set data.{name}_fraction=0" if split == "group" and name != "train" else ""
             counts = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
             raise UserError(f"data.split={split}: no row is left for {name} ({counts}); give more rows{way_out}")
-    count = Counter((row.subset, name) for name, part in parts.items() for row in part)
-    subsets = sorted({row.subset for row in rows})
+    rows_of: Counter[tuple[str, str]] = Counter()  # by subset and split
+    pairs = dict.fromkeys(SPLITS, 0)
+    groups: dict[str, set[int]] = {name: set() for name in SPLITS}
+    for name, part in parts.items():
+        for row in part:
+            rows_of[row.subset, name] += 1
+            pairs[name] += len(row.chosen) * len(row.rejected)
+            groups[name].add(hash(row.group))
     report: dict[str, object] = {
         "split": split,
         "rows": {name: len(part) for name, part in parts.items()},
-        "pairs": {name: sum(len(pairs_of(row, 0)) for row in part) for name, part in parts.items()},
-        "groups": {name: len({row.group for row in part}) for name, part in parts.items()},
-        "subsets": {subset: {name: count[subset, name] for name in SPLITS} for subset in subsets},
+        "pairs": pairs,
+        "groups": {name: len(found) for name, found in groups.items()},
+        "subsets": {
+            subset: {name: rows_of[subset, name] for name in SPLITS} for subset in sorted({row.subset for row in rows})
+        },
         "unused_rows": unused_rows,
         "leaks": {kind: sum(mark[0] == kind for mark in leaks) for kind in KINDS},
     }
-    return Splits(tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), report)
+    return Splits(parts["train"], parts["validation"], parts["test"], report)
 
 
-def _split_by_group(rows: list[Row], fraction: dict[str, float], seed: int) -> tuple[Parts, int]:
-    parts: Parts = {name: [] for name in SPLITS}
-    strata: dict[str, list[list[Row]]] = defaultdict(list)
-    for unit in bound_rows(rows):
-        given = [row.split for row in unit if row.split is not None]
-        if given:  # given splits that differ: each row keeps its own, and the guard names the leak
-            for row in unit:
-                parts[row.split or given[0]].append(row)
-        else:
-            strata[Counter(row.subset for row in unit).most_common(1)[0][0]].append(unit)
+def _split_by_group(rows: Rows, fraction: dict[str, float], seed: int) -> tuple[Parts, int]:
+    told = (
+        (_draw(seed, row.subset), _draw(seed, row.id), SPLITS.index(row.split) if row.split else -1) for row in rows
+    )
+    facts = np.fromiter(told, [("subset", np.uint64), ("row", np.uint64), ("split", np.int64)], len(rows))
+    unit = bound_rows(rows)
+    size = np.bincount(unit, minlength=len(rows))  # of the unit whose first row this is
+    members, begin = np.argsort(unit, kind="stable"), size.cumsum() - size
+
+    def of_unit(first: int) -> NDArray[np.int64]:
+        return members[begin[first] : begin[first] + size[first]]
+
+    def stratum(first: int) -> int:
+        """What to sort units by: the draw of their commonest subset, then of their first row."""
+        return Counter(facts["subset"][of_unit(first)].tolist()).most_common(1)[0][0] << 64 | int(facts["row"][first])
+
+    split = facts["split"]
+    given = np.flatnonzero(split >= 0)[::-1]
+    bound = np.full(len(rows), -1)
+    bound[unit[given]] = split[given]  # to the unit's first row that gives one
+    split = np.where(
+        split < 0, bound[unit], split
+    )  # some that differ: each row keeps its own, the guard names the leak
     # A unit goes where rows are missed most, counted over all strata: each subset is divided by the fractions to within
     # about a unit, and the roundings of many small subsets do not add up.
     seen, count = 0, dict.fromkeys(SPLITS, 0)
-    for subset in sorted(strata, key=lambda subset: _draw(seed, subset)):
-        for unit in sorted(strata[subset], key=lambda unit: _draw(seed, unit[0].id)):
-            seen += len(unit)
-            # Rounded, so that 0.7 - 0.7 is a tie. What is missed adds up to the unit, so a fraction of 0 never leads.
-            name = max(SPLITS, key=lambda name: (round(fraction[name] * seen - count[name], 9), fraction[name]))
-            count[name] += len(unit)
-            parts[name].extend(unit)
-    return parts, 0
+    for first in sorted(np.flatnonzero((size > 0) & (split < 0)).tolist(), key=stratum):
+        seen += int(size[first])
+        # Rounded, so that 0.7 - 0.7 is a tie. What is missed adds up to the unit, so a fraction of 0 never leads.
+        name = max(SPLITS, key=lambda name: (round(fraction[name] * seen - count[name], 9), fraction[name]))
+        count[name] += int(size[first])
+        split[of_unit(first)] = SPLITS.index(name)
+    return {name: rows.take(np.flatnonzero(split == place)) for place, name in enumerate(SPLITS)}, 0
 
 
-def _split_like_the_study(rows: list[Row], fraction: dict[str, float], seed: int) -> tuple[Parts, int]:
+def _split_like_the_study(rows: Rows, fraction: dict[str, float], seed: int) -> tuple[Parts, int]:
     given = [row for row in rows if row.split is not None]
     if given:
         raise UserError(
@@ -123,19 +149,20 @@ def _split_like_the_study(rows: list[Row], fraction: dict[str, float], seed: int
     ]
     pairs.sort(key=lambda row: _draw(seed, row.id))
     n_validation = round(fraction["validation"] * len(pairs))
-    parts = {"train": pairs[n_validation:], "validation": pairs[:n_validation], "test": test}
+    drawn_parts = {"train": pairs[n_validation:], "validation": pairs[:n_validation], "test": test}
+    parts = {name: keep_rows(sorted(part, key=lambda row: row.id)) for name, part in drawn_parts.items()}
     return parts, len(rows) - len(train) - len(test)
 
 
-SPLITTERS: dict[str, Callable[[list[Row], dict[str, float], int], tuple[Parts, int]]] = {
+SPLITTERS: dict[str, Callable[[Rows, dict[str, float], int], tuple[Parts, int]]] = {
     "group": _split_by_group,
     "study": _split_like_the_study,
 }
 
 
-def _draw(seed: int, name: str) -> bytes:
+def _draw(seed: int, name: str) -> int:
     """What to sort by for a random order that is the same on every machine, whatever the order of the file."""
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8])
 
 
 def marks_of(row: Row) -> set[Mark]:
@@ -145,32 +172,43 @@ def marks_of(row: Row) -> set[Mark]:
     return {("group", row.group), ("prompt", prompt_key(row.prompt))} | long_answers
 
 
-def bound_rows(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows in units: two rows are in one unit when a chain of shared marks leads from one to the other (union-find)."""
-    parent: dict[str, str] = {}
-
-    def root(node: str) -> str:
-        while parent.setdefault(node, node) != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    holder: dict[Mark, str] = {}
-    for row in rows:
-        for mark in marks_of(row):
-            parent[root(holder.setdefault(mark, row.id))] = root(row.id)
-    units: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        units[root(row.id)].append(row)
-    return list(units.values())
+def _hashed_marks(rows: Iterable[Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A hash of every mark of every row, in order, and the row's place."""
+    marks = ((hash(mark), place) for place, row in enumerate(rows) for mark in marks_of(row))
+    found = np.fromiter(marks, [("mark", np.int64), ("row", np.int64)])
+    found = found[np.argsort(found["mark"], kind="stable")]
+    return found["mark"], found["row"]
 
 
-def find_leaks(parts: Parts) -> Leaks:
+def bound_rows(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """Of each row the place of its unit's first row: a chain of shared marks binds the rows of a unit (union-find)."""
+    marks, places = _hashed_marks(rows)
+    parent = array("q", range(len(rows)))
+
+    def root(place: int) -> int:
+        while parent[place] != place:
+            parent[place] = parent[parent[place]]
+            place = parent[place]
+        return place
+
+    same = np.flatnonzero(marks[1:] == marks[:-1])  # two in 2^64 that only seem so would harm nothing
+    for pair in np.stack([places[same], places[same + 1]], 1).tolist():
+        first, second = sorted(map(root, pair))
+        parent[second] = first
+    return np.array([root(place) for place in range(len(parent))], np.int64)
+
+
+def find_leaks(parts: Mapping[str, Sequence[Row]]) -> Leaks:
     """Every mark that is met in more than one split: prompts first, then groups, then answers."""
+    marks, places = _hashed_marks(chain.from_iterable(parts.values()))
+    part_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts.values()])
+    met = part_of[places]
+    crossing = marks[1:][(marks[1:] == marks[:-1]) & (met[1:] != met[:-1])]
+    suspects = np.unique(places[np.isin(marks, crossing)])
     holders: Leaks = defaultdict(list)
-    for name, part in parts.items():
-        for row in part:
-            for mark in marks_of(row):
+    for index, (name, part) in enumerate(parts.items()):
+        for place in suspects[part_of[suspects] == index] - part_of.searchsorted(index):
+            for mark in marks_of(row := part[int(place)]):
                 holders[mark].append((name, row))
     leaks = {mark: held for mark, held in holders.items() if len({name for name, _ in held}) > 1}
     return {mark: leaks[mark] for mark in sorted(leaks, key=lambda mark: (KINDS.index(mark[0]), mark))}

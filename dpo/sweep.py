@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import cast
@@ -66,7 +67,7 @@ def check_arms(arms: Sequence[Arm]) -> None:
             read = arm.config.model_dump_json(exclude={"loss", "lora", "train", "log", "run"})
             if read not in columns:
                 splits = read_inputs(arm.config, pick_device(arm.config)).splits
-                columns[read] = columns_of(splits.train + splits.validation)
+                columns[read] = columns_of(chain(splits.train, splits.validation))
             check_loss(arm.config.loss, columns[read])
         except UserError as error:
             raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None

@@ -1,4 +1,4 @@
-"""Trees on disk, memory-mapped and found again: rows are tokenised once, by all cores, and never all in memory.
+"""Trees on disk, found again by content: rows are tokenised once, by all cores, and never all in memory.
 
     CACHE/tokens/<address>/trees.jsonl          a line a tree
                            table.safetensors    a row of TABLE a tree, and a checksum of both files
@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import mmap
 import multiprocessing
 import os
 import signal
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import overload
 
 import numpy as np
 import safetensors
@@ -33,6 +31,7 @@ from numpy.typing import NDArray
 import dpo.judge.prompts
 import dpo.trees
 import models.tokenizer
+from dpo.lines import Lines
 from dpo.log import progress
 from dpo.rows import Row
 from dpo.trees import Completion, Pair, Tree, TreeSettings, build_trees
@@ -41,34 +40,21 @@ from models.tokenizer import Tokenizer
 
 CODE: tuple[ModuleType, ...] = (dpo.trees, dpo.judge.prompts, models.tokenizer)  # what makes tokens of rows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-TABLE = ("begin", "end", "row", "pairs", "cut", "merges")  # bytes of the tree's line; its row's place; pairs; of Built
+# Of a tree: the bytes of its line; its row's place; how many of these it has; what Built says.
+TABLE = ("begin", "end", "row", "completions", "pairs", "cut", "merges")
 CHUNK_ROWS = 128  # rows that a worker takes at a time
 PARALLEL_ROWS = 2048  # below, starting workers costs more than it saves
 MOST_WORKERS = 16
 
-Lines = tuple[bytes, NDArray[np.int64]]  # of some trees: their lines, and their rows of TABLE
+Encoded = tuple[bytes, NDArray[np.int64]]  # of some trees: their lines, and their rows of TABLE
 
 
-@dataclass(frozen=True)
-class Trees(Sequence[Tree]):
-    """Stored trees, each decoded when it is asked for. `digest` changes with any of them, and with their order."""
+@dataclass(frozen=True, eq=False)
+class Trees(Lines[Tree]):
+    """Stored trees. `digest` changes with any of them, and with their order."""
 
-    data: mmap.mmap | bytes
     table: NDArray[np.int64]  # [trees, TABLE]
     digest: str
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @overload
-    def __getitem__(self, place: int) -> Tree: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Tree]: ...
-    def __getitem__(self, place: int | slice) -> Tree | list[Tree]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(len(self))[place]]
-        begin, end = self.table[place, :2].tolist()
-        return _decode(self.data[begin:end])
 
     def column(self, name: str) -> list[int]:
         """One of TABLE, a number a tree."""
@@ -91,6 +77,7 @@ def token_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSetting
 
 def _address(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> str:
     told = (
+        TABLE,
         settings,
         sorted(tokenizer.end_ids),
         sorted(tokenizer.variables.items()),
@@ -118,15 +105,14 @@ def _alone(lock: Path) -> Iterator[None]:
 def _open(folder: Path) -> Trees | None:
     """The folder's trees, or None where it is not there, torn or altered."""
     try:
-        with (folder / "trees.jsonl").open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")  # read, not mapped: what is mapped and touched counts as ours
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
+        file = (folder / "trees.jsonl").open("rb")
+        digest = hashlib.file_digest(file, "sha256")
         with safetensors.safe_open(folder / "table.safetensors", "numpy") as part:
             table = part.get_tensor("table")
             sound = (part.metadata() or {}).get("sha256") == _checksum(digest.digest(), table)
     except (OSError, safetensors.SafetensorError):
         return None
-    return Trees(data, table, digest.hexdigest()) if sound else None
+    return Trees(file, table[:, :2], _decode, table, digest.hexdigest()) if sound else None
 
 
 def _write(folder: Path, rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> None:
@@ -137,7 +123,7 @@ def _write(folder: Path, rows: Sequence[Row], tokenizer: Tokenizer, settings: Tr
         for lines, table in _encoded(rows, partial(_encode, tokenizer=tokenizer, settings=settings)):
             file.write(lines)
             digest.update(lines)
-            tables.append(table + np.array([end, end, done, 0, 0, 0]))
+            tables.append(table + np.array([end, end, done, 0, 0, 0, 0]))
             end += len(lines)
             more = min(CHUNK_ROWS, len(rows) - done)
             done += more
@@ -151,7 +137,7 @@ def _checksum(trees: bytes, table: NDArray[np.int64]) -> str:
     return hashlib.sha256(trees + table.tobytes()).hexdigest()
 
 
-def _encoded(rows: Sequence[Row], encode: Callable[[Sequence[Row]], Lines]) -> Iterator[Lines]:
+def _encoded(rows: Sequence[Row], encode: Callable[[Sequence[Row]], Encoded]) -> Iterator[Encoded]:
     """`encode` of CHUNK_ROWS rows after CHUNK_ROWS rows, by forked workers where there are enough of them."""
     chunks = (rows[begin : begin + CHUNK_ROWS] for begin in range(0, len(rows), CHUNK_ROWS))
     workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
@@ -162,19 +148,21 @@ def _encoded(rows: Sequence[Row], encode: Callable[[Sequence[Row]], Lines]) -> I
             yield from pool.imap(_work, chunks)
 
 
-_of_worker: list[Callable[[Sequence[Row]], Lines]] = []  # of a forked process: neither templates nor tokenizers travel
+_of_worker: list[
+    Callable[[Sequence[Row]], Encoded]
+] = []  # of a forked process: neither templates nor tokenizers travel
 
 
-def _begin_work(encode: Callable[[Sequence[Row]], Lines]) -> None:
+def _begin_work(encode: Callable[[Sequence[Row]], Encoded]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to hear
     _of_worker.append(encode)
 
 
-def _work(rows: Sequence[Row]) -> Lines:
+def _work(rows: Sequence[Row]) -> Encoded:
     return _of_worker[0](rows)
 
 
-def _encode(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> Lines:
+def _encode(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> Encoded:
     lines: list[bytes] = []
     table: list[tuple[int, ...]] = []
     begin = 0
@@ -185,7 +173,7 @@ def _encode(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -
         record = (tree.id, tree.prompt, tree.branches, completions, pairs, tree.prefix)
         lines.append(json.dumps(record, separators=(",", ":")).encode() + b"\n")
         end = begin + len(lines[-1])
-        table.append((begin, end, built.row, len(pairs), built.cut, built.merges))
+        table.append((begin, end, built.row, len(completions), len(pairs), built.cut, built.merges))
         begin = end
     return b"".join(lines), np.array(table, np.int64).reshape(-1, len(TABLE))
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dpo.alarms import alarms_of
 from dpo.checkpoint import export
@@ -25,7 +24,7 @@ from dpo.log import peak_rss_mib, stage
 from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
 from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
-from dpo.pairs import tree_sums
+from dpo.pairs import TreeSums, tree_sums
 from dpo.policy import load_policy, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
@@ -44,26 +43,25 @@ from models.decoder import Decoder, load_decoder
 from models.errors import UserError
 
 
-def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> list[Tensor]:
+def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> TreeSums:
     """Reference sums of every training tree; shows the first `show` trees.
 
     A loss without a reference needs only the first step's, for the check of step 0; the rest is zeros then.
     """
     trees = inputs.train_trees
+    tails = 2 * (config.loss.ld_alpha != 1)
+    ends = np.cumsum(np.array(trees.column("completions")) + tails * np.array(trees.column("pairs")), dtype=np.int64)
+    sums = TreeSums(torch.zeros(int(ends[-1]) if trees else 0, dtype=torch.float64), ends)
     first = plan_steps(trees.column("pairs"), config)[0] if trees else []
     chosen = range(len(trees)) if reads(config.loss, "reference") else sorted(first)
-    sums: dict[int, Tensor] = {}
     for begin in range(0, len(chosen), WINDOW_TREES):  # of many trees only the sums are held, not what is summed
         window = chosen[begin : begin + WINDOW_TREES]
         part = [trees[i] for i in window]
-        for i, tree, logps in zip(window, part, score(part), strict=True):
-            if ranks.first and len(sums) < config.show:
+        for place, (i, tree, logps) in enumerate(zip(window, part, score(part), strict=True), begin):
+            if ranks.first and place < config.show:
                 print(render_tree(tree, logps, inputs.tokenizer))
-            sums[i] = tree_sums(logps, tree, config.loss)
-    if len(sums) < len(trees):
-        zeros = ([np.zeros(len(c.targets)) for c in tree.completions] for tree in trees)
-        return [sums.get(i, tree_sums(zero, trees[i], config.loss)) for i, zero in enumerate(zeros)]
-    return list(sums.values())
+            sums[i].copy_(tree_sums(logps, tree, config.loss))
+    return sums
 
 
 def used_kernels(policy: Decoder, inputs: Inputs, config: Config, ranks: Ranks) -> dict[str, dict[str, str]]:

@@ -115,9 +115,9 @@ def as_csv(records: list[Record]) -> bytes:
     return text.getvalue().encode()
 
 
-def as_parquet(records: list[Record]) -> bytes:
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), sink, row_group_size=7)
+def as_parquet(records: list[Record], page_checksums: bool = False) -> bytes:
+    sink, table = io.BytesIO(), pyarrow.Table.from_pylist(records)
+    pyarrow.parquet.write_table(table, sink, row_group_size=7, write_page_checksum=page_checksums)
     return sink.getvalue()
 
 

@@ -170,6 +170,16 @@ def test_exchanging_chosen_and_rejected_negates_the_fixed_controls_and_a_refitte
     assert [v.first for v in refitted] == pytest.approx([-v.first for v in one["surface classifier"]], abs=1e-9)
 
 
+def test_of_many_rows_the_surface_classifier_takes_so_many_drawn_with_the_seed(monkeypatch) -> None:
+    rng = np.random.default_rng(4)
+    rows = [make_row(str(i), random_text(rng), random_text(rng)) for i in range(300)]
+    text = random_text(rng)
+    whole = [surface_scorer(rows, seed)(text) for seed in (0, 1)]
+    monkeypatch.setattr("dpo.judge.controls.SURFACE_ROWS", 200)
+    drawn = [surface_scorer(rows, seed)(text) for seed in (0, 1, 0)]
+    assert whole[0] == whole[1] and drawn[0] == drawn[2] and len({whole[0], *drawn}) == 3
+
+
 def test_surface_features_are_unit_length_tf_idf_in_the_column_of_their_word() -> None:
     features = _surface_features(["lamp river", "lamp cloud", "river lamp"], words=2)
     columns, values = features("river lamp river cloud")

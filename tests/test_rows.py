@@ -205,7 +205,7 @@ def test_parquet_faults_are_named_like_those_of_jsonl(tmp_path: Path) -> None:
 def test_a_parquet_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "r.parquet", [{**REWARDBENCH2, "id": "good"}])
     path.write_bytes(path.read_bytes().replace(b"good", b"g\xff\xffd"))
-    assert complaint(path).startswith(f"data.path={path}: not a readable parquet file")
+    assert complaint(path).startswith(f"data.path={path}: cannot be read (not a readable parquet file: ")
 
 
 def test_written_rows_are_read_back_equal(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dpo.inputs import sample
-from dpo.rows import SPLITS, PairValues, Row, normalise, pairs_of, read_rows
+from dpo.rows import SPLITS, PairValues, Row, keep_rows, normalise, pairs_of, read_rows
 from dpo.split import Splits, find_leaks, split_rows
 from models.errors import UserError
 from tests.rewardbench2 import COUNTS, made_records, write_parquet
@@ -33,9 +34,9 @@ def make_row(name: str, subset: str = "s", prompt: str = "", answer: str = "", *
 
 
 def split_of(
-    rows: list[Row], seed: int = 0, split: str = "group", validation: float = 0.1, test: float = 0.2
+    rows: Sequence[Row], seed: int = 0, split: str = "group", validation: float = 0.1, test: float = 0.2
 ) -> Splits:
-    return split_rows(rows, split=split, validation_fraction=validation, test_fraction=test, seed=seed)
+    return split_rows(keep_rows(rows), split=split, validation_fraction=validation, test_fraction=test, seed=seed)
 
 
 def places(splits: Splits) -> dict[str, str]:
@@ -181,7 +182,7 @@ def test_the_study_split_has_the_published_counts_and_counts_its_leaks() -> None
     assert Counter(row.subset for row in splits.test) == {
         "Factuality": 76, "Precise IF": 25, "Math": 29, "Safety": 72, "Focus": 79, "Ties": 16
     }  # fmt: skip
-    train_ids = {row.id.rpartition("#")[0] for row in splits.train + splits.validation}
+    train_ids = {row.id.rpartition("#")[0] for row in [*splits.train, *splits.validation]}
     assert (len(splits.test), len(train_ids), splits.report["unused_rows"]) == (297, 1498, 70)
     assert not train_ids & {row.id for row in splits.test}
     assert (len(splits.validation), len(splits.train)) == (449, 4045), "a tenth of 3 x 1498 pairs, and the others"
@@ -195,19 +196,20 @@ def test_the_study_split_pairs_the_first_chosen_answer_with_each_rejected_one() 
     rows = {row.id: replace(row, chosen=("right", "also right")) for row in rewardbench2_sized_rows()}
     rows = {row.id: replace(row, pair_values=values[: len(pairs_of(row, 0))]) for row in rows.values()}
     splits = split_of(list(rows.values()), split="study")
-    for row in splits.train + splits.validation:
+    for row in [*splits.train, *splits.validation]:
         source, _, j = row.id.rpartition("#")
         whole = rows[source]
         cut = {"chosen": whole.chosen[:1], "rejected": (whole.rejected[int(j)],)}
         assert row == replace(whole, id=row.id, **cut, pair_values=(PairValues(1.0 + int(j)),))
-    pairs = Counter(row.id.rpartition("#")[0] for row in splits.train + splits.validation)
+    pairs = Counter(row.id.rpartition("#")[0] for row in [*splits.train, *splits.validation])
     assert all(count == len(rows[source].rejected) for source, count in pairs.items())
 
 
-def made_rewardbench2(folder: Path) -> list[Row]:
+def made_rewardbench2(folder: Path) -> Sequence[Row]:
     """Rows read from the made parquet, whose Ties rows have the study's wrong answers in those that seed 0 draws."""
     rows = read_rows(write_parquet(folder / "first.parquet", made_records()))
-    train = split_of(rows, split="study").train + split_of(rows, split="study").validation
+    study = split_of(rows, split="study")
+    train = [*study.train, *study.validation]
     drawn = {row.id.rpartition("#")[0] for row in train if row.subset == "Ties"}
     return read_rows(write_parquet(folder / "rb2.parquet", made_records(drawn)), "rb2")
 
@@ -219,7 +221,7 @@ def test_a_parquet_of_rewardbench2_gives_the_studys_rows_pairs_and_splits(tmp_pa
     assert Counter(row.subset for row in study.test) == {
         "Factuality": 76, "Precise IF": 25, "Math": 29, "Safety": 72, "Focus": 79, "Ties": 16
     }  # fmt: skip
-    pairs = study.train + study.validation
+    pairs = [*study.train, *study.validation]
     train_rows = {row.id.rpartition("#")[0] for row in pairs}
     assert (len(train_rows), len(study.test), study.report["unused_rows"]) == (1498, 297, 70)
     ties = [row for row in pairs if row.subset == "Ties"]
@@ -270,11 +272,11 @@ def test_real_rows_split_like_the_study_leak_and_say_so() -> None:
 
 @pytest.mark.parametrize("most", [1, 7, 8, 50])
 def test_a_sample_takes_whole_groups_and_as_many_rows_as_fit(most: int) -> None:
-    rows = [make_row(f"{n}-{i}", group=f"g{n}") for n in range(10) for i in range(4 if n < 7 else 1)]
+    rows = keep_rows(make_row(f"{n}-{i}", group=f"g{n}") for n in range(10) for i in range(4 if n < 7 else 1))
     taken = sample(rows, most, seed=3)
     groups = {row.group for row in taken}
-    assert taken == tuple(row for row in rows if row.group in groups)
+    assert taken == [row for row in rows if row.group in groups]
     assert len(taken) <= most and all(
         len(taken) + (4 if n < 7 else 1) > most for n in range(10) if f"g{n}" not in groups
     )
-    assert sample(rows, most, seed=3) == taken and sample(rows, 0, seed=3) == tuple(rows)
+    assert sample(rows, most, seed=3) == taken and sample(rows, 0, seed=3) == rows

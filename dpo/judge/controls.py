@@ -22,6 +22,7 @@ from dpo.rows import Row, normalise, prompt_key
 Pair = tuple[Row, tuple[int, int]]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+SURFACE_ROWS = 10_000  # that the surface classifier is fitted on at most: its memory and time do not grow beyond
 
 
 class Control(TypedDict):
@@ -56,7 +57,7 @@ def control_verdicts(
     request. Left out: "blind" where it is None, "calibrated base" without a valid validation verdict.
     """
     coin = [random.Random(f"{seed} {row.id} {pair}").choice((1.0, -1.0)) for row, pair in test_pairs]
-    surface = surface_scorer(train_rows)
+    surface = surface_scorer(train_rows, seed)
     controls = {
         # Consistent 0, order-averaged exactly one half.
         "always A": [Verdict(row.id, row.subset, row.group, pair, 1.0, 1.0) for row, pair in test_pairs],
@@ -152,13 +153,15 @@ def _logistic_fit(
     return theta_W[:-1]
 
 
-def surface_scorer(rows: Sequence[Row], words: int = 2_000, steps: int = 300) -> Callable[[str], float]:
+def surface_scorer(rows: Sequence[Row], seed: int = 0, words: int = 2_000, steps: int = 300) -> Callable[[str], float]:
     """Fits "right or wrong, from the answer alone" on the answers of `rows`; gives answer -> logit (no intercept).
 
-    A row weighs the same whatever its number of answers, half on its chosen and half on its rejected ones. L2 is 1/S,
-    at least 1e-3 (of the mean loss).
+    Of more than SURFACE_ROWS rows it takes so many, drawn with the seed. A row weighs the same whatever its number of
+    answers, half on its chosen and half on its rejected ones. L2 is 1/S, at least 1e-3 (of the mean loss).
     """
-    sides = [(side, label) for row in rows for side, label in ((row.chosen, 1.0), (row.rejected, 0.0))]
+    places = sorted(random.Random(f"surface {seed}").sample(range(len(rows)), min(len(rows), SURFACE_ROWS)))
+    drawn = (rows[place] for place in places)
+    sides = [(side, label) for row in drawn for side, label in ((row.chosen, 1.0), (row.rejected, 0.0))]
     answers = [answer for side, _ in sides for answer in side]
     label_S = np.array([label for side, label in sides for _ in side])
     weight_S = np.array([1 / len(side) for side, _ in sides for _ in side])
