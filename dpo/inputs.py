@@ -15,7 +15,7 @@ import torch
 from dpo.checkable import make_rows
 from dpo.config import Config
 from dpo.losses import check_loss
-from dpo.rows import Row, columns_of, read_rows
+from dpo.rows import Row, columns_of, read_rows, rows_digest
 from dpo.shards import ENDINGS
 from dpo.split import Splits, split_rows
 from dpo.tokens import Trees, token_trees
@@ -100,7 +100,8 @@ def load_splits(config: Config) -> Splits:
             raise UserError(
                 f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all"
             )
-    return replace(splits, train=train, test=test, report=splits.report | {"dropped": dict(sorted(dropped.items()))})
+    more = {"dropped": dict(sorted(dropped.items())), "test_sha256": rows_digest(test)}
+    return replace(splits, train=train, test=test, report=splits.report | more)
 
 
 def sample(rows: Sequence[Row], most: int, seed: int) -> tuple[Row, ...]:

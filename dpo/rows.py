@@ -89,6 +89,19 @@ def columns_of(rows: Iterable[Row]) -> set[str]:
     }
 
 
+def row_digest(row: Row) -> str:
+    """Of what a judge reads of the row, and of its id."""
+    return hashlib.sha256(json.dumps([row.id, row.prompt, row.chosen, row.rejected]).encode()).hexdigest()[:16]
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """Of all of them, in this order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row_digest(row).encode())
+    return digest.hexdigest()
+
+
 def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row]:
     """The rows of a file or a folder of files (dpo/shards.py), one by one, in order; other keys are ignored.
 

@@ -35,7 +35,7 @@ from dpo.judge.statistics import (
 )
 from dpo.loop import interruptible
 from dpo.losses import check_loss
-from dpo.report import Table, Text, to_markdown
+from dpo.page import Table, Text, markdown
 from dpo.results import Results
 from dpo.rows import columns_of
 from dpo.runs import resumed_folder, write_json
@@ -247,7 +247,7 @@ def write_table(home: Path, arms: Sequence[Arm], failed: Mapping[str, int]) -> N
         "seeds. Reference: completions that the reference had to be run on."
     )
     failures = [Text("paragraph", f"{name} failed with exit code {code}.") for name, code in failed.items()]
-    page = to_markdown([Table(rows), Text("paragraph", text), *failures])
+    page = markdown([Table("Settings", rows), Text("paragraph", text), *failures])
     write_json(home / "sweep.json", {"lines": [asdict(line) for line in lines], "failed": dict(failed)})
     atomic_write_text(home / "sweep.md", page)
     print(f"{page}table: {home / 'sweep.md'}")

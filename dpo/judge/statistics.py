@@ -71,6 +71,15 @@ class Comparison(TypedDict):
     averaged: PairedTest
 
 
+class Bin(TypedDict):
+    """The pairs on which a judge is about equally sure."""
+
+    n: int
+    confidence: float  # their mean probability of the answer that the judge prefers
+    accuracy: float  # the share of them on which it is right
+    interval: list[float]  # Wilson's
+
+
 # ---- verdicts
 
 
@@ -155,6 +164,22 @@ def cluster_bootstrap(
         means.append(sum_G[drawn_FG].sum(axis=1) / count_G[drawn_FG].sum(axis=1))
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def reliability(verdicts: Sequence[Verdict], bins: int = 5) -> list[Bin]:
+    """Accuracy by confidence, the sigmoid of the order-averaged log-odds; bins of one width, those empty left out."""
+    first_R, second_R = log_odds(verdicts)
+    said_R = ~np.isnan(first_R - second_R)
+    score_R, confidence_R = averaged_scores(verdicts), 1 / (1 + np.exp(-np.abs(first_R - second_R) / 2))
+    bin_R = np.where(said_R, np.minimum(bins - 1, (confidence_R - 0.5) * 2 * bins), -1)
+    found = []
+    for number in range(bins):
+        in_R = (bin_R >= number) & (bin_R < number + 1)
+        n, right = int(in_R.sum()), float(score_R[in_R].sum())
+        if n:
+            interval = list(wilson_interval(right, n))
+            found.append(Bin(n=n, confidence=float(confidence_R[in_R].mean()), accuracy=right / n, interval=interval))
+    return found
 
 
 # ---- two judges on the same pairs
