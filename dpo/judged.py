@@ -119,13 +119,15 @@ def _rows_again(config: Config, results: Mapping[str, object]) -> JudgedRows:
     """The judged rows, read from where the configuration says; none where they are gone or not the same."""
     told = results.get("data")
     digest = told.get("test_sha256") if isinstance(told, dict) else None
+    if not digest:
+        return JudgedRows(missing="The run does not say which rows it judged, so their texts are left out.")
     try:
         rows = load_splits(config).test
     except (UserError, OSError) as error:
         return JudgedRows(missing=f"The rows cannot be read again, so their texts are left out: {error}.")
     if digest != rows_digest(rows):
-        why = f"data.path={config.data.path} no longer holds the rows that were judged"
-        return JudgedRows(missing=f"{why if digest else 'The run does not say which rows it judged'}: no texts.")
+        changed = f"data.path={config.data.path} no longer holds the rows that were judged"
+        return JudgedRows(missing=f"{changed}, so their texts are left out.")
     return _placed(rows)
 
 

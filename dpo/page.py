@@ -137,7 +137,9 @@ def to_html(page: Page) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     places = {name: f"section-{number}" for number, name in enumerate(page.sections, 1)}
-    links = "".join(f'<li><a href="#{place}">{_text(name)}</a></li>' for name, place in places.items())
+    links = "".join(
+        f'<li><a href="#{place}">{_text(name.partition(":")[0])}</a></li>' for name, place in places.items()
+    )
     sections = "\n".join(
         f'<section aria-labelledby="{places[name]}">\n<h2 id="{places[name]}">{_text(name)}</h2>\n{_html(blocks)}\n'
         "</section>"

@@ -98,18 +98,19 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
     ]
     if not compared:
         return [Table("The judges", figures)]
-    header = ("difference", "pairs", "points", "95 % interval", "p, exact", "p, by group", "p, corrected")
-    tests = [(*header, "better / worse")]
+    many = len(compared) > 1
+    header = ("difference", "pairs", "points", "95 % interval", "p, exact", "p, by group")
+    tests = [(*header, *["p, corrected"] * many, "better / worse")]
     for one in compared:
         for name, test in (("order-averaged", one.test["averaged"]), ("consistent", one.test["consistent"])):
-            corrected = p_value(one.p_holm) if name == "order-averaged" and len(compared) > 1 else ""
-            p = p_value(test["p"]), p_value(test["p_clustered"]), corrected
+            corrected = [p_value(one.p_holm) if test is one.test["averaged"] else ""] * many
+            p = p_value(test["p"]), p_value(test["p_clustered"]), *corrected
             better = f"{test['wins_only_a']} / {test['wins_only_b']}"
             tests.append((f"{one.b.name} less {one.a.name}, {name}", f"{one.n:,}", *points(test), *p, better))
     text = (
         "In brackets: 95 % intervals in per cent, Wilson's, or of a bootstrap over groups where that is wider. "
         "p: McNemar's exact test over pairs, and a sign-flip test over groups of rows that belong together; quoted is "
-        f"the larger{', corrected by Holm over the comparisons' * (len(compared) > 1)}. A true difference of "
+        f"the larger{', corrected by Holm over the comparisons' * many}. A true difference of "
         f"{100 * compared[0].test['averaged']['minimum_detectable']:.1f} points would be found four times in five."
     )
     return [Table("The judges", figures), Table("Their differences on the same pairs", tests), Text("paragraph", text)]
@@ -195,25 +196,25 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
     paces = {judge.name: pace(judge) for judge in judges}
     if not any(paces.values()):
         return []
-    rows = [("judge", "order-averaged accuracy", *(label for label, _ in COSTS.values()))]
+    known = [key for key in COSTS if any(key in of for of in paces.values())]
+    rows = [("judge", "order-averaged accuracy", *(COSTS[key][0] for key in known))]
     for judge in judges:
-        known = (
-            form.format(paces[judge.name][key]) if key in paces[judge.name] else "" for key, (_, form) in COSTS.items()
-        )
-        rows.append((judge.name, percent(judge.summary["averaged_accuracy"]), *known))
+        of = paces[judge.name]
+        told = (COSTS[key][1].format(of[key]) if key in of else "" for key in known)
+        rows.append((judge.name, percent(judge.summary["averaged_accuracy"]), *told))
     blocks: list[Block] = []
     for key in ("dollars_per_1000_pairs", "answers_per_s"):
         marks = [
-            Mark(j.name, [paces[j.name][key]], [j.summary["averaged_accuracy"]], tone, "points", [widest_interval(j.summary)])
-            for tone, j in enumerate(judges)
-            if paces[j.name].get(key)
+            Mark(judge.name, [at], [of["averaged_accuracy"]], tone, "points", [widest_interval(of)])
+            for tone, judge in enumerate(judges)
+            if (at := paces[judge.name].get(key)) and (of := judge.summary)
         ]
         if len(marks) > 1:
             title = f"Accuracy against {COSTS[key][0]}"
             axes = Axis(COSTS[key][0], log=True), Axis("order-averaged accuracy", (0, 1), percent=True)
             blocks.append(Plot(key, title, chart(title, *axes, marks)))
     text = "Empty: not known. An answer is one order of a pair; a local judge's pace includes its loading."
-    return [*blocks, Table("Cost and speed", rows), Text("paragraph", text)]
+    return [*blocks, Table("What answers take", rows), Text("paragraph", text)]
 
 
 def _attacks(runs: Sequence[Run]) -> list[Block]:
@@ -293,7 +294,7 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = ()) -> Path:
         page, told = report_page(runs), figures(runs)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         fault = f"without the key {error}" if isinstance(error, KeyError) else f"not as a run writes it ({error})"
-        place = " or ".join(str(folder / "results.json") for folder in folders)
+        place = " or ".join(str(folder / name) for folder in folders for name in ("results.json", "env.json"))
         raise UserError(f"{place}: {fault}; the file was altered, or is of another version") from error
     home = folders[0] / "compared" if len(folders) > 1 else folders[0]
     for block in (block for blocks in page.sections.values() for block in blocks if isinstance(block, Plot)):

@@ -114,7 +114,7 @@ def training(results: Results) -> Table:
         "loss before the first update": "{step0_loss:.6f}",
         "policy less reference then, at most": "{step0_max_difference:.2g} nats a completion",
     }
-    return Table("Training", [(name, figure.format_map(results)) for name, figure in rows.items()])
+    return Table("Size and pace", [(name, figure.format_map(results)) for name, figure in rows.items()])
 
 
 def alarms(told: Sequence[Alarm]) -> list[Block]:
@@ -124,7 +124,7 @@ def alarms(told: Sequence[Alarm]) -> list[Block]:
     rows = [("alarm", "first after step", "value")]
     rows += [(alarm["name"], f"{alarm['step']:,}", f"{alarm['value']:.3g}") for alarm in told]
     lines = [Text("paragraph", "{name}: {value:.3g} {meaning}. Try: {advice}.".format_map(alarm)) for alarm in told]
-    return [Table("Alarms", rows), *lines]
+    return [Table("Alarms, by first step", rows), *lines]
 
 
 def data(results: Results, config: Config) -> list[Block]:
