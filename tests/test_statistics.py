@@ -18,6 +18,7 @@ from dpo.judge.statistics import (
     mcnemar_exact,
     minimum_detectable_difference,
     outcomes,
+    reliability,
     sign_flip_p,
     summarise,
     verdict_record,
@@ -323,3 +324,13 @@ def test_judges_of_different_pairs_are_not_compared() -> None:
     for b in (a[:1], a[::-1], [make(*WIN, "r0", "other"), a[1]]):
         with pytest.raises(AssertionError, match="same pairs"):
             compare(a, b, seed=0)
+
+
+def test_reliability_holds_each_valid_pair_once_in_the_bin_of_its_confidence() -> None:
+    odds = [(0.0, 0.0), (0.2, 0.0), (-4.0, 2.0), (4.0, -2.0), (5.0, -5.0), (50.0, -50.0), (math.nan, 1.0)]
+    bins = reliability([Verdict(str(i), "s", "g", (0, 0), *one) for i, one in enumerate(odds)])
+    assert [one["n"] for one in bins] == [2, 4]  # an even verdict scores one half; +-3 nats on average are 95 % sure
+    assert [one["accuracy"] for one in bins] == [0.75, 0.75]
+    assert bins[0]["confidence"] == pytest.approx((0.5 + 1 / (1 + math.exp(-0.1))) / 2)
+    assert bins[1]["interval"] == list(wilson_interval(3, 4))
+    assert reliability([Verdict("0", "s", "g", (0, 0), math.nan, 1.0)]) == []
