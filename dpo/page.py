@@ -23,12 +23,7 @@ UNSEEN = re.compile(
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 MARKS = {"win": "✓", "loss": "✗", "tie": "⇄", "invalid": "–"}
-SAYS = {
-    "win": "right in both orders",
-    "loss": "wrong in both orders",
-    "tie": "flips with the order",
-    "invalid": "no verdict",
-}
+SAYS = {"win": "right", "loss": "wrong", "tie": "flips", "invalid": "no verdict"}
 
 
 @dataclass(frozen=True)

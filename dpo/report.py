@@ -199,8 +199,8 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
     known = [key for key in COSTS if any(key in of for of in paces.values())]
     rows = [("judge", "order-averaged accuracy", *(COSTS[key][0] for key in known))]
     for judge in judges:
-        of = paces[judge.name]
-        told = (COSTS[key][1].format(of[key]) if key in of else "" for key in known)
+        pace_of = paces[judge.name]
+        told = (COSTS[key][1].format(pace_of[key]) if key in pace_of else "" for key in known)
         rows.append((judge.name, percent(judge.summary["averaged_accuracy"]), *told))
     blocks: list[Block] = []
     for key in ("dollars_per_1000_pairs", "answers_per_s"):
@@ -246,7 +246,7 @@ def _changed(compared: Sequence[Compared]) -> list[Block]:
         counts = transitions(one.a, one.b)
         rows = [(f"{one.a.name} \\ {one.b.name}", *SAYS.values())]
         rows += [(says, *(f"{counts[was, now]:,}" for now in SAYS)) for was, says in SAYS.items()]
-        tables.append(Table(f"Pairs by what {one.a.name} (rows) and {one.b.name} (columns) made of them", rows))
+        tables.append(Table(f"Pairs by what {one.a.name} (rows) and {one.b.name} (columns) made of both orders", rows))
     return tables
 
 
