@@ -81,8 +81,11 @@ def cache_folder(config: Config) -> Path:
     return Path(os.path.expanduser(config.run.cache or os.environ.get("DPO_CACHE") or "~/.cache/dpo-judges"))
 
 
-def load_splits(config: Config) -> Splits:
-    """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`."""
+def load_splits(config: Config, *, judging: bool = False) -> Splits:
+    """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`.
+
+    When `judging` nothing is trained: there are test rows only, those that judge.split says.
+    """
     dropped: Counter[str] = Counter()
     if config.data.path == "checkable":
         rows = make_rows(**config.checkable.model_dump(), seed=config.seed)
@@ -92,16 +95,21 @@ def load_splits(config: Config) -> Splits:
         place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
         rows = read_rows(place, config.data.format, dropped)
     data, seed = config.data, config.seed
-    fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
-    splits = split_rows(rows, split=data.split, seed=seed, **fractions)
+    if judging and config.judge.split == "all":
+        rows = [replace(row, split="test") for row in rows]
+        splits = split_rows(rows, split="group", seed=seed, validation_fraction=0, test_fraction=1)
+    else:
+        fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
+        splits = split_rows(rows, split=data.split, seed=seed, **fractions)
     train, test = sample(splits.train, data.rows, seed), sample(splits.test, config.judge.rows, seed)
     for key, most, none in (("data.rows", data.rows, not train), ("judge.rows", config.judge.rows, not test)):
-        if most and none:
+        if most and none and not (judging and key == "data.rows"):
             raise UserError(
                 f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all"
             )
     more = {"dropped": dict(sorted(dropped.items())), "test_sha256": rows_digest(test)}
-    return replace(splits, train=train, test=test, report=splits.report | more)
+    splits = replace(splits, train=train, test=test, report=splits.report | more)
+    return replace(splits, train=(), validation=()) if judging else splits
 
 
 def sample(rows: Sequence[Row], most: int, seed: int) -> tuple[Row, ...]:
@@ -206,8 +214,11 @@ def _fit(
     return _Fitted(fitting, trees, {**counts, "boundary_differs": len(noted["merges"] & left)})
 
 
-def read_inputs(config: Config, device: str) -> Inputs:
-    """Read and check all that the configuration names. UserError with what, where and what to do."""
+def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs:
+    """Read and check all that the configuration names. UserError with what, where and what to do.
+
+    When `judging` only the rows to be judged are there (load_splits).
+    """
     dtype = pick_dtype(config, device)
     check_kernels(config, device, dtype)
     cache = cache_folder(config)
@@ -219,7 +230,7 @@ def read_inputs(config: Config, device: str) -> Inputs:
             f"data.max_tokens={config.data.max_tokens}: more than pack.tokens = {config.pack.tokens} do not fit; "
             "lower the one or raise the other"
         )
-    splits = load_splits(config)
+    splits = load_splits(config, judging=judging)
     check_loss(config.loss, columns_of(splits.train + splits.validation))
     model_folder = resolve_model_path(config.model.path, cache)
     tokenizer = load_tokenizer(model_folder, read_variables(config.model.template_variables))

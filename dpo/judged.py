@@ -106,7 +106,7 @@ def read_run(folder: Path, rows: Sequence[Row] = ()) -> Run:
         read_metrics(folder / "metrics.jsonl") if trains else [],
         cast(Endpoint | None, results.get("endpoint")),
         read_verdicts(folder / "verdicts.jsonl"),
-        _placed(rows) if rows else _rows_again(config, results),
+        _placed(rows) if rows else _rows_again(config, results, trains),
     )
 
 
@@ -115,14 +115,14 @@ def _placed(rows: Sequence[Row]) -> JudgedRows:
     return JudgedRows(rows, place, {row.id: row_digest(row) for row in rows})
 
 
-def _rows_again(config: Config, results: Mapping[str, object]) -> JudgedRows:
+def _rows_again(config: Config, results: Mapping[str, object], trains: bool) -> JudgedRows:
     """The judged rows, read from where the configuration says; none where they are gone or not the same."""
     told = results.get("data")
     digest = told.get("test_sha256") if isinstance(told, dict) else None
     if not digest:
         return JudgedRows(missing="The run does not say which rows it judged, so their texts are left out.")
     try:
-        rows = load_splits(config).test
+        rows = load_splits(config, judging=not trains).test
     except (UserError, OSError) as error:
         return JudgedRows(missing=f"The rows cannot be read again, so their texts are left out: {error}.")
     if digest != rows_digest(rows):

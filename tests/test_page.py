@@ -35,15 +35,12 @@ in_a_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium"
 
 
 def write_rows_file(path: Path) -> None:
-    """A row of test for every attack, named by it, and one each to train and validate."""
+    """A row for every attack, named by it."""
     rows = [
         {"id": f"{number} {text[:60]}", "subset": text[:40], "prompt": f"{number} {text}", "chosen": f"right {text}",
-         "rejected": f"wrong {text}", "group": f"g{number}", "split": "test"}
+         "rejected": f"wrong {text}", "group": f"g{number}"}
         for number, text in enumerate(ATTACKS)
     ]  # fmt: skip
-    for split in ("train", "validation"):
-        texts = {name: f"the {name} of {split}, and no other" for name in ("prompt", "chosen", "rejected")}
-        rows.append({"id": split, "subset": "plain", "split": split, **texts})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -55,12 +52,12 @@ def write_judging(folder: Path, data: Path, judge: str, odds: dict[int, tuple[fl
     said = [
         Verdict(row.id, row.subset, row.group, (0, 0), *odds[int(name.split()[0])])
         for name, row in rows.items()
-        if row.split == "test" and int(name.split()[0]) in odds
+        if int(name.split()[0]) in odds
     ]
     endpoint = {"found": 0, "prompt_tokens": 900, "completion_tokens": 20, "cost": 0.01, "time_s": 2.0}
     results = {
         "judge": {judge: summarise(said)},
-        "data": load_splits(config).report,
+        "data": load_splits(config, judging=True).report,
         "time_s": {"judge": 3.0},
         "endpoint": endpoint,
     }
