@@ -132,14 +132,14 @@ def _rows_again(config: Config, results: Mapping[str, object], trains: bool) -> 
 
 
 def judges_of(runs: Sequence[Run]) -> list[Judge]:
-    """The judges of the runs, without controls; one that said just what another one said is there once."""
+    """The judges of the runs, without controls; a base that said just what one before it said is left out."""
     known = all(run.rows.digest for run in runs)
     found: list[Judge] = []
     for run in runs:
         digest = run.rows.digest if known else {}
         for role in ("base", "trained") if run.trained else tuple(run.verdicts):
             verdicts = {(v.id, v.pair, v.group, digest.get(v.id, "")): v for v in run.verdicts[role]}
-            if all(judge.verdicts != verdicts for judge in found):
+            if role != "base" or all(judge.verdicts != verdicts for judge in found):
                 found.append(Judge(role, role, run, run.results["judge"][role], verdicts))  # type: ignore[literal-required]
     for place in (lambda run: run.config.exp, lambda run: run.folder.name):
         count = Counter(judge.name for judge in found)

@@ -130,6 +130,12 @@ def test_texts_of_rows_that_are_gone_or_changed_are_left_out_and_it_is_said(tmp_
         assert {"gone": "there is no such file", "changed": "no longer holds the rows"}[fault] in text
 
 
+def test_a_judge_that_says_what_another_one_said_is_compared_all_the_same(runs: list[Path], tmp_path: Path) -> None:
+    again = write_judging(tmp_path / "run", runs[0].parent / "rows.jsonl", "again", ODDS)
+    text = (write_report([runs[0], again]) / "report.md").read_text()
+    assert "again: order-averaged accuracy" in text and "(+0.0 points" in text and "on 10 shared pairs" in text
+
+
 def test_the_command_compares_runs_and_says_where(runs: list[Path], capsys) -> None:
     assert main([*map(str, runs)]) == 0
     assert capsys.readouterr().out == f"report: {runs[0] / 'compared' / 'report.html'}\n"
