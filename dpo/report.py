@@ -145,7 +145,7 @@ def _before_and_after(judge: Judgement) -> list[Block]:
         better = f"{test['wins_only_a']} / {test['wins_only_b']}"
         tests.append((name, *_points(test), _p(test["p"]), _p(test["p_clustered"]), better))
     text = (
-        "In brackets: 95 % intervals in per cent, Wilson's, or of a bootstrap over groups where that is wider. "
+        "In brackets: 95 % intervals in per cent, Wilson's, or over groups of rows where that is wider. "
         "p: McNemar's exact test over pairs, and a sign-flip test over groups of rows that belong together; "
         "the first line of the page quotes the larger. A true difference of "
         f"{100 * averaged['minimum_detectable']:.1f} points would be found four times in five."

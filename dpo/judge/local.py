@@ -14,7 +14,7 @@ from dpo.config import Config
 from dpo.inputs import Inputs, judge_settings
 from dpo.judge.controls import conclude, control_verdicts
 from dpo.judge.protocols import compare
-from dpo.judge.statistics import Verdict, summarise, verdict_record
+from dpo.judge.statistics import Verdict, compare_subsets, summarise, verdict_record
 from dpo.judge.statistics import compare as compare_judges
 from dpo.logprobs import TreeLogps
 from dpo.losses import pair_losses, reads, reward_metrics
@@ -79,6 +79,7 @@ def judge_results(
     return {
         **{name: summarise(judge, seed) for name, judge in judged.items()},
         "comparison": compare_judges(judged["trained"], judged["base"], seed),
+        "subset_tests": compare_subsets(judged["trained"], judged["base"], seed),
         **conclusion,
     }
 
