@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dpo*", "kernels*", "models*"]),
-    package_data={"dpo.checkable": ["banks.toml"], "dpo.judge": ["prices.toml"]},
+    package_data={"dpo.checkable": ["banks.toml"], "dpo.judge": ["prices.toml", "templates/*.toml"]},
     install_requires=[
         "torch>=2.13",
         "triton; platform_system == 'Linux'",

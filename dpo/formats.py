@@ -20,7 +20,17 @@ Read = Callable[[object, str, str], Answer]  # an answer from (value, its name, 
 Convert = Callable[[Record, str, str, Counter[str]], Record | None]  # (record, format, "file:line", dropped)
 ROLES = ("system", "user", "assistant")
 THINKING = ("thinking", "reasoning_content", "reasoning")  # what others call it
-KEPT = ("id", "subset", "group", "split", "weight", "margin", "soft_label")  # ours, where another format has them
+# Ours, where another format has them.
+KEPT = (
+    "id",
+    "subset",
+    "group",
+    "split",
+    "weight",
+    "margin",
+    "soft_label",
+    "reference_answer",
+)  # ours, where another format has them
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 CHANGE_THE_PROMPT = ("tools", "images", "image", "chat_template_kwargs")  # TRL's
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")

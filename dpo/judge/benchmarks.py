@@ -5,18 +5,15 @@ reads a verdict from anywhere in the text (`official_choice`), where we read the
 whole number, so that it ties less often than a written one. Read next: dpo/judge/protocols.py.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 import numpy as np
 
+from dpo.judge.prompts import TIES_ID
 from dpo.judge.statistics import Verdict, outcomes
 from models.errors import UserError
-
-TIES_ID = re.compile(r"(ref|tied):(.+)")
-"""RewardBench 2's two rows of a Ties question: one right answer asked for (ref), or all of them right (tied)."""
 
 # ---- RewardBench 2
 
