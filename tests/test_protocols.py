@@ -200,3 +200,12 @@ def test_the_studys_blind_preset_is_refused_sighted_and_runs_blind(
 def test_a_training_judges_by_comparing_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert train(["exp=smoke", "judge.protocol=rate"]) == 2
     assert "is for python -m dpo.judge" in capsys.readouterr().err
+
+
+def test_a_benchmark_of_pairs_scores_its_own_rows(data: Path) -> None:
+    row = {"question": "?", "response_A": "a", "response_B": "b", "label": "A>B", "source": "law"}
+    data.write_text("".join(json.dumps(row | {"pair_id": f"p{i}"}) + "\n" for i in range(4)))
+    code, results = judge(data, "model.path=tiny-random", "data.format=judgebench", "dtype=fp32")
+    summary = results["judge"]["tiny-random"]
+    assert code == 0 and list(summary["subsets"]) == ["law"]
+    assert results["benchmark"] == {"score": summary["wins"] / 4}  # no exact 0 and nothing unread: only wins sum to > 0

@@ -31,7 +31,7 @@ SLOTS = {"compare": 2, "choose": 4, "rate": 1, "ties": 1}
 class _Absent(jinja2.StrictUndefined):
     """A column that a row does not have: false in a condition, an error where it is written."""
 
-    __bool__ = jinja2.Undefined.__bool__
+    __bool__ = jinja2.Undefined.__bool__  # type: ignore[assignment]
 
 
 JINJA = ImmutableSandboxedEnvironment(undefined=_Absent)  # what a row says is text, never a template
