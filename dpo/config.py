@@ -41,7 +41,19 @@ class DataConfig(Section):
         description="checkable (made here), a row file, a folder of them, or a Hub dataset ORG/NAME[@REVISION][:FILE]",
     )
     format: Literal[
-        "auto", "together", "rb2", "ours", "ranked", "ultrafeedback", "binarized", "hh", "trl", "implicit"
+        "auto",
+        "judgebench",
+        "llmbar",
+        "rmbench",
+        "together",
+        "rb2",
+        "ours",
+        "ranked",
+        "ultrafeedback",
+        "binarized",
+        "hh",
+        "trl",
+        "implicit",
     ] = Field("auto", description="of the rows (dpo/formats.py); auto = by the keys of each file's first row")
     rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
     pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")
@@ -171,7 +183,11 @@ class JudgeConfig(Section):
     rows: int = Field(0, ge=0, description="most test rows judged, whole groups drawn; 0 = all")
     pairs_per_row: int = Field(1, ge=0, description="first so many (chosen, rejected) pairs of a test row; 0 = all")
     blind_control: bool = Field(True, description="also judge blind, as one of the controls")
-    protocol: Literal["compare"] = Field("compare", description="what dpo.judge asks: the better of two, both orders")
+    protocol: Literal["compare", "choose", "rate", "ties"] = Field(
+        "compare", description="what dpo.judge asks: better of two, both orders; best of four; 1 to 10; that, on Ties"
+    )
+    template: Place = Field("", description='file of what the judge is asked, or a preset; "" = the protocol\'s own')
+    reference_answer: bool = Field(True, description="the judge sees the reference answers of rows that have one")
     split: Literal["all", "test"] = Field(
         "all", description="rows that dpo.judge judges: all, or a training's test rows"
     )

@@ -14,6 +14,7 @@ import torch
 
 from dpo.checkable import make_rows
 from dpo.config import Config
+from dpo.judge.prompts import ASKED, columns, judge_messages, read_template
 from dpo.losses import check_loss
 from dpo.rows import Row, columns_of, read_rows, rows_digest
 from dpo.shards import ENDINGS
@@ -95,6 +96,13 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
         rows = read_rows(place, config.data.format, dropped)
     data, seed = config.data, config.seed
+    if judging:
+        asked = [row for row in rows if ASKED[config.judge.protocol](row)]
+        if not asked:
+            raise UserError(
+                f"judge.protocol={config.judge.protocol}: no row is one to ask; Ties rows are ref:N, tied:N"
+            )
+        rows = asked
     if judging and config.judge.split == "all":
         rows = [replace(row, split="test") for row in rows]
         splits = split_rows(rows, split="group", seed=seed, validation_fraction=0, test_fraction=1)
@@ -171,6 +179,10 @@ def tree_settings(config: Config) -> TreeSettings:
         data.max_tokens,
         data.too_long,
         config.judge.sighted,
+        config.judge.protocol,
+        read_template(config.judge.template, config.judge.protocol),
+        config.judge.reference_answer,
+        config.seed if config.judge.protocol == "choose" else 0,
     )
 
 
@@ -225,6 +237,13 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     check_place("run.root", Path(config.run.root))
     check_place("run.cache", cache)
     check_place("reference.store", Path(config.reference.store))
+    if config.judge.protocol != "compare" and not judging:
+        raise UserError(
+            f"judge.protocol={config.judge.protocol}: is for python -m dpo.judge; a training has compare only"
+        )
+    if config.judge.sighted and config.judge.blind_control and not judging:  # it comes last, its template not
+        template = tree_settings(config).template
+        judge_messages((), ["", ""], template, sighted=False, reference="-" * ("reference_answer" in columns(template)))
     if config.data.max_tokens > config.pack.tokens:
         raise UserError(
             f"data.max_tokens={config.data.max_tokens}: more than pack.tokens = {config.pack.tokens} do not fit; "

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo import report_run
-from dpo.judge.statistics import reliability
+from dpo.judge.statistics import Summary, reliability
 from dpo.judged import Compared, Judge, Run, cases, comparisons, judges_of, read_run, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import Axis, Mark, bars, chart, file_text, training_plots
@@ -95,6 +95,10 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("wins / losses / ties / invalid", *("{wins} / {losses} / {ties} / {invalid}".format(**j) for j in of)),
         ("same verdict in both orders", *(percent(j["position_consistency"]) for j in of)),
         ("says A", *(percent(j["raw_a_rate"]) for j in of)),
+        ("a tie counts one half", *(percent(j["tie_half_accuracy"], j["tie_half_interval"]) for j in of)),
+        ("of decided pairs", *(_decided(j) for j in of)),
+        ("kappa", *(_known(j["kappa"]) for j in of)),
+        ("Brier score, calibration error", *(f"{_known(j['brier'])}, {_known(j['calibration_error'])}" for j in of)),
     ]
     if not compared:
         return [Table("The judges", figures)]
@@ -108,12 +112,20 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
             better = f"{test['wins_only_a']} / {test['wins_only_b']}"
             tests.append((f"{one.b.name} less {one.a.name}, {name}", f"{one.n:,}", *points(test), *p, better))
     text = (
-        "In brackets: 95 % intervals in per cent, Wilson's, or of a bootstrap over groups where that is wider. "
+        "In brackets: 95 % intervals in per cent, Wilson's, or over groups of rows where that is wider. "
         "p: McNemar's exact test over pairs, and a sign-flip test over groups of rows that belong together; quoted is "
         f"the larger{', corrected by Holm over the comparisons' * many}. A true difference of "
         f"{100 * compared[0].test['averaged']['minimum_detectable']:.1f} points would be found four times in five."
     )
     return [Table("The judges", figures), Table("Their differences on the same pairs", tests), Text("paragraph", text)]
+
+
+def _decided(of: Summary) -> str:
+    return "-" if of["decided_accuracy"] is None else percent(of["decided_accuracy"], of["decided_interval"] or ())
+
+
+def _known(figure: float | None) -> str:
+    return "-" if figure is None else f"{figure:.3f}"
 
 
 def _by_subset(judges: Sequence[Judge]) -> list[Block]:
@@ -168,9 +180,21 @@ def _calibration(judges: Sequence[Judge]) -> list[Block]:
         marks.append(Mark(judge.name, sure, right_of, tone, "joined", [of["interval"] for of in bins]))
     if len(rows) == 1:
         return []
+    tenths = [tenth / 10 for tenth in range(1, 11)]
+    surest = [
+        Mark(judge.name, tenths, judge.summary["selective_accuracy"], tone, "joined")
+        for tone, judge in enumerate(judges)
+        if judge.summary["selective_accuracy"]
+    ]
+    covered = "Accuracy on the surest verdicts"
+    share = Axis("share of the verdicts, surest first", (0, 1), percent=True), Axis("right", (0, 1), percent=True)
     title = "Accuracy by confidence"
     axes = Axis("confidence of the order-averaged verdict", (0.5, 1), percent=True), Axis("right", (0, 1), percent=True)
-    return [Plot("calibration", title, chart(title, *axes, marks)), Table(title, rows)]
+    plots = [
+        Plot("calibration", title, chart(title, *axes, marks)),
+        Plot("coverage", covered, chart(covered, *share, surest)),
+    ]
+    return [*plots, Table(title, rows)]
 
 
 def pace(judge: Judge) -> dict[str, float]:

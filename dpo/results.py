@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from dpo.judge.controls import Conclusion
-from dpo.judge.statistics import Comparison, Summary
+from dpo.judge.statistics import Comparison, PairedTest, Summary
 from models.errors import UserError
 
 Counts = dict[str, int]
@@ -21,6 +21,7 @@ class Judgement(Conclusion):
     base: Summary
     trained: Summary
     comparison: Comparison
+    subset_tests: NotRequired[dict[str, PairedTest]]  # of the comparison, by subset
 
 
 class Data(TypedDict):

@@ -357,7 +357,7 @@ def _check_together(config: Config, settings: Settings) -> None:
         raise UserError(f"{fractions}: leave no rows for training; together they must be < 1")
     url = config.endpoint.url
     if bool(url) != bool(config.endpoint.model):
-        raise UserError(f"{said('endpoint.url')} and {said('endpoint.model')}: set both, or none for a local model")
+        raise UserError(f"{said('endpoint.url')} and {said('endpoint.model')}; set both, or none for a local model")
     if url and not _is_endpoint(url):
         raise UserError(
             f"{said('endpoint.url')}: must be http(s)://HOST[:PORT]/PATH that ends before /chat/completions"

@@ -14,7 +14,7 @@ from dpo.judge.__main__ import main
 from dpo.judge.asked import verdict_odds
 from dpo.judge.endpoint import Answer
 from dpo.judge.local import read_verdicts
-from dpo.judge.prompts import judge_messages
+from dpo.judge.prompts import COMPARE, judge_messages
 from dpo.rows import Row, read_rows, write_rows
 from dpo.settings import load_config
 from models.errors import UserError
@@ -150,7 +150,7 @@ def test_a_file_is_judged_by_an_endpoint_into_a_run_folder(data: Path, capsys: p
     [verdict, *_] = read_verdicts(folder / "verdicts.jsonl")["judge-1"]
     assert (verdict.id, verdict.pair, verdict.first, verdict.second) == ("row-0", (0, 0), 1.0, -1.0)
     [answer, *_] = (json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines())
-    assert answer == {"id": "row-0", "pair": [0, 0], "first": "A", "second": "B"}
+    assert answer == {"id": "row-0", "question": 0, "text": "A"}
     assert json.loads((folder / "config.json").read_text())["endpoint"]["model"] == "judge-1"
     assert json.loads((folder / "env.json").read_text())["packages"]
     assert "judge-1: order-averaged accuracy 80.0 %" in capsys.readouterr().out
@@ -198,7 +198,7 @@ def test_an_endpoint_that_serves_the_model_gives_its_verdicts(data: Path) -> Non
             (row.chosen[0], row.rejected[0], verdict.first),
             (row.rejected[0], row.chosen[0], verdict.second),
         ):
-            odds[judge_messages(row.prompt, first, second, sighted=True)[1]["content"]] = value
+            odds[judge_messages(row.prompt, (first, second), COMPARE)[1]["content"]] = value
 
     def serve(body: dict, before: int) -> Reply:
         value = odds[body["messages"][1]["content"]]

@@ -25,7 +25,7 @@ from dpo.report import main, write_report
 from models.errors import UserError
 
 NASTY = "<b>&|*x*_y_`z` [a](http://b) </td>"
-PLOTS = {"loss", "margins", "accuracy", "subsets", "calibration"}
+PLOTS = {"loss", "margins", "accuracy", "subsets", "calibration", "coverage"}
 SUBSETS = {"Focus": (2.5, 0.4), "Precise IF": (1.2, 0.4), "Math": (0.05, 0.4), NASTY: (0.0, 0.4)}
 
 
@@ -353,7 +353,7 @@ def test_a_report_made_again_is_the_same(run_folder: Path) -> None:
 def test_without_plots_there_are_no_curves(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", log={"plots": False})
     write_report([folder])
-    assert {path.stem for path in (folder / "plots").iterdir()} == {"subsets", "calibration"}
+    assert {path.stem for path in (folder / "plots").iterdir()} == {"subsets", "calibration", "coverage"}
 
 
 CORE = "step0_loss step0_max_difference reference reference.misses judge judge.base judge.trained.ties judge.comparison"
