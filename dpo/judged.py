@@ -145,7 +145,7 @@ def judges_of(runs: Sequence[Run]) -> list[Judge]:
         count = Counter(judge.name for judge in found)
         twins = [count[judge.name] > 1 for judge in found]
         found = [
-            replace(j, name=f"{place(j.run)} {j.name}") if twin else j for j, twin in zip(found, twins, strict=True)
+            replace(j, name=f"{place(j.run)} {j.role}") if twin else j for j, twin in zip(found, twins, strict=True)
         ]
     return found
 
