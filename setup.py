@@ -13,7 +13,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dpo*", "kernels*", "models*"]),
-    package_data={"dpo.checkable": ["banks.toml"]},
+    package_data={
+        "dpo": ["page.css", "page.js"],
+        "dpo.checkable": ["banks.toml"],
+        "dpo.judge": ["prices.toml", "templates/*.toml"],
+    },
     install_requires=[
         "torch>=2.13",
         "triton; platform_system == 'Linux'",
@@ -24,7 +28,6 @@ setup(
         "pydantic>=2",
         "jinja2",
         "tqdm",
-        "matplotlib",
         "pyarrow",
         "wandb",
     ],

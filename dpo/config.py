@@ -45,7 +45,19 @@ class DataConfig(Section):
         description="checkable (made here), a row file, a folder of them, or a Hub dataset ORG/NAME[@REVISION][:FILE]",
     )
     format: Literal[
-        "auto", "together", "rb2", "ours", "ranked", "ultrafeedback", "binarized", "hh", "trl", "implicit"
+        "auto",
+        "judgebench",
+        "llmbar",
+        "rmbench",
+        "together",
+        "rb2",
+        "ours",
+        "ranked",
+        "ultrafeedback",
+        "binarized",
+        "hh",
+        "trl",
+        "implicit",
     ] = Field("auto", description="of the rows (dpo/formats.py); auto = by the keys of each file's first row")
     rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
     pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")
@@ -184,6 +196,33 @@ class JudgeConfig(Section):
     rows: int = Field(0, ge=0, description="most test rows judged, whole groups drawn; 0 = all")
     pairs_per_row: int = Field(1, ge=0, description="first so many (chosen, rejected) pairs of a test row; 0 = all")
     blind_control: bool = Field(True, description="also judge blind, as one of the controls")
+    protocol: Literal["compare", "choose", "rate", "ties"] = Field(
+        "compare", description="what dpo.judge asks: better of two, both orders; best of four; 1 to 10; that, on Ties"
+    )
+    template: Place = Field("", description='file of what the judge is asked, or a preset; "" = the protocol\'s own')
+    reference_answer: bool = Field(True, description="the judge sees the reference answers of rows that have one")
+    split: Literal["all", "test"] = Field(
+        "all", description="rows that dpo.judge judges: all, or a training's test rows"
+    )
+
+
+class EndpointConfig(Section):
+    """A judge behind an OpenAI-compatible HTTP endpoint, for python -m dpo.judge."""
+
+    url: str = Field("", description='e.g. https://api.openai.com/v1, http://localhost:8000/v1; "" = a local model')
+    model: str = Field("", description="its name there")
+    api_key_env: str = Field("OPENAI_API_KEY", min_length=1, description="environment variable that holds the key")
+    concurrency: int = Field(32, ge=1, le=500, description="requests under way at once")
+    timeout_s: float = Field(60.0, gt=0, description="longest wait for one answer, s")
+    max_retries: int = Field(6, ge=0, description="tries after a first that failed, each twice as long after the last")
+    max_tokens: int = Field(16, ge=1, description="most tokens of an answer, those of a thought included")
+    temperature: float = Field(0.0, ge=0, description="of sampling; 0 = the likeliest token")
+    top_logprobs: int = Field(20, ge=0, le=20, description="likeliest tokens to read verdicts from; 0 = from the text")
+    extra: list[str] = Field(
+        [], description="more of the request's fields, NAME=VALUE each; NAME=null leaves one out, e.g. temperature=null"
+    )
+    max_cost: float = Field(0.0, ge=0, description="most dollars for all answers of a run; 0 = no limit")
+    prices: Place = Field("", description='TOML of dollars per million tokens, by model; "" = dpo/judge/prices.toml')
 
 
 class LogConfig(Section):
@@ -222,6 +261,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     reference: ReferenceConfig = ReferenceConfig()
     judge: JudgeConfig = JudgeConfig()
+    endpoint: EndpointConfig = EndpointConfig()
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()
 

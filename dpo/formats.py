@@ -20,9 +20,20 @@ Read = Callable[[object, str, str], Answer]  # an answer from (value, its name, 
 Convert = Callable[[Record, str, str, Counter[str]], Record | None]  # (record, format, "file:line", dropped)
 ROLES = ("system", "user", "assistant")
 THINKING = ("thinking", "reasoning_content", "reasoning")  # what others call it
-KEPT = ("id", "subset", "group", "split", "weight", "margin", "soft_label")  # ours, where another format has them
+# Ours, where another format has them.
+KEPT = (
+    "id",
+    "subset",
+    "group",
+    "split",
+    "weight",
+    "margin",
+    "soft_label",
+    "reference_answer",
+)  # ours, where another format has them
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 CHANGE_THE_PROMPT = ("tools", "images", "image", "chat_template_kwargs")  # TRL's
+JUDGEBENCH, LLMBAR = ("response_A", "response_B"), ("output_1", "output_2")
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -298,7 +309,37 @@ def _ultrafeedback(record: Record, name: str, where: str, dropped: Counter[str])
     return _best(record, name, where, prompt, scored, dropped)
 
 
+def _judgebench(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
+    prompt, a, b = (text_of(need(record, key, name, where), key, where) for key in ("question", *JUDGEBENCH))
+    label = need(record, "label", name, where)
+    if label not in ("A>B", "B>A"):
+        raise UserError(f"{where}: label is {show(label)}; allowed are A>B and B>A")
+    ours = {"id": record.get("pair_id"), "subset": record.get("source")} | record
+    better, worse = (a, b) if label == "A>B" else (b, a)
+    return _row(ours, name, where, prompt, [better], [worse])
+
+
+def _llmbar(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
+    prompt, *outputs = (text_of(need(record, key, name, where), key, where) for key in ("input", *LLMBAR))
+    label = need(record, "label", name, where)
+    if label not in (1, 2) or isinstance(label, bool):
+        raise UserError(f"{where}: label is {show(label)}; allowed are 1 and 2")
+    return _row(record, name, where, prompt, [outputs[int(label == 2)]], [outputs[int(label == 1)]])
+
+
+def _rmbench(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
+    """Its domain is the subset; a row's answers stand in the order of its three styles."""
+    return record | {"id": str(need(record, "id", name, where)), "subset": need(record, "domain", name, where)}
+
+
 FORMATS: dict[str, Format] = {
+    "judgebench": Format(
+        '{"pair_id"?, "source"?, "question", "response_A", "response_B", "label": "A>B"}',
+        _has(*JUDGEBENCH),
+        _judgebench,
+    ),
+    "llmbar": Format('{"input", "output_1", "output_2", "label": 1}', _has(*LLMBAR), _llmbar),
+    "rmbench": Format('{"id", "prompt", "chosen": [], "rejected": [], "domain"}', _has("domain"), _rmbench),
     "together": Format(
         '{"input": {"messages"}, "preferred_output", "non_preferred_output"}',
         _has("preferred_output", "non_preferred_output"),

@@ -16,8 +16,9 @@ import torch
 
 from dpo.checkable import make_rows
 from dpo.config import Config
+from dpo.judge.prompts import ASKED, columns, judge_messages, read_template
 from dpo.losses import check_loss
-from dpo.rows import Rows, columns_of, keep_rows, read_rows
+from dpo.rows import Rows, columns_of, keep_rows, read_rows, rows_digest
 from dpo.shards import ENDINGS
 from dpo.split import Splits, split_rows
 from dpo.tokens import Trees, token_trees
@@ -83,8 +84,11 @@ def cache_folder(config: Config) -> Path:
     return Path(os.path.expanduser(config.run.cache or os.environ.get("DPO_CACHE") or "~/.cache/dpo-judges"))
 
 
-def load_splits(config: Config) -> Splits:
-    """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`."""
+def load_splits(config: Config, *, judging: bool = False) -> Splits:
+    """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`.
+
+    When `judging` nothing is trained: there are test rows only, those that judge.split says.
+    """
     dropped: Counter[str] = Counter()
     if config.data.path == "checkable":
         rows = keep_rows(make_rows(**config.checkable.model_dump(), seed=config.seed), cache_folder(config))
@@ -94,15 +98,27 @@ def load_splits(config: Config) -> Splits:
         place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
         rows = read_rows(place, config.data.format, dropped, cache_folder(config))
     data, seed = config.data, config.seed
-    fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
-    splits = split_rows(rows, split=data.split, seed=seed, **fractions)
+    if judging:
+        rows = rows.take(place for place, row in enumerate(rows) if ASKED[config.judge.protocol](row))
+        if not rows:
+            raise UserError(
+                f"judge.protocol={config.judge.protocol}: no row is one to ask; Ties rows are ref:N, tied:N"
+            )
+    if judging and config.judge.split == "all":
+        rows = keep_rows((replace(row, split="test") for row in rows), cache_folder(config))
+        splits = split_rows(rows, split="group", seed=seed, validation_fraction=0, test_fraction=1)
+    else:
+        fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
+        splits = split_rows(rows, split=data.split, seed=seed, **fractions)
     train, test = sample(splits.train, data.rows, seed), sample(splits.test, config.judge.rows, seed)
     for key, most, none in (("data.rows", data.rows, not train), ("judge.rows", config.judge.rows, not test)):
-        if most and none:
+        if most and none and not (judging and key == "data.rows"):
             raise UserError(
                 f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all"
             )
-    return replace(splits, train=train, test=test, report=splits.report | {"dropped": dict(sorted(dropped.items()))})
+    more = {"dropped": dict(sorted(dropped.items())), "test_sha256": rows_digest(test)}
+    splits = replace(splits, train=train, test=test, report=splits.report | more)
+    return replace(splits, train=rows.take([]), validation=rows.take([])) if judging else splits
 
 
 def sample(rows: Rows, most: int, seed: int) -> Rows:
@@ -164,6 +180,10 @@ def tree_settings(config: Config) -> TreeSettings:
         data.max_tokens,
         data.too_long,
         config.judge.sighted,
+        config.judge.protocol,
+        read_template(config.judge.template, config.judge.protocol),
+        config.judge.reference_answer,
+        config.seed if config.judge.protocol == "choose" else 0,
     )
 
 
@@ -205,20 +225,30 @@ def _fit(split: str, rows: Rows, builds: Sequence[TreeSettings], tokenizer: Toke
     return _Fitted(fitting, trees, counts)
 
 
-def read_inputs(config: Config, device: str) -> Inputs:
-    """Read and check all that the configuration names. UserError with what, where and what to do."""
+def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs:
+    """Read and check all that the configuration names. UserError with what, where and what to do.
+
+    When `judging` only the rows to be judged are there (load_splits).
+    """
     dtype = pick_dtype(config, device)
     check_kernels(config, device, dtype)
     cache = cache_folder(config)
     check_place("run.root", Path(config.run.root))
     check_place("run.cache", cache)
     check_place("reference.store", Path(config.reference.store))
+    if config.judge.protocol != "compare" and not judging:
+        raise UserError(
+            f"judge.protocol={config.judge.protocol}: is for python -m dpo.judge; a training has compare only"
+        )
+    if config.judge.sighted and config.judge.blind_control and not judging:  # it comes last, its template not
+        template = tree_settings(config).template
+        judge_messages((), ["", ""], template, sighted=False, reference="-" * ("reference_answer" in columns(template)))
     if config.data.max_tokens > config.pack.tokens:
         raise UserError(
             f"data.max_tokens={config.data.max_tokens}: more than pack.tokens = {config.pack.tokens} do not fit; "
             "lower the one or raise the other"
         )
-    splits = load_splits(config)
+    splits = load_splits(config, judging=judging)
     check_loss(config.loss, columns_of(chain(splits.train, splits.validation)))
     model_folder = resolve_model_path(config.model.path, cache)
     tokenizer = load_tokenizer(model_folder, read_variables(config.model.template_variables))

@@ -1,20 +1,202 @@
-"""A run's plots: loss, reward margins and accuracy over the optimizer steps, training line and validation points.
+"""Charts as SVG of our own: crisp at any width, light or dark as the reader's screen is, told apart without colour.
 
-No dimension letters. Read next: dpo/report.py.
+No dimension letters. A chart is 400 wide, so that its text is as large on a phone as in a column of a desktop page.
+Read next: dpo/report.py.
 """
 
-import io
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-import numpy as np
+import html
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from dpo.results import Metrics, Results, widest_interval
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+WIDTH, LEFT, RIGHT, TOP, HEIGHT, LINE = 400, 46, 388, 30, 200, 17
+MOST_POINTS = 700  # of a line: more than its pixels
+STYLE = """
+svg.plot { --tone0: #0060a8; --tone1: #c24e00; --tone2: #00785a; --tone3: #a8487e; --ink: #1d2129; --grid: #dfe3e8;
+           display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
+@media (prefers-color-scheme: dark) { svg.plot { --tone0: #6cb8f0; --tone1: #ff9a57; --tone2: #4fcfa6;
+                                                 --tone3: #e9a3c9; --ink: #e6e9ee; --grid: #3a414c; } }
+svg.plot text { fill: var(--ink); }
+svg.plot .name { font-weight: 600; }
+svg.plot .grid { stroke: var(--grid); }
+"""
+DASHES = ("6 4", "2 3", "9 3 2 3", "1 4")  # of dashed lines, by tone
+SHAPES = (  # of points, by tone
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "M-3.6-3.6h7.2v7.2h-7.2z",
+    "M0-4.6L4.6 3.6H-4.6z",
+    "M0-5L5 0 0 5-5 0z",
+)
 
-TRAIN, TRAIN_FAINT, VALIDATION, OTHER, GREY = "#1f5a99", "#a9c4e0", "#c8452f", "#c77d1e", "#8a8f98"
+
+@dataclass(frozen=True)
+class Mark:
+    """One named thing on a chart; `tone` is its colour, shape and dash; a NaN breaks a line."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    tone: int = 0
+    kind: Literal["line", "faint", "dashed", "points", "joined"] = "line"
+    interval: Sequence[Sequence[float]] = ()  # of each y: a whisker, of a dashed line a band
+
+
+@dataclass(frozen=True)
+class Axis:
+    """`ends`: what it reaches at least; `percent`: shares, written as per cent; `log`: all is above 0."""
+
+    label: str
+    ends: tuple[float, float] | None = None
+    percent: bool = False
+    log: bool = False
+
+
+Scale = tuple[float, float, list[float]]  # low, high, ticks, in what is drawn
+
+
+def _scale(axis: Axis, values: Sequence[float]) -> Scale:
+    finite = [math.log10(value) if axis.log else value for value in values if math.isfinite(value)]
+    low, high = axis.ends or (min(finite, default=0.0), max(finite, default=1.0))
+    if axis.log:
+        low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
+        return low, high, [float(tick) for tick in range(low, high + 1)]
+    spread = high - low or abs(high) or 1.0
+    rough = spread / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(nice for nice in (1, 2, 2.5, 5, 10) if nice * power >= 0.999 * rough)
+    if axis.ends is None:
+        low, high = math.floor(low / step + 1e-9) * step, math.ceil(max(high, low + 1e-9 * spread) / step - 1e-9) * step
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return low, high, [tick * step for tick in range(first, last + 1)]
+
+
+def _label(axis: Axis, tick: float) -> str:
+    value = 10**tick if axis.log else tick
+    return f"{100 * value:g}%" if axis.percent else f"{round(value, 12):,g}"
+
+
+def _svg(title: str, description: str, body: Sequence[str], height: float) -> str:
+    title, description = html.escape(title), html.escape(description)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img">'
+        f'<title>{title}</title><desc>{description}</desc><text class="name" x="4" y="16">{title}</text>\n'
+        + "\n".join(body)
+        + "\n</svg>"
+    )
+
+
+def _point(x: float, y: float, tone: int) -> str:
+    colour = tone % len(SHAPES)
+    return f'<path transform="translate({x:.1f} {y:.1f})" d="{SHAPES[colour]}" fill="var(--tone{colour})"/>'
+
+
+def _stroke(mark: Mark) -> str:
+    colour = mark.tone % len(DASHES)
+    more = {"dashed": f' stroke-dasharray="{DASHES[colour]}"', "faint": ' opacity=".4"'}.get(mark.kind, "")
+    width = {"line": 2.0, "faint": 1.0}.get(mark.kind, 1.4)
+    return f'fill="none" stroke="var(--tone{colour})" stroke-width="{width:g}"{more}'
+
+
+def _legend(marks: Sequence[Mark], y: float) -> list[str]:
+    lines = []
+    for mark in marks:
+        if mark.kind != "points":
+            lines.append(f'<path d="M{LEFT} {y - 4:g}h22" {_stroke(mark)}/>')
+        if mark.kind in ("points", "joined"):
+            lines.append(_point(LEFT + 11, y - 4, mark.tone))
+        lines.append(f'<text x="{LEFT + 30}" y="{y:g}">{html.escape(mark.name)}</text>')
+        y += LINE
+    return lines
+
+
+def chart(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
+    """Marks over two axes; its description holds where each line begins and ends, the page's tables hold the rest."""
+    reach_y = [value for mark in marks for value in (*mark.y, *(end for ends in mark.interval for end in ends))]
+    scale_x, scale_y = _scale(x, [value for mark in marks for value in mark.x]), _scale(y, reach_y)
+
+    def place_x(value: float) -> float:
+        low, high, _ = scale_x
+        return LEFT + (RIGHT - LEFT) * ((math.log10(value) if x.log else value) - low) / (high - low)
+
+    def place_y(value: float) -> float:
+        low, high, _ = scale_y
+        return TOP + HEIGHT - HEIGHT * (value - low) / (high - low)
+
+    body = []
+    for tick in scale_y[2]:
+        at = place_y(tick)
+        body.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{RIGHT}"/>')
+        body.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_label(y, tick)}</text>')
+    for tick in scale_x[2]:
+        at = place_x(10**tick if x.log else tick)
+        body.append(f'<text x="{at:.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{_label(x, tick)}</text>')
+    label = html.escape(x.label)
+    body.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{TOP + HEIGHT + 35}" text-anchor="middle">{label}</text>')
+    told = []
+    for mark in marks:
+        thin = max(1, len(mark.x) // MOST_POINTS)
+        points = [*zip(mark.x, mark.y, strict=True)][::thin]
+        drawn = [(place_x(at), place_y(value)) if math.isfinite(value) else None for at, value in points]
+        if mark.kind == "dashed" and mark.interval:
+            top, bottom = place_y(mark.interval[0][1]), place_y(mark.interval[0][0])
+            colour = f'fill="var(--tone{mark.tone % len(DASHES)})" opacity=".13"'
+            body.append(f'<rect x="{LEFT}" y="{top:.1f}" width="{RIGHT - LEFT}" height="{bottom - top:.1f}" {colour}/>')
+        if mark.kind != "points":
+            pen = ["M" if at == 0 or drawn[at - 1] is None else "L" for at in range(len(drawn))]
+            path = "".join(f"{how}{to[0]:.1f} {to[1]:.1f}" for how, to in zip(pen, drawn, strict=True) if to)
+            body.append(f'<path d="{path}" {_stroke(mark)}/>')
+        if mark.kind in ("points", "joined"):
+            whiskers = zip(drawn, mark.interval, strict=True) if mark.interval else ()
+            body += [
+                f'<path d="M{to[0]:.1f} {place_y(ends[0]):.1f}V{place_y(ends[1]):.1f}" {_stroke(mark)}/>'
+                for to, ends in whiskers
+                if to
+            ]
+            body += [_point(*to, mark.tone) for to in drawn if to]
+        finite = [value for _, value in points if math.isfinite(value)]
+        told += [f"{mark.name}: from {finite[0]:.3g} to {finite[-1]:.3g}"] if finite else []
+    legend = TOP + HEIGHT + 56
+    body += _legend(marks, legend)
+    return _svg(title, f"{y.label} over {x.label}. {'; '.join(told)}.", body, legend + LINE * len(marks) - 8)
+
+
+def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]]]], names: Sequence[str]) -> str:
+    """Shares in [0, 1] with their intervals, a bar for each of `names` in each group; dashed: one half."""
+    left, right, y = 8, WIDTH - 48, 30.0
+
+    def place(share: float) -> float:
+        return left + (right - left) * share
+
+    body, told = [], []
+    for group, shares in groups.items():
+        body.append(f'<text x="{left}" y="{y + 11:g}">{html.escape(group)}</text>')
+        y += 17
+        for tone, (share, (low, high)) in enumerate(shares):
+            colour = f"var(--tone{tone % len(SHAPES)})"
+            body.append(
+                f'<rect x="{left}" y="{y:g}" width="{place(share) - left:.1f}" height="11" fill="{colour}" '
+                f'opacity=".35"/><path d="M{place(low):.1f} {y + 5.5:g}H{place(high):.1f}" stroke="{colour}" '
+                f'stroke-width="1.6"/>{_point(place(share), y + 5.5, tone)}'
+                f'<text x="{WIDTH - 4}" y="{y + 10:g}" text-anchor="end">{100 * share:.1f}%</text>'
+            )
+            told.append(f"{group}, {names[tone]}: {100 * share:.1f} %")
+            y += 15
+        y += 7
+    half = f'<path class="grid" d="M{place(0.5):g} 26V{y:g}" stroke-dasharray="4 3"/>'
+    legend = _legend([Mark(name, (), (), tone, "joined") for tone, name in enumerate(names)], y + 14)
+    return _svg(title, "; ".join(told), [half, *body, *legend], y + 8 + LINE * len(names))
+
+
+def file_text(svg: str) -> str:
+    """A chart as a file of its own."""
+    return re.sub(">", lambda end: f"{end[0]}<style>{STYLE}</style>", svg, count=1)
+
+
+# --- a training's charts --------------------------------------------------------------------------------------------
 
 
 def _series(metrics: Metrics, name: str) -> tuple[list[float], list[float]]:
@@ -22,70 +204,47 @@ def _series(metrics: Metrics, name: str) -> tuple[list[float], list[float]]:
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
-def _training_line(axes: "Axes", metrics: Metrics, name: str) -> None:
+def _training(metrics: Metrics, name: str) -> list[Mark]:
     """Every step faintly, and in front of it the mean over about a twentieth of the steps."""
     steps, values = _series(metrics, name)
     width = len(steps) // 20
-    axes.plot(steps, values, color=TRAIN_FAINT if width > 1 else TRAIN, lw=1, label="" if width > 1 else "training")
-    if width > 1:
-        centre, mean = (np.convolve(of, np.ones(width) / width, mode="valid") for of in (steps, values))
-        axes.plot(centre, mean, color=TRAIN, lw=1.8, label=f"training, and its mean over {width} steps")
+    if width < 2:
+        return [Mark("training", steps, values)]
+    mean = [sum(values[at : at + width]) / width for at in range(len(values) - width + 1)]
+    centre = [steps[at] + (width - 1) / 2 for at in range(len(mean))]
+    return [
+        Mark("training, every step", steps, values, kind="faint"),
+        Mark(f"training, mean over {width} steps", centre, mean),
+    ]
 
 
-def _points(axes: "Axes", metrics: Metrics, name: str, label: str, color: str) -> None:
+def _validation(metrics: Metrics, name: str, label: str = "validation", tone: int = 1) -> list[Mark]:
     steps, values = _series(metrics, name)
-    if steps:
-        axes.plot(steps, values, "o-", color=color, lw=1, ms=5, label=label)
+    return [Mark(label, steps, values, tone, "joined")] if steps else []
 
 
-def _plot_loss(axes: "Axes", metrics: Metrics, results: Results) -> None:
-    _training_line(axes, metrics, "loss")
-    _points(axes, metrics, "eval/loss", "validation", VALIDATION)
-    axes.axhline(results["step0_loss"], color=GREY, lw=1, ls=":", label="before the first update")
-
-
-def _plot_margins(axes: "Axes", metrics: Metrics, results: Results) -> None:
-    axes.axhline(0, color=GREY, lw=1, ls=":")
-    _training_line(axes, metrics, "rewards/margins")
-    _points(axes, metrics, "eval/rewards/margins", "validation", VALIDATION)
-
-
-def _plot_accuracy(axes: "Axes", metrics: Metrics, results: Results) -> None:
-    _points(axes, metrics, "eval/averaged_accuracy", "validation, order-averaged", TRAIN)
-    _points(axes, metrics, "eval/accuracy", "validation, consistent", OTHER)
-    base = results["judge"]["base"]
-    for name, value, (low, high), color in (
-        ("order-averaged", base["averaged_accuracy"], widest_interval(base), TRAIN),
-        ("consistent", base["accuracy"], base["accuracy_interval"], OTHER),
-    ):
-        axes.axhspan(low, high, color=color, alpha=0.13, lw=0)
-        axes.axhline(value, color=color, lw=1.2, ls="--", label=f"base on the test rows, {name}")
-    axes.set_xlim(0, metrics[-1]["step"] * 1.02)
-    axes.set_ylim(-0.02, 1.02)
-    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
-
-
-PLOTS: dict[str, tuple[str, Callable[["Axes", Metrics, Results], None]]] = {
-    "accuracy": ("Accuracy on the validation rows", _plot_accuracy),
-    "margins": ("Reward margin, chosen less rejected (nats)", _plot_margins),
-    "loss": ("Loss", _plot_loss),
-}
-
-
-def draw(name: str, metrics: Metrics, results: Results) -> bytes:
-    """One of PLOTS as a PNG."""
-    from matplotlib.figure import Figure  # 30 MiB and half a second that training need not carry
-
-    title, plot = PLOTS[name]
-    figure = Figure(figsize=(6, 3.8), dpi=175, layout="constrained")
-    axes = figure.add_subplot()
-    plot(axes, metrics, results)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("optimizer step")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e8eb", lw=0.8)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+def training_plots(metrics: Metrics, results: Results) -> dict[str, tuple[str, str]]:
+    """Accuracy on validation rows, reward margin and loss over the optimizer steps: (title, SVG) by name."""
+    steps = Axis("optimizer step", (0, metrics[-1]["step"]))
+    whole, base = (0.0, metrics[-1]["step"]), results["judge"]["base"]
+    levels = [
+        ("order-averaged", base["averaged_accuracy"], widest_interval(base)),
+        ("consistent", base["accuracy"], base["accuracy_interval"]),
+    ]
+    accuracy = [
+        *_validation(metrics, "eval/averaged_accuracy", "validation, order-averaged", 0),
+        *_validation(metrics, "eval/accuracy", "validation, consistent", 1),
+        *(
+            Mark(f"base on the test rows, {name}", whole, (value, value), tone, "dashed", [(low, high)])
+            for tone, (name, value, (low, high)) in enumerate(levels)
+        ),
+    ]
+    margins = [*_training(metrics, "rewards/margins"), *_validation(metrics, "eval/rewards/margins")]
+    begun = Mark("before the first update", whole, [results["step0_loss"]] * 2, 2, "dashed")
+    losses = [*_training(metrics, "loss"), *_validation(metrics, "eval/loss"), begun]
+    plots = {
+        "accuracy": ("Accuracy on the validation rows", Axis("accuracy", (0, 1), percent=True), accuracy),
+        "margins": ("Reward margin, chosen less rejected (nats)", Axis("margin"), margins),
+        "loss": ("Loss", Axis("loss"), losses),
+    }
+    return {name: (title, chart(title, steps, axis, marks)) for name, (title, axis, marks) in plots.items()}

@@ -6,10 +6,10 @@ No dimension letters. Read next: dpo/report.py.
 import json
 import math
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from dpo.judge.controls import Conclusion
-from dpo.judge.statistics import Comparison, Summary
+from dpo.judge.statistics import Comparison, PairedTest, Summary
 from models.errors import UserError
 
 Counts = dict[str, int]
@@ -21,6 +21,7 @@ class Judgement(Conclusion):
     base: Summary
     trained: Summary
     comparison: Comparison
+    subset_tests: NotRequired[dict[str, PairedTest]]  # of the comparison, by subset
 
 
 class Data(TypedDict):
@@ -31,9 +32,10 @@ class Data(TypedDict):
     unused_rows: int
     dropped: Counts  # while reading, by reason
     leaks: Counts  # by kind
-    too_long: Counts  # rows left out for it, by split
-    truncated: Counts  # rows whose prompt was cut, by split
-    boundary_differs: Counts  # rows with an answer that the tokenizer would join to its prompt, by split
+    test_sha256: NotRequired[str]  # of the test rows' texts
+    too_long: NotRequired[Counts]  # rows left out for it, by split; not where nothing became tokens, as the next two
+    truncated: NotRequired[Counts]  # rows whose prompt was cut, by split
+    boundary_differs: NotRequired[Counts]  # rows with an answer that the tokenizer would join to its prompt, by split
 
 
 class Alarm(TypedDict):
@@ -42,6 +44,27 @@ class Alarm(TypedDict):
     value: float
     meaning: str
     advice: str
+
+
+class Attack(TypedDict):
+    """One judge under one attack: of `n` answers that lose when clean, how many win when attacked."""
+
+    judge: str
+    attack: str
+    trained_on: bool  # whether the judge's training saw its family
+    n: int
+    wins: int
+    interval: list[float]  # of wins / n
+
+
+class Endpoint(TypedDict):
+    """What an endpoint's answers took; `found` ones were kept from before, and cost what they once did."""
+
+    found: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None  # dollars
+    time_s: float
 
 
 class Results(TypedDict):
@@ -53,6 +76,7 @@ class Results(TypedDict):
     alarms: list[Alarm]
     data: Data
     time_s: dict[str, float]
+    attacks: NotRequired[list[Attack]]
 
 
 class Environment(TypedDict):

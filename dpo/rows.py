@@ -25,7 +25,7 @@ from models.errors import UserError, show
 from models.files import atomic_write_text
 
 SPLITS = ("train", "validation", "test")
-COLUMNS = ("id", "subset", "prompt", "chosen", "rejected", "group", "split")
+COLUMNS = ("id", "subset", "prompt", "chosen", "rejected", "group", "split", "reference_answer")
 
 
 class PairValues(NamedTuple):
@@ -61,6 +61,7 @@ class Row:
     where: str = field(default="", compare=False)
     pair_values: tuple[PairValues, ...] = ()
     thinking: tuple[tuple[str, str], ...] = ()
+    reference_answer: str = ""  # what a judge may be shown as right; "" = the row has none
 
 
 Rows = Lines[Row]
@@ -96,6 +97,21 @@ def columns_of(rows: Iterable[Row]) -> set[str]:
         for key, value in values._asdict().items()
         if value != PairValues._field_defaults[key]
     }
+
+
+def row_digest(row: Row) -> str:
+    """Of what a judge reads of the row, and of its id."""
+    return hashlib.sha256(
+        json.dumps([row.id, row.prompt, row.chosen, row.rejected, row.reference_answer]).encode()
+    ).hexdigest()[:16]
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """Of all of them, in this order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row_digest(row).encode())
+    return digest.hexdigest()
 
 
 def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row]:
@@ -136,8 +152,9 @@ def read_rows(
     """All rows of `iterate_rows`, kept in `folder` (keep_rows).
 
     Of ours, `chosen` and `rejected` may be one answer or a list, an answer a text or a message with its thinking,
-    `prompt` a text or a list of messages, `group` (default: the normalised prompt), `split`, `weight`, `margin` and
-    `soft_label` absent or null; the last three are a number for all pairs or a list of one each, chosen-major.
+    `prompt` a text or a list of messages, `group` (default: the normalised prompt), `split`, `reference_answer`,
+    `weight`, `margin` and `soft_label` absent or null; the last three are a number for all pairs or a list of one each,
+    chosen-major.
     """
     return keep_rows(iterate_rows(path, format, Counter() if dropped is None else dropped), folder)
 
@@ -155,17 +172,17 @@ def keep_rows(rows: Iterable[Row], folder: Path | None = None) -> Rows:
 
 
 def _kept(line: bytes) -> Row:
-    identity, subset, prompt, chosen, rejected, group, split, where, values, thinking = json.loads(line)
+    identity, subset, prompt, chosen, rejected, group, split, where, values, thinking, reference = json.loads(line)
     texts = tuple(prompt), tuple(chosen), tuple(rejected)
     said = tuple(PairValues(*one) for one in values), tuple(map(tuple, thinking))
-    return Row(identity, subset, *texts, group, split, where, *said)
+    return Row(identity, subset, *texts, group, split, where, *said, reference)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Writes JSONL that `read_rows` reads back equal; the file appears whole or not at all."""
     lines = []
     for row in rows:
-        record = {key: value for key, value in vars(row).items() if key in COLUMNS and value is not None}
+        record = {key: value for key, value in vars(row).items() if key in COLUMNS and value}
         for key in ("chosen", "rejected"):
             record[key] = [_thought(answer, dict(row.thinking)) for answer in record[key]]
         if row.pair_values:
@@ -215,7 +232,9 @@ def _row(raw: Record, where: str) -> Row:
     identity, subset = (text_of(raw[key], key, where) for key in ("id", "subset"))
     values = _pair_values(raw, len(chosen) * len(rejected), where)
     thoughts = tuple((answer, thought) for answer, thought in thinking.items() if thought)
-    return Row(identity, subset, prompt, chosen, rejected, group, split, where, values, thoughts)
+    reference = raw.get("reference_answer")
+    reference = "" if reference is None else text_of(reference, "reference_answer", where)
+    return Row(identity, subset, prompt, chosen, rejected, group, split, where, values, thoughts, reference)
 
 
 def _pair_values(raw: Mapping[str, object], pairs: int, where: str) -> tuple[PairValues, ...]:

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -319,6 +320,15 @@ def _validate(settings: Settings) -> Config:
     raise UserError(f"{name} = {_written(value)} ({source}): must be {key.allowed}; {advice}")
 
 
+def _is_endpoint(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return sound and url.isascii() and not parts.path.rstrip("/").endswith("/completions")
+
+
 def _check_together(config: Config, settings: Settings) -> None:
     """What is possible alone but not together."""
 
@@ -345,6 +355,13 @@ def _check_together(config: Config, settings: Settings) -> None:
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         fractions = f"{said('data.validation_fraction')} and {said('data.test_fraction')}"
         raise UserError(f"{fractions}: leave no rows for training; together they must be < 1")
+    url = config.endpoint.url
+    if bool(url) != bool(config.endpoint.model):
+        raise UserError(f"{said('endpoint.url')} and {said('endpoint.model')}; set both, or none for a local model")
+    if url and not _is_endpoint(url):
+        raise UserError(
+            f"{said('endpoint.url')}: must be http(s)://HOST[:PORT]/PATH that ends before /chat/completions"
+        )
     if "data.format" in settings and config.data.path == "checkable":
         raise UserError(f"{said('data.format')}: checkable rows are made here; remove it, or set data.path to a file")
     for name in ("data.validation_fraction", "data.test_fraction"):

@@ -28,7 +28,7 @@ from dpo.judge.statistics import (
     Floats,
     Verdict,
     averaged_scores,
-    cluster_bootstrap,
+    cluster_interval,
     compare,
     consistent_scores,
     holm,
@@ -36,7 +36,7 @@ from dpo.judge.statistics import (
 )
 from dpo.loop import interruptible
 from dpo.losses import check_loss
-from dpo.report import Table, Text, to_markdown
+from dpo.page import Table, Text, markdown
 from dpo.results import Results
 from dpo.rows import columns_of
 from dpo.runs import resumed_folder, write_json
@@ -154,6 +154,7 @@ class Line:
     setting: str
     seeds: list[int]
     averaged: Figure
+    averaged_range: list[float]  # the lowest and the highest of its seeds
     consistent: Figure
     over_base: Figure
     over_first: Figure | None  # the first line; None where it is that, or was judged on other rows
@@ -164,13 +165,13 @@ class Line:
 def over_seeds(scores: Sequence[Floats], verdicts: Sequence[Sequence[Verdict]], *, share: bool) -> Figure:
     """The mean of the seeds' scores, a score a verdict, with the widest of its 95 % intervals.
 
-    These are: a bootstrap over groups of rows, a group's pairs of all seeds together (rows vary); Student's over the
-    means of the seeds, if there are two (training varies); Wilson's for a `share`.
+    These are: cluster_interval's over groups of rows, a group's pairs of all seeds together (rows vary); Student's over
+    the means of the seeds, if there are two (training varies); Wilson's for a `share`.
     """
     pooled, means = np.concatenate(scores), [float(score.mean()) for score in scores]
     groups = [verdict.group for judge in verdicts for verdict in judge]
     bounds = (0.0, 1.0) if share else (-1.0, 1.0)
-    intervals = [cluster_bootstrap(pooled, groups, 0, bounds=bounds)]
+    intervals = [cluster_interval(pooled, groups, 0, bounds=bounds)]
     if len(means) > 1:
         half = T_975[min(len(means) - 2, len(T_975) - 1)] * stdev(means) / math.sqrt(len(means))
         intervals.append((max(bounds[0], fmean(means) - half), min(bounds[1], fmean(means) + half)))
@@ -197,11 +198,13 @@ def compare_settings(
             over_first = over_seeds(leads, mine, share=False)
             test = compare(sum(mine, []), sum(others, []), 0)["averaged"]
             p = max(test["p"], test["p_clustered"])
+        means = [float(averaged_scores(judge).mean()) for judge in trained]
         lines.append(
             Line(
                 setting,
                 list(by_seed),
                 over_seeds([*map(averaged_scores, trained)], trained, share=True),
+                [min(means), max(means)],
                 over_seeds([*map(consistent_scores, trained)], trained, share=True),
                 over_seeds(gains, trained, share=False),
                 over_first,
@@ -233,22 +236,22 @@ def write_table(home: Path, arms: Sequence[Arm], failed: Mapping[str, int]) -> N
     lines = compare_settings(judged, computed, moving) if judged else []
     tests = [line.p_over_first for line in lines if line.p_over_first is not None]
     corrected = iter(holm(tests))
-    rows: list[tuple[str, ...]] = [
-        ("setting", "seeds", "averaged", "consistent", "over base", "over first", "p, corrected", "reference")
-    ]
+    header = "setting, seeds, averaged, its seeds, consistent, over base, over first, p (corrected), reference"
+    rows: list[tuple[str, ...]] = [tuple(header.split(", "))]
     for line in lines:
         p = "" if line.p_over_first is None else f"{next(corrected):.2g}"
-        figures = [_percent(line.averaged), _percent(line.consistent), _percent(line.over_base, "+")]
+        seeds = " to ".join(f"{100 * share:.1f}" for share in line.averaged_range)
+        figures = [_percent(line.averaged), seeds, _percent(line.consistent), _percent(line.over_base, "+")]
         figures += [_percent(line.over_first, "+") if line.over_first else "", p, f"{line.reference_computed:,}"]
         rows.append((line.setting, ", ".join(map(str, line.seeds)), *figures))
     text = (
         "Accuracies in %, differences of order-averaged accuracies in points; in brackets 95 % intervals: the widest "
-        "of a bootstrap over groups of rows, Student's over seeds, and Wilson's. Over first: over the first line on "
-        "the same pairs; p: the larger of McNemar's exact and the sign-flip test over groups, Holm-corrected, for the "
-        "seeds. Reference: completions that the reference had to be run on."
+        "of one over groups of rows, Student's over seeds, and Wilson's. Its seeds: the lowest and the highest. Over "
+        "first: over the first line on the same pairs; p: the larger of McNemar's exact and the sign-flip test over "
+        "groups, Holm-corrected, for the seeds. Reference: completions that the reference had to be run on."
     )
     failures = [Text("paragraph", f"{name} failed with exit code {code}.") for name, code in failed.items()]
-    page = to_markdown([Table(rows), Text("paragraph", text), *failures])
+    page = markdown([Table("Settings", rows), Text("paragraph", text), *failures])
     write_json(home / "sweep.json", {"lines": [asdict(line) for line in lines], "failed": dict(failed)})
     atomic_write_text(home / "sweep.md", page)
     print(f"{page}table: {home / 'sweep.md'}")

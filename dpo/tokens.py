@@ -89,7 +89,8 @@ def _address(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) 
     for path in (tokenizer.folder / name for name in TOKENIZER_FILES):
         digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"no such file")
     for row in rows:
-        digest.update(repr((row.id, row.prompt, row.chosen, row.rejected, row.thinking, row.pair_values)).encode())
+        said = row.id, row.prompt, row.chosen, row.rejected, row.thinking, row.pair_values, row.reference_answer
+        digest.update(repr(said).encode())
     return digest.hexdigest()[:24]
 
 

@@ -180,7 +180,8 @@ def run(config: Config) -> Path:
 
     with stage("judge trained", times):
         judged["trained"] = judge(test, live(policy, "judging trained"))
-        if config.judge.sighted and config.judge.blind_control:
+    if config.judge.sighted and config.judge.blind_control:
+        with stage("judge blind", times):
             judged["blind"] = judge(test, live(policy, "judging blind"), sighted=False)
     with stage("export", times):
         export(folder / "export", policy, inputs.model_folder, config, ranks)
@@ -200,7 +201,7 @@ def run(config: Config) -> Path:
             "time_s": times,
         }
         write_json(folder / "results.json", results)
-        write_report(folder)
+        write_report([folder], inputs.splits.test)
         print(f"report: {folder / 'report.md'}")
     leave_ranks(ranks)
     return folder

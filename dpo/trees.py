@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.judge.prompts import LABELS, judge_messages
+from dpo.judge.prompts import COMPARE, QUESTIONS, SLOTS, Template, judge_messages
 from dpo.rows import Row, pairs_of, values_of
 from models.errors import UserError
 from models.tokenizer import Tokenizer
@@ -107,15 +107,21 @@ def response_tree(row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int
     )
 
 
-def judge_prefix(tokenizer: Tokenizer, *, sighted: bool) -> tuple[int, ...]:
+def judge_prefix(
+    tokenizer: Tokenizer, *, sighted: bool, template: Template = COMPARE, protocol: str = "compare"
+) -> tuple[int, ...]:
     """The tokens that every judge's prompt begins with: what two prompts without a word in common share.
 
-    Less one, so that a tree whose orders share nothing more still has a prompt token of its own.
+    Less one, so that a tree whose questions share nothing more still has a prompt token of its own. Empty for a
+    template that does not render without a reference answer.
     """
-    one, other = (
-        tokenizer.verdict_prompt_ids(judge_messages(({"role": "user", "content": word},), word, word, sighted=sighted))
-        for word in ("0", "~")
-    )
+    prompts = [({"role": "user", "content": word},) for word in "0~"]
+    slots = SLOTS[protocol]
+    try:
+        messages = [judge_messages(one, one[0]["content"] * slots, template, sighted=sighted) for one in prompts]
+    except UserError:
+        return ()
+    one, other = map(tokenizer.verdict_prompt_ids, messages)
     return tuple(one[: _shared_tokens([one, other]) - 1])
 
 
@@ -133,39 +139,46 @@ def verdict_tree(
     pairs: Sequence[tuple[int, int]],
     pair_weight: str,
     *,
+    protocol: str = "compare",
+    template: Template = COMPARE,
     sighted: bool = True,
+    reference_answer: bool = True,
+    seed: int = 0,
     prefix: tuple[int, ...] = (),
 ) -> Tree:
-    """Judge prompt -> "A" against "B": each pair in both orders, chosen first on even branches, second on odd ones.
+    """Judge prompt -> each of the template's L labels: a branch for each question that the protocol asks of the row.
 
-    Completions 2b and 2b + 1 are "A" and "B" on branch b. The tokens that all orders share are the tree's prompt;
-    `prefix` (of judge_prefix) is its prefix where it begins with it.
+    Completion b L + l is label l on branch b. The tokens that all questions share are the tree's prompt; `prefix` (of
+    judge_prefix) is its prefix where it begins with it. Labels of several tokens must begin alike, as 1 and 10 do: what
+    the last token of the longest is read behind stands at the end of every branch. In `compare` each pair is asked in
+    both orders, chosen first on even branches, second on odd ones: "A" against "B" are the tree's pairs.
     """
-    labels = [tokenizer.verdict_ids(label) for label in LABELS]
-    if [len(label) for label in labels] != [1, 1] or labels[0] == labels[1]:
+    labels = [tuple(tokenizer.verdict_ids(label)) for label in template.labels]
+    tail = max(labels, key=len)[:-1]
+    if len(set(labels)) < len(labels) or any(label[:-1] != tail[: len(label) - 1] for label in labels):
         raise UserError(
-            f"the tokenizer of {tokenizer.folder} writes the verdicts {' and '.join(LABELS)} as the tokens {labels}, "
-            "but each must be one token of its own; take another model"
+            f"the tokenizer of {tokenizer.folder} writes the verdicts {' and '.join(template.labels)} as the tokens "
+            f"{[list(label) for label in labels]}, but each must be one token of its own, or begin as the longest "
+            "does; take another model, or other labels in judge.template"
         )
-    orders = [
-        tuple(tokenizer.verdict_prompt_ids(judge_messages(row.prompt, first, second, sighted=sighted)))
-        for i, j in pairs
-        for first, second in ((row.chosen[i], row.rejected[j]), (row.rejected[j], row.chosen[i]))
-    ]
-    if orders[0] == orders[1]:
+    reference = row.reference_answer if reference_answer else ""
+    questions = QUESTIONS[protocol](row, pairs, seed)
+    messages = [judge_messages(row.prompt, one, template, sighted=sighted, reference=reference) for one in questions]
+    asked = [tuple(tokenizer.verdict_prompt_ids(one)) for one in messages]
+    if len(set(asked)) < len(set(questions)):
         raise UserError(
-            "the judge's prompt is the same in both orders of the answers, so its chat template shows no user message; "
+            "the judge's prompt is the same for different answers, so its chat template shows no user message; "
             f"mend the template of {tokenizer.folder}"
         )
-    prompt = orders[0][: _shared_tokens(orders)]
-    branches = tuple(tokens[len(prompt) :] for tokens in orders)
+    prompt = asked[0][: _shared_tokens(asked)]
+    branches = tuple(tokens[len(prompt) :] for tokens in asked)
     weight = PAIR_WEIGHTS[pair_weight](len(branches))
-    values = [values_of(row, i, j) for i, j in pairs for _ in LABELS]
+    values = [values_of(row, i, j) for i, j in pairs for _ in template.labels] if protocol == "compare" else []
     return Tree(
         row.id,
         prompt,
-        branches,
-        tuple(Completion(b, len(tokens), tuple(label)) for b, tokens in enumerate(branches) for label in labels),
+        tuple(branch + tail for branch in branches),
+        tuple(Completion(b, len(branch), label) for b, branch in enumerate(branches) for label in labels),
         tuple(
             Pair(2 * b + b % 2, 2 * b + 1 - b % 2, weight * of_pair.weight, of_pair.margin, of_pair.soft_label, b ^ 1)
             for b, of_pair in enumerate(values)
@@ -191,6 +204,10 @@ class TreeSettings:
     max_tokens: int = 0
     too_long: str = "error"
     sighted: bool = True
+    protocol: str = "compare"
+    template: Template = COMPARE
+    reference_answer: bool = True
+    seed: int = 0  # of the slots of `choose`
 
     @property
     def limit(self) -> int:
@@ -212,7 +229,15 @@ def build_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSetting
     makers: dict[str, Callable[[], TreeMaker]] = {
         "responses": lambda: response_tree,
         "verdicts": lambda: partial(
-            verdict_tree, sighted=settings.sighted, prefix=judge_prefix(tokenizer, sighted=settings.sighted)
+            verdict_tree,
+            protocol=settings.protocol,
+            template=settings.template,
+            sighted=settings.sighted,
+            reference_answer=settings.reference_answer,
+            seed=settings.seed,
+            prefix=judge_prefix(
+                tokenizer, sighted=settings.sighted, template=settings.template, protocol=settings.protocol
+            ),
         ),
     }
     make = makers[settings.objective]()

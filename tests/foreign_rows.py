@@ -81,6 +81,22 @@ def ours(row: Row, chosen: str, rejected: str) -> Record:
     return {"id": row.id, "subset": row.subset, "prompt": list(row.prompt), "chosen": [chosen], "rejected": [rejected]}
 
 
+def judgebench(row: Row, chosen: str, rejected: str) -> Record:
+    label, *answers = ("A>B", chosen, rejected) if len(row.id) % 2 else ("B>A", rejected, chosen)
+    return {"question": row.prompt[-1]["content"], "label": label, "response_A": answers[0], "response_B": answers[1]}
+
+
+def llmbar(row: Row, chosen: str, rejected: str) -> Record:
+    label = 1 + len(row.id) % 2
+    outputs = {f"output_{label}": chosen, f"output_{3 - label}": rejected}
+    return {"input": row.prompt[-1]["content"], "label": label} | outputs
+
+
+def rmbench(row: Row, chosen: str, rejected: str) -> Record:
+    answers = {"chosen": [chosen], "rejected": [rejected]}
+    return {"id": row.id, "prompt": row.prompt[-1]["content"], "domain": row.subset} | answers
+
+
 WRITERS: dict[str, tuple[str, Callable[[Row, str, str], Record]]] = {
     "ours": ("ours", ours),
     "together": ("together", together),
@@ -93,9 +109,13 @@ WRITERS: dict[str, tuple[str, Callable[[Row, str, str], Record]]] = {
     "implicit_chat": ("implicit", implicit_chat),
     "implicit_text": ("implicit", implicit_text),
     "rb2": ("rb2", rb2),
+    "judgebench": ("judgebench", judgebench),
+    "llmbar": ("llmbar", llmbar),
+    "rmbench": ("rmbench", rmbench),
 }
 """By shape: the format that it is of, and its writer."""
-ONE_TEXT = {"ultrafeedback", "trl", "implicit_text", "rb2"}  # shapes whose prompt is one user's text
+# Shapes whose prompt is one user's text.
+ONE_TEXT = {"ultrafeedback", "trl", "implicit_text", "rb2", "judgebench", "llmbar", "rmbench"}
 
 
 def as_jsonl(records: list[Record]) -> bytes:

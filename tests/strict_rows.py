@@ -129,6 +129,20 @@ def strict_row(format: str, raw: object, where: str) -> tuple[object, ...] | Non
             row = ({"group": f"ties:{question[2]}"} if question else {}) | row
     else:
         row = {"id": where, "subset": format} | row
+    if format == "rmbench":
+        require(raw.get("id") is not None and raw.get("domain") is not None)
+        row |= {"id": str(raw["id"]), "subset": raw["domain"]}
+        answers = (raw.get("prompt"), raw.get("chosen"), raw.get("rejected"))
+    if format == "judgebench":
+        named = {"id": raw.get("pair_id"), "subset": raw.get("source")}
+        row |= {key: value for key, value in named.items() if value is not None and raw.get(key) is None}
+        require(raw.get("label") in ("A>B", "B>A"))
+        sides = [[text(raw.get("response_A"))], [text(raw.get("response_B"))]]
+        answers = (text(raw.get("question")), *(sides if raw["label"] == "A>B" else sides[::-1]))
+    if format == "llmbar":
+        require(raw.get("label") in (1, 2) and raw["label"] is not True)
+        sides = [[text(raw.get("output_1"))], [text(raw.get("output_2"))]]
+        answers = (text(raw.get("input")), *(sides if raw["label"] == 1 else sides[::-1]))
     if format in ("trl", "implicit", "binarized", "hh"):
         require(format != "trl" or raw.get("prompt") is not None)
         require(format != "implicit" or raw.get("prompt") is None)

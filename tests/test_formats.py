@@ -77,10 +77,17 @@ def test_the_same_pairs_come_back_from_every_format_recognised_or_named(shape: s
         ]
     assert pairs(back) == expected
     assert read_rows(path, format) == read_rows(path)
-    if shape not in ("ours", "rb2"):
+    if shape not in ("ours", "rb2", "rmbench"):
         assert [(row.id, row.where, row.subset) for row in back[:2]] == [
             ("r.jsonl:1", "r.jsonl:1", format), ("r.jsonl:2", "r.jsonl:2", format)
         ]  # fmt: skip
+
+
+def test_judgebenchs_and_rm_benchs_own_names_are_ids_and_subsets(tmp_path: Path) -> None:
+    named = {"judgebench": {"pair_id": "p7", "source": "mmlu-pro-law"}, "rmbench": {"id": 7, "domain": "code"}}
+    for shape, names in named.items():
+        [row] = read_rows(write(tmp_path / f"{shape}.jsonl", [first_of(shape) | names]))
+        assert (row.id, row.subset) == tuple(map(str, names.values()))
 
 
 @pytest.mark.parametrize("called", ["thinking", "reasoning_content", "reasoning"])

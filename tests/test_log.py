@@ -155,7 +155,7 @@ def test_the_real_wandb_logs_offline_into_the_run_folder(tmp_path: Path) -> None
 
 
 def test_wandb_is_not_even_imported_when_off() -> None:
-    code = "import sys, dpo.log; assert not {'wandb', 'matplotlib'} & set(sys.modules)"
+    code = "import sys, dpo.log; assert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 

@@ -1,16 +1,14 @@
 """The report of a made-up run whose verdicts are drawn, but whose statistics are the product's own."""
 
-import base64
 import json
 import math
 import os
 import re
-import struct
 import subprocess
 import sys
-import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,12 +16,16 @@ import pytest
 from dpo.alarms import alarms_of
 from dpo.config import Config, config_dict
 from dpo.judge.controls import conclude
+from dpo.judge.local import write_verdicts
 from dpo.judge.statistics import Verdict, compare, summarise
-from dpo.plots import PLOTS
-from dpo.report import Table, Text, main, to_html, to_markdown, write_report
+from dpo.page import Page as Blocks
+from dpo.page import Plot, Table, Text, to_html, to_markdown
+from dpo.plots import HEIGHT, LEFT, RIGHT, TOP, Axis, Mark, chart
+from dpo.report import main, write_report
 from models.errors import UserError
 
 NASTY = "<b>&|*x*_y_`z` [a](http://b) </td>"
+PLOTS = {"loss", "margins", "accuracy", "subsets", "calibration", "coverage"}
 SUBSETS = {"Focus": (2.5, 0.4), "Precise IF": (1.2, 0.4), "Math": (0.05, 0.4), NASTY: (0.0, 0.4)}
 
 
@@ -38,9 +40,14 @@ def verdicts(skill: float, bias: float, n: int = 320, seed: int = 3) -> list[Ver
     return made
 
 
-def results_of_a_run() -> dict:
-    base, trained = verdicts(0.02, 1.6, seed=1), verdicts(1.0, 0.3, seed=2)
+def verdicts_of_a_run() -> dict[str, list[Verdict]]:
+    trained = verdicts(1.0, 0.3, seed=2)
     trained[7] = Verdict("row 7", NASTY, trained[7].group, (0, 0), math.nan, math.nan)
+    return {"base": verdicts(0.02, 1.6, seed=1), "trained": trained}
+
+
+def results_of_a_run() -> dict:
+    base, trained = verdicts_of_a_run().values()
     controls = {
         "always A": verdicts(0.0, 9.0),
         "longer answer": verdicts(0.1, 0.0, seed=5),
@@ -114,13 +121,14 @@ def write_run(folder: Path, results: dict | None = None, **changes: object) -> P
     environment = {"command": "python -m dpo.train exp=quickstart 'data.path=a & b.jsonl'", "cpu": "A CPU", "cores": 2}
     environment |= {"packages": {"torch": "2.13.0"}, "git": {"commit": "abc123", "dirty": True}, "gpu": None}
     (folder / "env.json").write_text(json.dumps(environment))
+    write_verdicts(folder / "verdicts.jsonl", verdicts_of_a_run())
     return folder
 
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("runs") / "20261124-120000-0")
-    write_report(folder)
+    write_report([folder])
     return folder
 
 
@@ -145,11 +153,14 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.rows[-1].append("")
 
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.seen.append((tag, dict(attrs)))
+
     def handle_endtag(self, tag) -> None:
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data) -> None:
-        if "style" not in self.open:
+        if not {"style", "script"} & {*self.open}:
             self.text += data
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
@@ -195,7 +206,7 @@ def test_the_larger_of_the_two_p_values_is_quoted(tmp_path: Path) -> None:
     results = results_of_a_run()
     results["judge"]["comparison"]["averaged"] |= {"p": 1e-9, "p_clustered": 0.0314}
     results["judge"]["conclusion"] = "not better than longer answer"
-    write_report(write_run(tmp_path / "run", results, log={"plots": False}))
+    write_report([write_run(tmp_path / "run", results, log={"plots": False})])
     sentence = (tmp_path / "run" / "report.md").read_text().splitlines()[2]
     assert "p = 0.031)" in sentence and sentence.endswith("; not better than longer answer.**")
 
@@ -234,7 +245,8 @@ def test_what_was_dropped_while_reading_is_told_with_its_reason(run_folder: Path
 
 
 def test_markdown_and_html_hold_the_same_tables(run_folder: Path) -> None:
-    rows = html_page(run_folder).rows
+    html = re.sub("<details.*?</details>", "", (run_folder / "report.html").read_text(), flags=re.S)
+    rows = Page(html).rows
     assert len(rows) > 40
     assert markdown_rows((run_folder / "report.md").read_text()) == [
         [" ".join(cell.split()) for cell in row] for row in rows
@@ -254,7 +266,7 @@ def test_of_two_intervals_the_wider_is_shown(tmp_path: Path) -> None:
     results = results_of_a_run()
     results["judge"]["trained"] |= {"averaged_interval": [0.6, 0.7], "averaged_cluster_interval": [0.55, 0.75]}
     results["judge"]["base"] |= {"averaged_interval": [0.4, 0.6], "averaged_cluster_interval": [0.48, 0.52]}
-    write_report(write_run(tmp_path / "run", results, log={"plots": False}))
+    write_report([write_run(tmp_path / "run", results, log={"plots": False})])
     row = next(row for row in html_page(tmp_path / "run").rows if row[0] == "order-averaged accuracy")
     assert row[1].endswith("[40.0, 60.0]") and row[2].endswith("[55.0, 75.0]")
 
@@ -266,10 +278,9 @@ def test_the_html_is_well_formed_and_needs_no_other_file(run_folder: Path) -> No
     page = html_page(run_folder)
     tags = [tag for tag, _ in page.seen]
     assert tags.count("html") == tags.count("body") == tags.count("h1") == 1
-    assert not {"script", "link", "iframe", "b", "a"} & set(tags)
-    sources = [attributes["src"] or "" for tag, attributes in page.seen if tag == "img"]
-    pictures = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources]
-    assert pictures == [(run_folder / "plots" / f"{name}.png").read_bytes() for name in PLOTS]
+    assert not {"link", "iframe", "b", "img"} & set(tags) and tags.count("script") == 1
+    assert not [attributes for _, attributes in page.seen if {"src", "srcset", "action"} & attributes.keys()]
+    assert all(attributes["href"].startswith("#") for tag, attributes in page.seen if tag == "a")
     assert "viewport" in [attributes.get("name") for _, attributes in page.seen]
     assert not re.search(r"url\(|@import", (run_folder / "report.html").read_text())
 
@@ -283,33 +294,40 @@ def test_names_from_the_data_cannot_become_markup(run_folder: Path) -> None:
 
 def test_blocks_are_escaped_in_every_place() -> None:
     nasty = '<i>"&'
-    texts = [Text(kind, nasty) for kind in ("title", "heading", "verdict", "paragraph", "command")]
-    blocks = [*texts, Table([(nasty, "n"), (nasty, nasty)])]
-    page = Page(to_html(blocks, {}))
-    assert page.text.count(nasty) == 9 and "i" not in [tag for tag, _ in page.seen]  # the page's title is one of them
-    lines = to_markdown([*blocks, Text("plot", "loss")]).splitlines()
-    assert lines[0] == r'# \<i>"\&' and lines[-1] == "![Loss](plots/loss.png)"
+    texts = [Text(kind, nasty) for kind in ("verdict", "paragraph", "command")]
+    blocks = [*texts, Table(nasty, [(nasty, "n"), (nasty, nasty)])]
+    page = Page(to_html(Blocks(nasty, texts, {nasty: blocks})))
+    assert "i" not in [tag for tag, _ in page.seen]
+    assert page.text.count(nasty) == 14  # title twice, three texts twice, section and its link, caption, three cells
+    lines = to_markdown(Blocks(nasty, texts, {nasty: [*blocks, Plot("loss", "Loss", "")]})).splitlines()
+    assert lines[0] == r'# \<i>"\&' and lines[-1] == "![Loss](plots/loss.svg)"
 
 
-def png_pixels(data: bytes) -> np.ndarray:
-    """Pixels [height, bytes of a row] of a PNG as they are filtered: enough to tell a drawing from a blank."""
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", data[16:24])
-    position, packed = 8, b""
-    while position < len(data):
-        length, kind = struct.unpack(">I4s", data[position : position + 8])
-        packed += data[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
-        position += 12 + length
-    raw = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(height, -1)
-    assert width > 900 and height > 500
-    return raw[:, 1:]
+def test_the_plots_are_drawings_of_their_own_and_stand_in_the_page(run_folder: Path) -> None:
+    html = (run_folder / "report.html").read_text()
+    drawn = {path.stem: path.read_text() for path in (run_folder / "plots").glob("*.svg")}
+    assert drawn.keys() == PLOTS
+    for svg in drawn.values():
+        names = [element.tag.partition("}")[2] for element in ElementTree.fromstring(svg).iter()]
+        assert names.count("path") > 5 and names.count("text") > 8 and {"title", "desc", "style"} <= {*names}
+        assert re.sub("<style>.*?</style>", "", svg, flags=re.S) in html and not re.search(r"\b(nan|inf)\b", svg)
 
 
-def test_the_plots_are_drawings(run_folder: Path) -> None:
-    drawn = {path.stem: png_pixels(path.read_bytes()) for path in (run_folder / "plots").glob("*.png")}
-    assert drawn.keys() == PLOTS.keys() == {"loss", "margins", "accuracy"}
-    for pixels in drawn.values():
-        assert 0.01 < np.mean(pixels != 0) < 0.9  # filtered: a blank line is nothing but zeros
+def test_a_chart_places_what_it_is_given() -> None:
+    marks = [Mark("a", [0, 5, 10], [0.0, math.nan, 1.0]), Mark("b", [10], [0.5], 1, "points", [(0.25, 0.75)])]
+    svg = chart("A chart", Axis("x"), Axis("y", (0, 1), percent=True), marks)
+    assert f'd="M{LEFT}.0 {TOP + HEIGHT}.0M{RIGHT}.0 {TOP}.0"' in svg  # the NaN breaks the line
+    assert f"translate({RIGHT}.0 {TOP + HEIGHT / 2})" in svg and f"M{RIGHT}.0 {TOP + HEIGHT * 3 / 4}V" in svg
+    assert re.findall(r">([\d.]+%?)<", svg) == ["0%", "25%", "50%", "75%", "100%", "0", "2.5", "5", "7.5", "10"]
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [-3.0, -3.0], [1e-9, 2e-9], [0, 1e12], [math.nan]])
+@pytest.mark.parametrize("log", [False, True])
+def test_an_axis_holds_any_values(values: list[float], log: bool) -> None:
+    x = [abs(value) + 1e-12 for value in values if value == value] if log else [float(i) for i in range(len(values))]
+    svg = chart("A chart", Axis("x", log=log), Axis("y"), [Mark("a", x, values[: len(x)], kind="points")])
+    ElementTree.fromstring(svg)
+    assert not re.search(r"\b(nan|inf)\b", svg)
 
 
 def test_the_plots_show_what_the_metrics_say(tmp_path: Path, run_folder: Path) -> None:
@@ -318,25 +336,24 @@ def test_the_plots_show_what_the_metrics_say(tmp_path: Path, run_folder: Path) -
         {**line, "loss": 0.5, "eval/averaged_accuracy": 0.9, "rewards/margins": 1.0} for line in metrics_of_a_run()
     ]
     (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_report(other)
-    for name in PLOTS:
-        assert (other / "plots" / f"{name}.png").read_bytes() != (run_folder / "plots" / f"{name}.png").read_bytes()
+    write_report([other])
+    for name in ("loss", "margins", "accuracy"):
+        assert (other / "plots" / f"{name}.svg").read_text() != (run_folder / "plots" / f"{name}.svg").read_text()
 
 
 def test_a_report_made_again_is_the_same(run_folder: Path) -> None:
     before = {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
-    write_report(run_folder)
+    write_report([run_folder])
     assert {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()} == before
 
 
 # what may be missing, and what may not --------------------------------------------------------------------------------
 
 
-def test_without_plots_there_are_no_pictures(tmp_path: Path) -> None:
+def test_without_plots_there_are_no_curves(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", log={"plots": False})
-    write_report(folder)
-    assert not (folder / "plots").exists()
-    assert "![" not in (folder / "report.md").read_text() and "<img" not in (folder / "report.html").read_text()
+    write_report([folder])
+    assert {path.stem for path in (folder / "plots").iterdir()} == {"subsets", "calibration", "coverage"}
 
 
 CORE = "step0_loss step0_max_difference reference reference.misses judge judge.base judge.trained.ties judge.comparison"
@@ -360,7 +377,7 @@ def run_with(folder: Path, key: str, *value: object) -> Path:
 def test_a_missing_core_key_is_named_and_nothing_is_written(tmp_path: Path, key: str) -> None:
     folder = run_with(tmp_path / "run", key)
     with pytest.raises(UserError, match=rf"results\.json .*: without the key '{key.split('.')[-1]}'"):
-        write_report(folder)
+        write_report([folder])
     assert not (folder / "report.md").exists() and not (folder / "plots").exists()
 
 
@@ -369,7 +386,7 @@ def test_a_missing_core_key_is_named_and_nothing_is_written(tmp_path: Path, key:
 def test_an_altered_value_is_told_and_nothing_is_written(tmp_path: Path, key: str, value: object) -> None:
     folder = run_with(tmp_path / "run", key, value)
     with pytest.raises(UserError, match=r"results\.json .*: not as a run writes it"):
-        write_report(folder)
+        write_report([folder])
     assert not (folder / "report.md").exists() and not (folder / "plots").exists()
 
 
@@ -390,7 +407,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path, capsys, name: str, co
 def test_an_altered_configuration_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", loss={"beta": -1.0})
     with pytest.raises(UserError, match=r"config\.json: loss\.beta: "):
-        write_report(folder)
+        write_report([folder])
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["nowhere"]])
@@ -398,7 +415,7 @@ def test_the_command_refuses_what_is_no_run_folder(tmp_path: Path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     captured = capsys.readouterr()
-    assert "usage: python -m dpo.report RUN_FOLDER" in captured.err and captured.out == ""
+    assert "run folder" in captured.err and captured.out == ""
 
 
 def test_the_command_works_from_a_shell(tmp_path: Path) -> None:

@@ -8,16 +8,23 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from dpo.judge.calibration import cohens_kappa
 from dpo.judge.statistics import (
     Verdict,
+    agreement,
     averaged_scores,
+    chosen_probabilities,
     cluster_bootstrap,
+    cluster_interval,
     compare,
+    compare_subsets,
     consistent_scores,
     holm,
     mcnemar_exact,
     minimum_detectable_difference,
     outcomes,
+    reliability,
+    sign_flip_interval,
     sign_flip_p,
     summarise,
     verdict_record,
@@ -148,9 +155,64 @@ def test_bootstrap_covers_the_true_mean_under_clustering() -> None:
     assert 0.90 <= covered / runs <= 0.985  # 95 % less the small-sample loss, +- 3 standard errors of 200 runs
 
 
-def test_one_group_says_nothing() -> None:
-    assert cluster_bootstrap([1.0, 1.0], ["g", "g"], seed=0) == (0.0, 1.0)
-    assert cluster_bootstrap([1.0], ["g"], seed=0, bounds=(-1.0, 1.0)) == (-1.0, 1.0)
+def test_few_groups_say_nothing() -> None:
+    assert cluster_interval([1.0, 1.0], ["g", "g"], seed=0) == (0.0, 1.0)
+    assert cluster_interval([1.0, 0.0, 1.0, 1.0, 1.0], list("abcde"), seed=0, bounds=(-1.0, 1.0)) == (-1.0, 1.0)
+    assert cluster_interval([1.0, 0.0, 1.0, 1.0, 1.0, 1.0], list("abcdef"), seed=0) == (0.0, 1.0)  # the extreme halves
+
+
+def test_the_bootstrap_is_offered_from_100_groups_up_and_below_the_exact_tests_interval() -> None:
+    values = np.random.default_rng(0).random(300)
+    for groups, interval in ((100, cluster_bootstrap), (99, sign_flip_interval)):
+        names = [str(i % groups) for i in range(300)]
+        assert cluster_interval(values, names, 4) == interval(values, names, 4)
+        other = sign_flip_interval if interval is cluster_bootstrap else cluster_bootstrap
+        assert cluster_interval(values, names, 4) != other(values, names, 4)
+
+
+def test_the_sign_flip_interval_leaves_out_what_the_sign_flip_test_rejects() -> None:
+    rng = np.random.default_rng(4)
+    rejected = 0
+    for run in range(200):
+        names = [f"g{i // 2}" for i in range(2 * rng.integers(6, 12))]
+        differences = rng.choice([-1, 0, 1, 2], size=len(names)).astype(float)  # whole numbers: no rounding
+        low, high = sign_flip_interval(differences, names, run, bounds=(-2.0, 2.0))
+        rejects = brute_force_p(differences.tolist(), names) <= 0.05
+        assert rejects == (low > 0 or high < 0)
+        rejected += rejects
+    assert 20 < rejected < 180
+
+
+def coverages(runs: int) -> dict[str, float]:
+    """How often each interval holds the truth, averaged over p: true shares drawn evenly, rows correlated in groups."""
+    rng = np.random.default_rng(7)
+    covered = {"wilson": 0, "bootstrap": 0, "sign flips": 0}
+    for run in range(runs):
+        share, n = rng.uniform(0.05, 0.95), int(rng.integers(30, 400))
+        low, high = wilson_interval(int(rng.binomial(n, share)), n)
+        covered["wilson"] += low <= share <= high
+        difference, rows = rng.uniform(-0.3, 0.3), 4
+        for name, groups in (("bootstrap", int(rng.integers(100, 200))), ("sign flips", int(rng.integers(8, 100)))):
+            tilt_G1 = rng.uniform(-0.15, 0.15, size=(groups, 1))  # a group's rows lean to one judge together
+            chance = rng.random((groups, rows))
+            won, lost = chance < 0.2 + difference / 2 + tilt_G1 / 2, chance > 0.8 + difference / 2 + tilt_G1 / 2
+            values = (won.astype(float) - lost).ravel()
+            names = [str(i // rows) for i in range(groups * rows)]
+            interval = {"bootstrap": cluster_bootstrap, "sign flips": sign_flip_interval}[name]
+            low, high = interval(values, names, run, samples=1000)
+            covered[name] += low <= difference <= high
+    return {name: count / runs for name, count in covered.items()}
+
+
+def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
+    for name, share in coverages(300).items():
+        assert abs(share - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 300), name
+
+
+@pytest.mark.long
+def test_intervals_cover_93_to_97_times_in_100_over_2000_runs() -> None:
+    for name, share in coverages(2000).items():
+        assert 0.93 <= share <= 0.97, (name, share)
 
 
 # ---- tests
@@ -323,3 +385,84 @@ def test_judges_of_different_pairs_are_not_compared() -> None:
     for b in (a[:1], a[::-1], [make(*WIN, "r0", "other"), a[1]]):
         with pytest.raises(AssertionError, match="same pairs"):
             compare(a, b, seed=0)
+
+
+def test_reliability_holds_each_valid_pair_once_in_the_bin_of_its_confidence() -> None:
+    odds = [(0.0, 0.0), (0.2, 0.0), (-4.0, 2.0), (4.0, -2.0), (5.0, -5.0), (50.0, -50.0), (math.nan, 1.0)]
+    bins = reliability([Verdict(str(i), "s", "g", (0, 0), *one) for i, one in enumerate(odds)])
+    assert [one["n"] for one in bins] == [2, 4]  # an even verdict scores one half; +-3 nats on average are 95 % sure
+    assert [one["accuracy"] for one in bins] == [0.75, 0.75]
+    assert bins[0]["confidence"] == pytest.approx((0.5 + 1 / (1 + math.exp(-0.1))) / 2)
+    assert bins[1]["interval"] == list(wilson_interval(3, 4))
+    assert reliability([Verdict("0", "s", "g", (0, 0), math.nan, 1.0)]) == []
+
+
+def test_a_summary_gives_all_three_tie_conventions() -> None:
+    summary = summarise(make_all([WIN] * 5 + [LOSS] * 2 + [ALWAYS_A] * 2 + [INVALID]))
+    assert (summary["accuracy"], summary["tie_half_accuracy"], summary["decided_accuracy"]) == (0.5, 0.6, 5 / 7)
+    assert summary["tie_half_interval"] == list(wilson_interval(6, 10))
+    assert summary["decided_interval"] == list(wilson_interval(5, 7))
+    undecided = summarise(make_all([ALWAYS_A, INVALID]))
+    assert (undecided["decided_accuracy"], undecided["decided_interval"]) == (None, None)
+
+
+def test_the_studys_counts_give_its_decided_accuracies() -> None:
+    counts = {(183, 43): 81.0, (172, 57): 75.1, (186, 50): 78.8, (186, 63): 74.7, (182, 62): 74.6, (149, 54): 73.4}
+    for (wins, losses), decided in counts.items():
+        summary = summarise(make_all([WIN] * wins + [LOSS] * losses + [ALWAYS_A] * (297 - wins - losses)))
+        assert summary["decided_accuracy"] == pytest.approx(decided / 100, abs=6e-4)
+
+
+def test_holm_runs_over_the_subsets_of_a_comparison() -> None:
+    names = ["Focus"] * 12 + ["Math"] * 12 + ["Safety"] * 12
+    better = [make(*WIN, f"r{i}", "", name) for i, name in enumerate(names)]
+    worse = [make(*(LOSS if i < 12 or 12 <= i < 20 else WIN), f"r{i}", "", name) for i, name in enumerate(names)]
+    tests = compare_subsets(better, worse, seed=0)
+    assert [test["p"] for test in tests.values()] == [2 / 2**12, 2 / 2**8, 1.0]
+    assert [test["p_holm"] for test in tests.values()] == [3 * 2 / 2**12, 2 * 2 / 2**8, 1.0]
+    assert tests["Math"] | {"p_holm": 0} == compare(better[12:24], worse[12:24], seed=0)["averaged"] | {"p_holm": 0}
+
+
+def test_kappa_is_0_for_chance_and_1_for_one_mind_with_a_tie_as_a_class() -> None:
+    win, loss, tie = (np.array([name]) for name in ("win", "loss", "tie"))
+    coin, label = np.concatenate([win, loss] * 8), np.repeat(win, 16)
+    assert agreement(coin, label) == 0.0 and agreement(np.repeat(tie, 16), label) == 0.0
+    assert agreement(coin, coin) == agreement(label, label) == 1.0
+    assert agreement(label, np.repeat(loss, 16)) == -1.0
+    a, b = np.concatenate([win, win, tie, loss]), np.concatenate([win, loss, tie, tie])
+    # Both ways round: 8 items, 4 agree; a: A 3, B 3, tie 2; b: A 2, B 2, tie 4.
+    by_chance = (3 * 2 + 3 * 2 + 2 * 4) / 64
+    assert agreement(a, b) == agreement(b, a) == pytest.approx((0.5 - by_chance) / (1 - by_chance), rel=1e-15)
+    assert agreement(tie, tie) is None  # nothing but one class: undefined
+
+
+def test_the_order_averaged_probability_is_the_sigmoid_of_the_averaged_log_odds() -> None:
+    chosen_R = chosen_probabilities(make_all([(2.0, -1.0), (1.0, 1.0), INVALID, (-3.0, 800.0)]))
+    assert chosen_R.tolist() == pytest.approx([1 / (1 + math.exp(-1.5)), 0.5, 0.0], abs=1e-15)
+
+
+def test_a_summary_holds_calibration_of_its_valid_verdicts_only() -> None:
+    sure, unsure = (math.log(9), -math.log(9)), (math.log(1.5), -math.log(1.5))
+    summary = summarise(make_all([sure] * 9 + [(-sure[0], -sure[1])] + [unsure] * 6 + [(-unsure[0], -unsure[1])] * 4))
+    assert summary["calibration_error"] == pytest.approx(0, abs=1e-12)  # nine in ten, six in ten: as it says
+    assert summary["brier"] == pytest.approx((9 * 0.01 + 0.81 + 6 * 0.16 + 4 * 0.36) / 20)
+    assert summary["selective_accuracy"] == pytest.approx(
+        [0.9] * 5 + [(9 + 0.6 * more) / (10 + more) for more in (2, 4, 6, 8, 10)]
+    )
+    invalid = summarise([make(NAN, NAN)])
+    assert (invalid["brier"], invalid["calibration_error"], invalid["selective_accuracy"]) == (None, None, [])
+
+
+def test_statistics_agree_with_scipy_and_statsmodels() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for b, c in [(0, 3), (5, 9), (37, 23), (300, 200)]:
+        assert mcnemar_exact(b, c) == pytest.approx(stats.binomtest(b, b + c).pvalue, rel=1e-12)
+    for k, n in [(0, 5), (3, 25), (183, 297), (297, 297)]:
+        theirs = stats.binomtest(k, n).proportion_ci(method="wilson")
+        assert wilson_interval(k, n) == pytest.approx((theirs.low, theirs.high), abs=2e-5)  # our z is 1.96
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    inter_rater = pytest.importorskip("statsmodels.stats.inter_rater")
+    p = np.random.default_rng(0).random(12) ** 3
+    assert holm(p.tolist()) == pytest.approx(multitest.multipletests(p, method="holm")[1].tolist(), rel=1e-14)
+    counts = np.random.default_rng(1).integers(0, 20, size=(4, 4))
+    assert cohens_kappa(counts.astype(float)) == pytest.approx(inter_rater.cohens_kappa(counts).kappa, rel=1e-12)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpo import sweep
-from dpo.judge.statistics import Verdict, averaged_scores, cluster_bootstrap, mcnemar_exact, wilson_interval
+from dpo.judge.statistics import Verdict, averaged_scores, cluster_interval, mcnemar_exact, wilson_interval
 from dpo.settings import load_config, load_sweep
 from models.errors import UserError
 
@@ -233,7 +233,7 @@ def test_one_seed_has_the_wider_of_wilsons_and_the_clustered_interval(
 ) -> None:
     verdicts = judge(rights, groups)
     scores = averaged_scores(verdicts)
-    clustered = cluster_bootstrap(scores, [verdict.group for verdict in verdicts], 0)
+    clustered = cluster_interval(scores, [verdict.group for verdict in verdicts], 0)
     wider = wilson_interval(sum(rights), 40) if wilsons else clustered  # of four groups two all right, two all wrong
     assert sweep.over_seeds([scores], [verdicts], share=True) == (sum(rights) / 40, list(wider))
 

@@ -189,11 +189,13 @@ def conclude(
     Better = higher order-averaged accuracy and p_holm < alpha. Holm's correction runs over the controls' averaged
     tests, each with the larger of p and p_clustered; one in the wrong direction enters as 1.
     """
+    compared = {name: compare(trained, verdicts, seed) for name, verdicts in controls.items()}
     entries = {
         name: Control(
             accuracy=float(consistent_scores(verdicts).mean()),
             averaged_accuracy=float(averaged_scores(verdicts).mean()),
-            **compare(trained, verdicts, seed),
+            averaged=compared[name]["averaged"],
+            consistent=compared[name]["consistent"],
         )
         for name, verdicts in controls.items()
     }

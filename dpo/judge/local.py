@@ -12,9 +12,11 @@ from torch import Tensor
 
 from dpo.config import Config
 from dpo.inputs import Inputs, judge_settings
+from dpo.judge.calibration import Floats
 from dpo.judge.controls import conclude, control_verdicts
-from dpo.judge.protocols import compare
-from dpo.judge.statistics import Verdict, summarise, verdict_record
+from dpo.judge.protocols import read_verdicts as verdicts_of
+from dpo.judge.protocols import replies_of
+from dpo.judge.statistics import Verdict, compare_subsets, summarise, verdict_record
 from dpo.judge.statistics import compare as compare_judges
 from dpo.logprobs import TreeLogps
 from dpo.losses import pair_losses, reads, reward_metrics
@@ -33,8 +35,14 @@ Score = Callable[[Sequence[Tree]], list[TreeLogps]]
 
 def verdicts(rows: Sequence[Row], inputs: Inputs, config: Config, score: Score, *, sighted: bool) -> list[Verdict]:
     """The model's verdicts on the first judge.pairs_per_row pairs of each row (0: all), in both orders."""
-    trees = token_trees(rows, inputs.tokenizer, judge_settings(config, sighted=sighted), inputs.cache)
-    return compare(rows, trees, config.judge.pairs_per_row, score)
+    settings = judge_settings(config, sighted=sighted)
+    trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
+    return verdicts_of(rows, replies(trees, score(trees)), settings)
+
+
+def replies(trees: Sequence[Tree], logps: Sequence[TreeLogps]) -> list[Floats]:
+    """replies_of each verdict tree."""
+    return [replies_of(tree, of_tree) for tree, of_tree in zip(trees, logps, strict=True)]
 
 
 def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, config: Config) -> dict[str, float]:
@@ -52,7 +60,8 @@ def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, confi
         for name, value in reward_metrics(of_pairs, losses_B, batch.weight_B, config.loss.beta).items():
             sums[name] = sums.get(name, 0.0) + value
     if config.objective == "verdicts":  # the same trees: no second forward
-        judged = compare(rows, trees, config.judge.pairs_per_row, lambda _: logps)
+        settings = judge_settings(config, sighted=config.judge.sighted)
+        judged = verdicts_of(rows, replies(trees, logps), settings)
     else:
         judged = verdicts(rows, inputs, config, score, sighted=config.judge.sighted)
     summary = summarise(judged, config.seed)
@@ -79,6 +88,7 @@ def judge_results(
     return {
         **{name: summarise(judge, seed) for name, judge in judged.items()},
         "comparison": compare_judges(judged["trained"], judged["base"], seed),
+        "subset_tests": compare_subsets(judged["trained"], judged["base"], seed),
         **conclusion,
     }
 

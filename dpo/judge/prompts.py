@@ -1,13 +1,107 @@
-"""What a judge is asked: the request and two answers in one prompt, the verdict in one token.
+"""What a judge is asked: a template's texts around the request and the answers, the verdict one of its labels.
 
-Read next: dpo/trees.py, which turns it into branches.
+A template is a TOML file: `labels`, `system` and `user`, the two in Jinja's notation with the columns of `columns`.
+No dimension letters. Read next: dpo/trees.py, which turns the questions into branches.
 """
 
-from dpo.rows import Message
+import random
+import re
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
-LABELS = ("A", "B")
-SYSTEM = "You compare two answers to a request. Reply with the letter of the better answer, A or B."
-BLIND_SYSTEM = "You compare two answers. Reply with the letter of the better answer, A or B."
+import jinja2
+import jinja2.meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dpo.rows import Message, Row
+from models.errors import UserError, show
+from models.files import read_text
+
+Pairs = Sequence[tuple[int, int]]
+PRESETS = Path(__file__).with_name("templates")
+TIES_ID = re.compile(r"(ref|tied):(.+)")
+"""RewardBench 2's two rows of a Ties question: one right answer asked for (ref), or all of them right (tied)."""
+SLOTS = {"compare": 2, "choose": 4, "rate": 1, "ties": 1}
+"""judge.protocol -> how many answers a question shows."""
+
+
+class _Absent(jinja2.StrictUndefined):
+    """A column that a row does not have: false in a condition, an error where it is written."""
+
+    __bool__ = jinja2.Undefined.__bool__  # type: ignore[assignment]
+
+
+JINJA = ImmutableSandboxedEnvironment(undefined=_Absent)  # what a row says is text, never a template
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a judge is told and asked, and how it may reply; `passing` labels make a classifier's score."""
+
+    name: str
+    labels: tuple[str, ...]
+    system: str
+    user: str
+    passing: tuple[str, ...] = ()
+
+
+def slot_columns(slots: int) -> tuple[str, ...]:
+    """The columns of so many answers: answer, or answer_a, answer_b, ..."""
+    return ("answer",) if slots == 1 else tuple(f"answer_{letter}" for letter in "abcd"[:slots])
+
+
+def read_template(name: str, protocol: str) -> Template:
+    """The preset `name` (default: the protocol's own) or a file, fit for the protocol; UserError says what is not."""
+    path = PRESETS / f"{name or protocol}.toml"
+    path = path if path.is_file() else Path(name)
+    presets = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.toml")))
+    where = f"judge.template={path}"
+    if not path.is_file():
+        raise UserError(f"judge.template={name}: there is no such file; presets are {presets}")
+    try:
+        said = tomllib.loads(read_text(path))
+        system, user = (str(said.pop(key)).removeprefix("\n") for key in ("system", "user"))
+        labels, passing = ([str(label) for label in said.pop(key, ())] for key in ("labels", "passing"))
+        template = Template(path.stem, tuple(labels), system, user, tuple(passing))
+        named = columns(template)
+    except (tomllib.TOMLDecodeError, LookupError, TypeError) as error:
+        raise UserError(f"{where}: must be TOML with the texts system and user and the list labels: {error}") from None
+    except jinja2.TemplateError as error:
+        raise UserError(f"{where}: cannot be read as Jinja: {error}") from None
+    answers = slot_columns(SLOTS[protocol])
+    if missing := [column for column in answers if column not in named]:
+        raise UserError(
+            f"{where}: names no {{{{ {missing[0]} }}}}, so that the judge would not see it; judge.protocol={protocol} "
+            f"shows {', '.join(answers)}"
+        )
+    allowed = {"prompt", "reference_answer", *answers}
+    if unknown := sorted(named - allowed):
+        raise UserError(f"{where}: names {unknown[0]}; there are {', '.join(sorted(allowed))}")
+    if said:
+        raise UserError(f"{where}: the key {min(said)}; allowed are labels, passing, system and user")
+    numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
+    wanted = {
+        "compare": (labels == ["A", "B"], '["A", "B"]'),
+        "choose": (labels == ["A", "B", "C", "D"], '["A", "B", "C", "D"]'),
+    }.get(protocol, (numbers or 0 < len(set(passing) & set(labels)) < len(labels), "numbers, or some are `passing`"))
+    if len(set(labels)) < 2 or not wanted[0]:
+        raise UserError(f"{where}: labels are {show(labels)}; with judge.protocol={protocol} they must be {wanted[1]}")
+    return template
+
+
+@cache
+def _compiled(text: str) -> jinja2.Template:
+    return JINJA.from_string(text)
+
+
+@cache
+def columns(template: Template) -> frozenset[str]:
+    """The columns that it names."""
+    parsed = (JINJA.parse(text) for text in (template.system, template.user))
+    return frozenset[str]().union(*map(jinja2.meta.find_undeclared_variables, parsed))
 
 
 def request_text(prompt: tuple[Message, ...]) -> str:
@@ -17,10 +111,75 @@ def request_text(prompt: tuple[Message, ...]) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
 
 
-def judge_messages(prompt: tuple[Message, ...], answer_a: str, answer_b: str, *, sighted: bool) -> tuple[Message, ...]:
-    """The judge's messages for one order of the answers; a blind judge is not shown the request."""
-    answers = f"Answer A: {answer_a}\n\nAnswer B: {answer_b}\n\nBetter answer:"
-    if not sighted:
-        return ({"role": "system", "content": BLIND_SYSTEM}, {"role": "user", "content": answers})
-    request = f"Request: {request_text(prompt)}\n\n{answers}"
-    return ({"role": "system", "content": SYSTEM}, {"role": "user", "content": request})
+def judge_messages(
+    prompt: tuple[Message, ...],
+    answers: Sequence[str],
+    template: Template,
+    *,
+    sighted: bool = True,
+    reference: str = "",
+) -> tuple[Message, ...]:
+    """The judge's messages for the answers in their slots; a blind judge is not shown the request.
+
+    UserError where the template does not name what there is to show, or writes what there is not.
+    """
+    given = dict(zip(slot_columns(len(answers)), answers, strict=True))
+    given |= {"prompt": request_text(prompt)} if sighted else {}
+    given |= {"reference_answer": reference} if reference else {}
+    if unused := sorted(given.keys() - columns(template)):
+        hide = {"prompt": "judge.sighted=false", "reference_answer": "judge.reference_answer=false"}[unused[0]]
+        raise UserError(f"judge.template={template.name} does not name the column {unused[0]}; name it, or set {hide}")
+    try:
+        return (
+            {"role": "system", "content": _compiled(template.system).render(given)},
+            {"role": "user", "content": _compiled(template.user).render(given)},
+        )
+    except jinja2.TemplateError as error:
+        raise UserError(
+            f"judge.template={template.name}: {error}, for this row has none or judge.sighted=false hides it; write it "
+            "within {% if prompt %} or {% if reference_answer %}"
+        ) from error
+
+
+# ---- the questions of a row
+
+
+def _compare(row: Row, pairs: Pairs, seed: int) -> list[tuple[str, ...]]:
+    return [order for i, j in pairs for two in [(row.chosen[i], row.rejected[j])] for order in (two, two[::-1])]
+
+
+def chosen_slot(row: Row, seed: int) -> int:
+    """In which of the four slots the right answer of `choose` stands."""
+    return random.Random(f"slot {seed} {row.id}").randrange(4)
+
+
+def _choose(row: Row, pairs: Pairs, seed: int) -> list[tuple[str, ...]]:
+    """The first chosen answer, exchanged with what stands in its slot, and the first three rejected ones."""
+    if len(row.rejected) < 3:
+        raise UserError(f"judge.protocol=choose: needs three rejected answers, the row has {len(row.rejected)}")
+    answers, slot = [row.chosen[0], *row.rejected[:3]], chosen_slot(row, seed)
+    answers[0], answers[slot] = answers[slot], answers[0]
+    return [tuple(answers)]
+
+
+def _rate(row: Row, pairs: Pairs, seed: int) -> list[tuple[str, ...]]:
+    return [(answer,) for answer in (*row.chosen, *row.rejected)]
+
+
+QUESTIONS: dict[str, Callable[[Row, Pairs, int], list[tuple[str, ...]]]] = {
+    "compare": _compare,
+    "choose": _choose,
+    "rate": _rate,
+    "ties": _rate,
+}
+"""judge.protocol -> from a row, its pairs that are judged and the seed of the slots, the answers of each question."""
+
+ASKED: dict[str, Callable[[Row], bool]] = {
+    "compare": lambda row: True,
+    "choose": lambda row: not TIES_ID.fullmatch(row.id),
+    "rate": lambda row: True,
+    "ties": lambda row: bool(TIES_ID.fullmatch(row.id)),
+}
+"""judge.protocol -> which rows it asks of: RewardBench 2 asks no best of four where several answers are right."""
+
+COMPARE = read_template("", "compare")

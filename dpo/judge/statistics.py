@@ -5,7 +5,7 @@ Two readings of the same 2R single-order verdicts stand always side by side:
   consistent  right when both orders name the chosen answer; a verdict that flips is a tie and counts as wrong;
   averaged    right when the A-B log-odds, averaged over both orders, favour the chosen answer: position cancels.
 Two judges are compared on the same pairs: the exact test takes pairs as independent, the clustered one only groups.
-Read next: dpo/judge/controls.py.
+Read next: dpo/judge/calibration.py.
 """
 
 import math
@@ -17,8 +17,10 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from dpo.judge.calibration import Floats, brier, cohens_kappa, expected_calibration_error, selective_accuracy
+
 BLOCK = 100  # flips or resamples drawn at once: a [BLOCK, G] array stays small whatever G is
+LEAST_CLUSTERS = 100  # for a bootstrap of whole groups: it is too narrow on fewer
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,14 @@ class Summary(TypedDict):
     averaged_cluster_interval: list[float]
     position_consistency: float
     raw_a_rate: float
+    tie_half_accuracy: float  # a tie counts one half; accuracy counts it as wrong
+    tie_half_interval: list[float]
+    decided_accuracy: float | None  # of the pairs with neither a tie nor an invalid verdict; None without any
+    decided_interval: list[float] | None
+    kappa: float | None  # Cohen's, both-orders verdict against the label (agreement)
+    brier: float | None  # of the order-averaged probabilities of the valid verdicts, as the next two; None without any
+    calibration_error: float | None
+    selective_accuracy: list[float]  # of the surest tenth, the surest two tenths, ... all of the valid verdicts
     subsets: NotRequired[dict[str, "Summary"]]
 
 
@@ -58,17 +68,28 @@ class PairedTest(TypedDict):
     p_clustered: float  # sign flips of whole groups
     p_holm: NotRequired[float]
     difference: float  # a - b, a share
-    interval: list[float]  # bootstrap of whole groups
+    interval: list[float]  # over whole groups (cluster_interval)
     wins_only_a: int
     wins_only_b: int
     minimum_detectable: float
 
 
 class Comparison(TypedDict):
-    """Both readings of one comparison."""
+    """Both readings of one comparison, and how far the two judges agree."""
 
     consistent: PairedTest
     averaged: PairedTest
+    same_verdict: float  # share of the pairs with the same both-orders verdict
+    kappa: float | None
+
+
+class Bin(TypedDict):
+    """The pairs on which a judge is about equally sure."""
+
+    n: int
+    confidence: float  # their mean probability of the answer that the judge prefers
+    accuracy: float  # the share of them on which it is right
+    interval: list[float]  # Wilson's
 
 
 # ---- verdicts
@@ -108,6 +129,27 @@ def averaged_scores(verdicts: Sequence[Verdict]) -> Floats:
     return np.where(first_R > second_R, 1.0, np.where(first_R == second_R, 0.5, 0.0))
 
 
+def agreement(outcome_a_R: NDArray[np.str_], outcome_b_R: NDArray[np.str_]) -> float | None:
+    """Cohen's kappa of two judges' `outcomes`, a tie and an invalid verdict classes of their own; None if undefined.
+
+    A pair counts twice, with the chosen answer named A and named B, so that chance knows as little as the judges do
+    which answer is the chosen one: against the label (all "win") a coin has 0, and so has a judge that only ties.
+    """
+    places = {"win": 0, "loss": 1, "tie": 2, "invalid": 3}
+    a_R, b_R = ([places[outcome] for outcome in one_R.tolist()] for one_R in (outcome_a_R, outcome_b_R))
+    counts_LL = np.bincount(np.array(a_R) * 4 + b_R, minlength=16).reshape(4, 4).astype(float)
+    exchanged = [1, 0, 2, 3]
+    kappa = cohens_kappa(counts_LL + counts_LL[exchanged][:, exchanged])
+    return None if math.isnan(kappa) else kappa
+
+
+def chosen_probabilities(verdicts: Sequence[Verdict]) -> Floats:
+    """The probability of the chosen answer by the order-averaged log-odds, of the valid verdicts only."""
+    first_R, second_R = log_odds(verdicts)
+    lead_R = (first_R - second_R) / 2
+    return 0.5 * (1 + np.tanh(lead_R[~np.isnan(lead_R)] / 2))
+
+
 # ---- one proportion or mean
 
 
@@ -133,21 +175,26 @@ def _group_sums(values: Sequence[float] | Floats, groups: Sequence[str]) -> tupl
     return np.bincount(group_R, weights=values).astype(np.float64), np.bincount(group_R).astype(np.float64)
 
 
+def cluster_interval(
+    values: Sequence[float] | Floats, groups: Sequence[str], seed: int, bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """95 % interval of the mean over whole groups: cluster_bootstrap, below LEAST_CLUSTERS groups sign_flip_interval.
+
+    `bounds` is the range that the mean can have: too few groups say nothing about the spread between them, and give it.
+    """
+    if len(set(groups)) < LEAST_CLUSTERS:
+        return sign_flip_interval(values, groups, seed, bounds=bounds)
+    return cluster_bootstrap(values, groups, seed)
+
+
 def cluster_bootstrap(
-    values: Sequence[float] | Floats,
-    groups: Sequence[str],
-    seed: int,
-    samples: int = 10_000,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    values: Sequence[float] | Floats, groups: Sequence[str], seed: int, samples: int = 10_000
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean, whole groups resampled with replacement (Efron 1979, by cluster).
 
-    The resampled mean is sum of sums / sum of sizes (a ratio, so groups may differ in size). `bounds` is the range that
-    the mean can have: a single group says nothing about the spread between groups, and gives the bounds.
+    The resampled mean is sum of sums / sum of sizes (a ratio, so groups may differ in size).
     """
     sum_G, count_G = _group_sums(values, groups)
-    if len(sum_G) == 1:
-        return bounds
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(samples // BLOCK):
@@ -155,6 +202,47 @@ def cluster_bootstrap(
         means.append(sum_G[drawn_FG].sum(axis=1) / count_G[drawn_FG].sum(axis=1))
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+def reliability(verdicts: Sequence[Verdict], bins: int = 5) -> list[Bin]:
+    """Accuracy by confidence, the sigmoid of the order-averaged log-odds; bins of one width, those empty left out."""
+    first_R, second_R = log_odds(verdicts)
+    said_R = ~np.isnan(first_R - second_R)
+    score_R, confidence_R = averaged_scores(verdicts), 1 / (1 + np.exp(-np.abs(first_R - second_R) / 2))
+    bin_R = np.where(said_R, np.minimum(bins - 1, (confidence_R - 0.5) * 2 * bins), -1)
+    found = []
+    for number in range(bins):
+        in_R = (bin_R >= number) & (bin_R < number + 1)
+        n, right = int(in_R.sum()), float(score_R[in_R].sum())
+        if n:
+            interval = list(wilson_interval(right, n))
+            found.append(Bin(n=n, confidence=float(confidence_R[in_R].mean()), accuracy=right / n, interval=interval))
+    return found
+
+
+def sign_flip_interval(
+    values: Sequence[float] | Floats,
+    groups: Sequence[str],
+    seed: int,
+    samples: int = 10_000,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> tuple[float, float]:
+    """95 % interval of the means that sign_flip_p, applied to values - mean, does not reject.
+
+    Its ends are those of the middle 95 % of the means of random halves, each group in or out (Hartigan 1969: where the
+    groups' sums lie evenly about their true mean, these split the line into equally likely parts). All of the 2^G - 1
+    halves for at most 14 groups; 5 or fewer have less than 40 and give the `bounds`.
+    """
+    sum_G, count_G = _group_sums(values, groups)
+    n_groups = len(sum_G)
+    if n_groups <= 14:
+        in_FG = (np.arange(1, 2**n_groups)[:, None] >> np.arange(n_groups)) & 1
+    else:
+        in_FG = np.random.default_rng(seed).integers(0, 2, size=(samples, n_groups), dtype=np.int8)
+        in_FG = in_FG[in_FG.any(axis=1)]
+    means = np.sort((in_FG @ sum_G) / (in_FG @ count_G))
+    cut = int(0.025 * (len(means) + 1))
+    return (float(means[cut - 1]), float(means[-cut])) if cut else bounds
 
 
 # ---- two judges on the same pairs
@@ -216,6 +304,9 @@ def _figures(verdicts: Sequence[Verdict], seed: int) -> Summary:
     first_R, second_R = log_odds(verdicts)
     outcome_R, score_R = outcomes(verdicts), averaged_scores(verdicts)
     wins, losses, ties, invalid = (int((outcome_R == name).sum()) for name in ("win", "loss", "tie", "invalid"))
+    decided = wins + losses
+    chosen_R = chosen_probabilities(verdicts)
+    curve_R = selective_accuracy(chosen_R)
     return Summary(
         n=n,
         wins=wins,
@@ -226,9 +317,19 @@ def _figures(verdicts: Sequence[Verdict], seed: int) -> Summary:
         accuracy_interval=list(wilson_interval(wins, n)),
         averaged_accuracy=float(score_R.mean()),
         averaged_interval=list(wilson_interval(float(score_R.sum()), n)),
-        averaged_cluster_interval=list(cluster_bootstrap(score_R, [verdict.group for verdict in verdicts], seed)),
-        position_consistency=(wins + losses) / n,
+        averaged_cluster_interval=list(cluster_interval(score_R, [verdict.group for verdict in verdicts], seed)),
+        position_consistency=decided / n,
         raw_a_rate=float((first_R > 0).sum() + (second_R > 0).sum()) / (2 * n),
+        tie_half_accuracy=(wins + ties / 2) / n,
+        tie_half_interval=list(wilson_interval(wins + ties / 2, n)),
+        decided_accuracy=wins / decided if decided else None,
+        decided_interval=list(wilson_interval(wins, decided)) if decided else None,
+        kappa=agreement(outcome_R, np.full(n, "win")),
+        brier=brier(chosen_R) if len(chosen_R) else None,
+        calibration_error=expected_calibration_error(chosen_R) if len(chosen_R) else None,
+        selective_accuracy=[float(curve_R[-(-len(curve_R) * tenth // 10) - 1]) for tenth in range(1, 11)]
+        if len(curve_R)
+        else [],
     )
 
 
@@ -246,7 +347,7 @@ def _paired_test(score_a_R: Floats, score_b_R: Floats, groups: Sequence[str], se
         p=mcnemar_exact(only_a, only_b),
         p_clustered=sign_flip_p(difference_R, groups, seed),
         difference=float(difference_R.mean()),
-        interval=list(cluster_bootstrap(difference_R, groups, seed, bounds=(-1.0, 1.0))),
+        interval=list(cluster_interval(difference_R, groups, seed, bounds=(-1.0, 1.0))),
         wins_only_a=only_a,
         wins_only_b=only_b,
         minimum_detectable=minimum_detectable_difference(difference_R, groups),
@@ -261,4 +362,17 @@ def compare(verdicts_a: Sequence[Verdict], verdicts_b: Sequence[Verdict], seed: 
     return Comparison(
         consistent=_paired_test(consistent_scores(verdicts_a), consistent_scores(verdicts_b), groups, seed),
         averaged=_paired_test(averaged_scores(verdicts_a), averaged_scores(verdicts_b), groups, seed),
+        same_verdict=float(np.mean(outcomes(verdicts_a) == outcomes(verdicts_b))),
+        kappa=agreement(outcomes(verdicts_a), outcomes(verdicts_b)),
     )
+
+
+def compare_subsets(verdicts_a: Sequence[Verdict], verdicts_b: Sequence[Verdict], seed: int) -> dict[str, PairedTest]:
+    """`compare`'s order-averaged test within each subset, with Holm's correction over them on the larger of its p."""
+    tests = {}
+    for name in sorted({verdict.subset for verdict in verdicts_a}):
+        a, b = ([verdict for verdict in one if verdict.subset == name] for one in (verdicts_a, verdicts_b))
+        tests[name] = compare(a, b, seed)["averaged"]
+    for test, p_holm in zip(tests.values(), holm([max(t["p"], t["p_clustered"]) for t in tests.values()]), strict=True):
+        test["p_holm"] = p_holm
+    return tests

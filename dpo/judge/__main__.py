@@ -1,0 +1,173 @@
+"""python -m dpo.judge [exp=NAME] [key=value ...]: judges rows with any model or endpoint, without training.
+
+    rows -> a local model's log-probs, or an endpoint's answers -> verdicts -> results.json
+
+Its keys are dpo.train's, and its run folder holds what there is of one without training. No dimension letters.
+Read next: dpo/judge/endpoint.py, dpo/judge/asked.py.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dpo.config import Config
+from dpo.distributed import Ranks
+from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs
+from dpo.judge.asked import ask_rows
+from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
+from dpo.judge.calibration import Floats
+from dpo.judge.endpoint import Answer, Usage, endpoint
+from dpo.judge.local import replies, write_verdicts
+from dpo.judge.prompts import chosen_slot
+from dpo.judge.protocols import PROTOCOLS, read_verdicts
+from dpo.judge.statistics import Summary, Verdict, summarise
+from dpo.log import stage
+from dpo.logprobs import score_trees
+from dpo.policy import load_policy, with_adapter
+from dpo.results import widest_interval
+from dpo.rows import Row
+from dpo.runs import new_folder, write_json
+from dpo.settings import help_text, load_config
+from dpo.tokens import token_trees
+from models.errors import UserError
+from models.files import atomic_write_text
+
+USAGE = """\
+usage: python -m dpo.judge [exp=NAME] [key=value ...]      (exp=judge where none is given)
+  python -m dpo.judge model.path=path/to/model data.path=rows.jsonl
+  python -m dpo.judge endpoint.url=https://api.openai.com/v1 endpoint.model=gpt-5.2 data.path=rows.jsonl
+  python -m dpo.judge exp=quickstart judge.split=test model.path=path/to/model    (what that training judged)
+"""
+
+
+class Judged(NamedTuple):
+    """What a judge said."""
+
+    judge: str
+    rows: Sequence[Row]
+    replies: list[Floats]  # of each row (dpo/judge/protocols.py)
+    answers: list[Answer]  # one a question, where it was written
+    usage: Usage | None  # of an endpoint
+    data: dict[str, object]  # of the rows
+
+
+def by_model(config: Config) -> Judged:
+    """By `model.path` with `model.adapter`: the log-probs of the labels."""
+    config = with_adapter(config)
+    ranks = Ranks(0, 1, torch.device(pick_device(config)))
+    inputs = read_inputs(config, ranks.device.type, judging=True)
+    model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
+    rows = inputs.splits.test
+    trees = token_trees(rows, inputs.tokenizer, judge_settings(config, sighted=config.judge.sighted), inputs.cache)
+    said = replies(trees, score_trees(model, trees, config.pack, ranks, "judging"))
+    return Judged(config.model.adapter or config.model.path, rows, said, [], None, inputs.splits.report)
+
+
+def by_endpoint(config: Config) -> Judged:
+    """By `endpoint.model`, which is asked for its verdicts in words."""
+    check_place("run.root", Path(config.run.root))
+    splits = load_splits(config, judging=True)
+    usage = Usage()
+    ask = endpoint(config.endpoint, cache_folder(config), usage)
+    said, answers = ask_rows(splits.test, ask, judge_settings(config, sighted=config.judge.sighted))
+    return Judged(config.endpoint.model, splits.test, said, answers, usage, splits.report)
+
+
+def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> dict[str, float]:
+    """results.json's `benchmark`, where judge.protocol or data.format is of one: its own score, and the parts of it.
+
+    Beside `choose` in words stands what RewardBench 2's parser reads in them.
+    """
+    settings, score = judge_settings(config, sighted=config.judge.sighted), PROTOCOLS[config.judge.protocol].score
+    if score is None:
+        of_pairs = OF_PAIRS.get(config.data.format)
+        return of_pairs(verdicts) if of_pairs else {}
+    figures = score(judged.rows, judged.replies, settings)
+    if judged.answers and config.judge.protocol == "choose":
+        slots = [settings.template.labels[chosen_slot(row, settings.seed)] for row in judged.rows]
+        read = [choice_score(official_choice(a.text), slot) for a, slot in zip(judged.answers, slots, strict=True)]
+        subsets = [row.subset for row in judged.rows]
+        figures["score_by_its_parser"] = mean_of_subsets(list(zip(subsets, read, strict=True)))["score"]
+    return figures
+
+
+def run(config: Config) -> Path:
+    """Judge, and write the run folder: config.json, env.json, verdicts.jsonl, results.json, and answers.jsonl."""
+    times: dict[str, float] = {}
+    with stage("judge", times):
+        judged = by_endpoint(config) if config.endpoint.url else by_model(config)
+    verdicts = read_verdicts(judged.rows, judged.replies, judge_settings(config, sighted=config.judge.sighted))
+    summary, benchmark = summarise(verdicts, config.seed), benchmark_score(judged, verdicts, config)
+    folder = new_folder(config)
+    write_verdicts(folder / "verdicts.jsonl", {judged.judge: verdicts})
+    if judged.answers:
+        write_answers(folder / "answers.jsonl", judged)
+    results: dict[str, object] = {"judge": {judged.judge: summary}, "data": judged.data, "time_s": times}
+    results |= {"protocol": config.judge.protocol} | ({"benchmark": benchmark} if benchmark else {})
+    if judged.usage:
+        results["endpoint"] = asdict(judged.usage)
+    write_json(folder / "results.json", results)
+    print(told(folder, judged, summary, benchmark))
+    return folder
+
+
+def write_answers(path: Path, judged: Judged) -> None:
+    """A line a question: its row, its place among the row's (`compare`: pair by pair, chosen first, then second)."""
+    places = (
+        (row.id, q) for row, reply_QL in zip(judged.rows, judged.replies, strict=True) for q in range(len(reply_QL))
+    )
+    lines = [
+        json.dumps({"id": row, "question": question, "text": answer.text}) + "\n"
+        for (row, question), answer in zip(places, judged.answers, strict=True)
+    ]
+    atomic_write_text(path, "".join(lines))
+
+
+def told(folder: Path, judged: Judged, summary: Summary, benchmark: Mapping[str, float]) -> str:
+    """The figures in a few lines."""
+    averaged, consistent = (
+        f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        for share, (low, high) in (
+            (summary["averaged_accuracy"], widest_interval(summary)),
+            (summary["accuracy"], summary["accuracy_interval"]),
+        )
+    )
+    lines = [
+        f"{judged.judge}: order-averaged accuracy {averaged}, consistent {consistent}; {summary['n']:,} pairs, "
+        f"{summary['ties']:,} ties, {summary['invalid']:,} invalid; says A {100 * summary['raw_a_rate']:.0f} %"
+    ]
+    if benchmark:
+        lines.append("benchmark's own score: " + ", ".join(f"{name} {100 * x:.1f}" for name, x in benchmark.items()))
+    if usage := judged.usage:
+        cost = "no price known" if usage.cost is None else f"{usage.cost:.4f} dollars"
+        lines.append(
+            f"{len(judged.answers):,} answers: {usage.found:,} kept from before, {usage.unanswered:,} never had, "
+            f"{usage.failed_tries:,} failed tries; {usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens, {cost}"
+        )
+    return "\n".join([*lines, f"results: {folder / 'results.json'}"])
+
+
+def main(argv: list[str]) -> int:
+    """The command line: exit code 0 when all is written, 2 for a user's mistake, 130 for Ctrl-C."""
+    if {"-h", "--help"} & set(argv):
+        print(f"{USAGE}\n{help_text()}")
+        return 0
+    try:
+        named = any(argument.startswith("exp=") for argument in argv)
+        run(load_config(argv if named else ["exp=judge", *argv]))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {stop}; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""What one training says of itself on the page: verdict, controls, training, alarms, data, time, how to repeat it.
+
+No dimension letters. Read next: dpo/report.py, which puts the page together.
+"""
+
+from collections.abc import Sequence
+
+from dpo.alarms import ALARMS
+from dpo.config import Config
+from dpo.judge.controls import SURFACE_ROWS
+from dpo.judge.statistics import PairedTest
+from dpo.judged import Run
+from dpo.page import Block, Table, Text
+from dpo.results import Alarm, Judgement, Results
+
+# --- numbers in words -----------------------------------------------------------------------------------------------
+
+
+def percent(share: float, interval: Sequence[float] = ()) -> str:
+    """12.3 %, and the interval in brackets."""
+    ends = ", ".join(f"{100 * end:.1f}" for end in interval)
+    return f"{100 * share:.1f} %" + (f" [{ends}]" if ends else "")
+
+
+def points(test: PairedTest) -> tuple[str, str]:
+    """The difference and its interval in percentage points, never as -0.0."""
+    lead, low, high = (f"{round(100 * share, 1) + 0.0:+.1f}" for share in (test["difference"], *test["interval"]))
+    return lead, f"[{low}, {high}]"
+
+
+def p_value(*p: float) -> str:
+    """The largest of them."""
+    return "< 1e-4" if max(p) < 1e-4 else f"{max(p):.2g}"
+
+
+def duration(time_s: float) -> str:
+    """In seconds, minutes or hours."""
+    if time_s < 60:
+        return f"{time_s:.1f} s"
+    minutes, seconds = divmod(round(time_s), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def change(before: float, after: float, test: PairedTest) -> str:
+    """Two accuracies, and the test of their difference."""
+    (lead, interval), p = points(test), p_value(test["p"], test["p_clustered"])
+    p = p if p.startswith("<") else f"= {p}"
+    return f"{percent(before)} -> {percent(after)} ({lead} points, 95 % interval {interval}, p {p})"
+
+
+# --- its sections ---------------------------------------------------------------------------------------------------
+
+
+def summary(run: Run) -> list[Text]:
+    """The sentence that says it all, the same for the other accuracy, and what was run."""
+    judge, config = run.results["judge"], run.config
+    base, trained, tests = judge["base"], judge["trained"], judge["comparison"]
+    lora, loss, train = config.lora, config.loss, config.train
+    unit = "rows" if config.judge.pairs_per_row == 1 else "pairs"
+    how = f"{'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank}" if lora.rank else "full fine-tuning"
+    how += f", going on from {config.model.adapter}" if config.model.adapter else ""
+    epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs} epochs"
+    verdict = (
+        f"Order-averaged accuracy "
+        f"{change(base['averaged_accuracy'], trained['averaged_accuracy'], tests['averaged'])} on {trained['n']:,} "
+        f"held-out {unit}; {judge['conclusion']}."
+    )
+    consistent = (
+        f"Consistent accuracy {change(base['accuracy'], trained['accuracy'], tests['consistent'])}. It counts a "
+        "verdict as right only if both orders of the answers give it: a coin that sticks to its verdict has 50 %, a "
+        "judge that always says A has 0 %. In the order-averaged accuracy the preferred place cancels, and both have "
+        "50 %."
+    )
+    losses = " + ".join((loss.name, *loss.mix))
+    setup = (
+        f"Run {run.folder.name}: {config.model.path}, objective {config.objective}, {losses} loss with beta "
+        f"{loss.beta:g}, {how}, learning rate {train.lr:g} ({train.schedule}), {epochs}, seed {config.seed}; rows: "
+        f"{config.data.path}. The judge {'sees the request' if config.judge.sighted else 'does not see the request'}, "
+        "and is asked in both orders."
+    )
+    return [Text("verdict", verdict), Text("paragraph", consistent), Text("paragraph", setup)]
+
+
+def controls(judge: Judgement) -> list[Block]:
+    """The trained judge against each control."""
+    trained = judge["trained"]
+    rows = [("judge", "consistent", "order-averaged", "trained leads by", "95 % interval", "p", "p, corrected")]
+    rows += [("trained", percent(trained["accuracy"]), percent(trained["averaged_accuracy"]), "", "", "", "")]
+    for name, control in judge["controls"].items():
+        accuracies, test = (percent(control["accuracy"]), percent(control["averaged_accuracy"])), control["averaged"]
+        rows.append(
+            (name, *accuracies, *points(test), p_value(test["p"], test["p_clustered"]), p_value(test["p_holm"]))
+        )
+    text = (
+        f"The trained judge is {judge['conclusion']}. Its lead, in points, and the tests are of the order-averaged "
+        f"accuracy on the same pairs. Corrected: {judge['correction']}. A control counts as beaten below "
+        f"{judge['alpha']:g}. The surface classifier is fitted on the training rows; where they are more than "
+        f"{SURFACE_ROWS:,}, on so many drawn with the seed."
+    )
+    return [Table("Controls, on the same pairs", rows), Text("paragraph", text)]
+
+
+def training(results: Results) -> Table:
+    """Its size, pace and arithmetic."""
+    rows = {
+        "": "training",
+        "optimizer steps": "{train[steps]:,}",
+        "pairs": "{train[pairs]:,}",
+        "tokens": "{train[tokens]:,}",
+        "time in steps": "{train[time_s]:,.1f} s",
+        "tokens/s": "{train[tokens_per_s]:,.0f}",
+        "peak memory": "{train[peak_rss_mib]:,.0f} MiB",
+        "reference log-probs": "{reference[hits]:,} found, {reference[misses]:,} computed",
+        "arithmetic": "{train[dtype]}",
+        "weights judged and exported": "of step {train[best_step]:,}",
+        "loss before the first update": "{step0_loss:.6f}",
+        "policy less reference then, at most": "{step0_max_difference:.2g} nats a completion",
+    }
+    return Table("Size and pace", [(name, figure.format_map(results)) for name, figure in rows.items()])
+
+
+def alarms(told: Sequence[Alarm]) -> list[Block]:
+    """What went wrong, and what to try."""
+    if not told:
+        return [Text("paragraph", f"None of {', '.join(ALARMS)}.")]
+    rows = [("alarm", "first after step", "value")]
+    rows += [(alarm["name"], f"{alarm['step']:,}", f"{alarm['value']:.3g}") for alarm in told]
+    lines = [Text("paragraph", "{name}: {value:.3g} {meaning}. Try: {advice}.".format_map(alarm)) for alarm in told]
+    return [Table("Alarms, by first step", rows), *lines]
+
+
+def data(results: Results, config: Config) -> list[Block]:
+    """Rows by split, what was left out, and leaks."""
+    of = results["data"]
+    counts = {"rows": of["rows"], "pairs": of["pairs"], "groups": of["groups"]}
+    counts |= {f"rows of {name}": of_subset for name, of_subset in of["subsets"].items()}
+    rows = [(name, *(f"{count:,}" for count in of_split.values())) for name, of_split in counts.items()]
+    notes = f"Leaks between the splits: {', '.join(f'{count} by {kind}' for kind, count in of['leaks'].items())}"
+    notes += f"; unused rows: {of['unused_rows']:,}" if of["unused_rows"] else ""
+    notes += "".join(f"; dropped, {reason}: {count:,}" for reason, count in of["dropped"].items())
+    for name, most in (("data.rows", config.data.rows), ("judge.rows", config.judge.rows)):
+        notes += f"; {name} took {most:,} rows of these at most" if most else ""
+    noted = {
+        "rows left out as too long": of.get("too_long", {}),
+        "rows whose prompt was cut from the left": of.get("truncated", {}),
+        "rows with an answer that the tokenizer would join to its prompt": of.get("boundary_differs", {}),
+    }
+    for name, of_split in noted.items():
+        told = ", ".join(f"{count:,} {split}" for split, count in of_split.items())
+        notes += f"; {name}: {told}" if any(of_split.values()) else ""
+    return [Table("Rows, pairs and groups by split", [("", *of["rows"]), *rows]), Text("paragraph", f"{notes}.")]
+
+
+def times(time_s: dict[str, float]) -> Table:
+    """By stage."""
+    whole = sum(time_s.values())
+    rows = [(name, duration(spent), percent(spent / whole)) for name, spent in time_s.items()]
+    return Table("Time by stage", [("stage", "time", "share"), *rows, ("all", duration(whole), "")])
+
+
+def again(run: Run) -> list[Block]:
+    """How to run it once more, and where it ran."""
+    environment = run.environment
+    machine = environment["gpu"] or f"{environment['cpu']}, {environment['cores']} cores"
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    git = environment["git"] or {"commit": "unknown", "dirty": False}
+    begun = f"Begun on {machine}; {versions}; commit {git['commit']}{', with changes' if git['dirty'] else ''}."
+    return [Text("command", environment["command"]), Text("paragraph", begun)]

@@ -1,0 +1,250 @@
+"""Pages of runs over rows that attack them: what they hold is text, in a real browser where there is one."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dpo.config import Config, config_dict
+from dpo.inputs import load_splits
+from dpo.judge.local import write_verdicts
+from dpo.judge.statistics import Verdict, averaged_scores, compare, summarise
+from dpo.judged import MOST_CHARACTERS, judges_of, read_run
+from dpo.page import Page, Table, to_html, to_markdown
+from dpo.report import main, write_report
+from dpo.rows import read_rows
+
+OWN = "document.documentElement.dataset.owned=1"
+ATTACKS = [
+    f"<script>{OWN}</script>",
+    f"</script><script>{OWN}</script>",
+    f'"><img src=x onerror="{OWN}">',
+    f"'><svg/onload={OWN}>",
+    f"</div></details></main><iframe srcdoc='<script>parent.{OWN}</script>'></iframe>",
+    f'<a href="javascript:{OWN}">here</a><base href="http://example.com/">',
+    "{{constructor.constructor('alert(1)')()}} ${7*7} <%= 7 %> {0} %s",
+    "<!-- <style>*{display:none}</style> --> ]]> &lt;b&gt; &#60;script&#62;",
+    "safe \u202etxt.exe\u202c \u200bhidden\U000e0041 \u2066x",
+    "A" * 1_000_000,
+]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+
+
+def write_rows_file(path: Path) -> None:
+    """A row for every attack, named by it."""
+    rows = [
+        {"id": f"{number} {text[:60]}", "subset": text[:40], "prompt": f"{number} {text}", "chosen": f"right {text}",
+         "rejected": f"wrong {text}", "group": f"g{number}"}
+        for number, text in enumerate(ATTACKS)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_judging(folder: Path, data: Path, judge: str, odds: dict[int, tuple[float, float]]) -> Path:
+    """The folder of a run that judged the test rows with these numbers in `data`."""
+    folder.mkdir(parents=True)
+    config = Config.model_validate({"exp": "judge", "data": {"path": str(data)}})
+    rows = {row.id: row for row in read_rows(data)}
+    said = [
+        Verdict(row.id, row.subset, row.group, (0, 0), *odds[int(name.split()[0])])
+        for name, row in rows.items()
+        if int(name.split()[0]) in odds
+    ]
+    endpoint = {"found": 0, "prompt_tokens": 900, "completion_tokens": 20, "cost": 0.01, "time_s": 2.0}
+    results = {
+        "judge": {judge: summarise(said)},
+        "data": load_splits(config, judging=True).report,
+        "time_s": {"judge": 3.0},
+        "endpoint": endpoint,
+    }
+    environment = {"command": f"python -m dpo.judge '{ATTACKS[0]}'", "cpu": "A CPU", "cores": 2, "gpu": None}
+    environment |= {"packages": {"torch": "2"}, "git": None}
+    for name, value in (("config", config_dict(config)), ("results", results), ("env", environment)):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    write_verdicts(folder / "verdicts.jsonl", {judge: said})
+    return folder
+
+
+ODDS = {number: (2.0 - number, -1.5 if number > 1 and number % 3 else 2.5) for number in range(len(ATTACKS))}
+OTHER_ODDS = {number: (0.5, -0.25 * number) for number in range(2, len(ATTACKS))}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    home = tmp_path_factory.mktemp("judged")
+    write_rows_file(home / "rows.jsonl")
+    names = {f"one {ATTACKS[2]}": ODDS, f"other {ATTACKS[0]}": OTHER_ODDS}
+    return [
+        write_judging(home / f"run{number}", home / "rows.jsonl", *judge) for number, judge in enumerate(names.items())
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Path]) -> Path:
+    return write_report(runs) / "report.html"
+
+
+# what is said of several judges ---------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_compared_on_the_rows_that_they_share(runs: list[Path], page: Path) -> None:
+    one, other = judges_of([read_run(run) for run in runs])
+    shared = [key for key in one.verdicts if key in other.verdicts]
+    assert len(shared) == len(OTHER_ODDS) < len(one.verdicts)
+    of_one, of_other = ([judge.verdicts[key] for key in shared] for judge in (one, other))
+    told = json.loads(page.with_name("report.json").read_text())["comparisons"]
+    expected = compare(of_other, of_one, 0)
+    assert told == [{"judge": other.name, "against": one.name, "pairs": 8, **expected, "p_holm": told[0]["p_holm"]}]
+    assert expected["averaged"]["difference"] == averaged_scores(of_other).mean() - averaged_scores(of_one).mean() != 0
+    assert "on 8 shared pairs" in page.with_name("report.md").read_text()
+
+
+def test_rows_of_one_name_and_other_texts_are_not_shared(runs: list[Path], tmp_path: Path) -> None:
+    lines = (runs[0].parent / "rows.jsonl").read_text().splitlines()
+    row = json.loads(lines[3])
+    lines[3] = json.dumps(row | {"rejected": "attacked"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    attacked = write_judging(tmp_path / "run", tmp_path / "rows.jsonl", "attacked", ODDS)
+    one, other = judges_of([read_run(runs[0]), read_run(attacked)])
+    assert {key[0] for key in one.verdicts if key not in other.verdicts} == {row["id"]}
+
+
+@pytest.mark.parametrize("fault", ["gone", "changed"])
+def test_texts_of_rows_that_are_gone_or_changed_are_left_out_and_it_is_said(tmp_path: Path, fault: str) -> None:
+    write_rows_file(tmp_path / "rows.jsonl")
+    run = write_judging(tmp_path / "run", tmp_path / "rows.jsonl", "judge", ODDS)
+    write_report([run])
+    assert "Rejected answer" in (run / "report.html").read_text()
+    if fault == "gone":
+        (tmp_path / "rows.jsonl").unlink()
+    else:
+        (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("right ", "RIGHT "))
+    write_report([run])
+    for name in ("report.html", "report.md"):
+        text = (run / name).read_text()
+        assert "Rejected answer" not in text
+        assert {"gone": "there is no such file", "changed": "no longer holds the rows"}[fault] in text
+
+
+def test_a_judge_that_says_what_another_one_said_is_compared_all_the_same(runs: list[Path], tmp_path: Path) -> None:
+    again = write_judging(tmp_path / "run", runs[0].parent / "rows.jsonl", "again", ODDS)
+    text = (write_report([runs[0], again]) / "report.md").read_text()
+    assert "again: order-averaged accuracy" in text and "(+0.0 points" in text and "on 10 shared pairs" in text
+
+
+def test_the_command_compares_runs_and_says_where(runs: list[Path], capsys) -> None:
+    assert main([*map(str, runs)]) == 0
+    assert capsys.readouterr().out == f"report: {runs[0] / 'compared' / 'report.html'}\n"
+
+
+# what the page is -----------------------------------------------------------------------------------------------------
+
+
+def test_a_long_answer_is_cut_with_a_note(page: Path) -> None:
+    text = page.read_text()
+    assert f"[cut: the first {MOST_CHARACTERS:,} of 1,000,006 characters]" in text
+    assert "A" * (MOST_CHARACTERS + 1) not in text and len(text) < 400_000
+
+
+def test_marks_that_turn_or_hide_text_are_spelled_out() -> None:
+    nasty = "a\u202eb\u200bc\x00d\ud800e\U000e0041f é 漢 \u200d"
+    page = Page(nasty, [], {"rows": [Table(nasty, [(nasty, nasty)])]})
+    for text in (to_html(page), to_markdown(page)):
+        assert "a[U+202E]b[U+200B]c[U+0000]d[U+D800]e[U+E0041]f é 漢 \u200d" in text
+        assert not re.search("[\u202e\u200b\x00\ud800\U000e0041]", text)
+        text.encode()
+
+
+def test_tables_pictures_and_filters_are_named_for_those_who_do_not_see_them(page: Path) -> None:
+    text = page.read_text()
+    assert text.count("<table>") == text.count("<caption>") > 10 and '<html lang="en">' in text
+    assert not re.search(r"<th(?! scope=\"(row|col)\")[ >]", text)
+    assert text.count("<svg ") == text.count('role="img"><title>') > 2
+    assert text.count("<select ") == text.count("<label>") == 4
+    assert [len(re.findall(f"<{landmark}[ >]", text)) for landmark in ("header", "nav", "main", "h1")] == [1, 1, 1, 1]
+    assert len(re.findall(r'<div class="wide" role="region" tabindex="0" aria-label="', text)) == text.count("<table>")
+
+
+# in a browser ---------------------------------------------------------------------------------------------------------
+
+
+def browse(page: Path, folder: Path, probe: str = "", *, dark: bool = False) -> str:
+    """The document as the browser has it after its scripts; a `probe` is one more, on a copy that allows it."""
+    if probe:
+        text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
+        page = folder / "probed.html"
+        page.write_text(text.replace("</body>", f"<script>document.body.dataset.told = {probe};</script></body>"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    options += [
+        "--window-size=500,900",
+        "--virtual-time-budget=1000",
+        *["--blink-settings=preferredColorScheme=0"] * dark,
+    ]
+    command = [str(BROWSER), *options, "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+
+
+@in_a_browser
+def test_rows_with_markup_are_inert(page: Path, tmp_path: Path) -> None:
+    document = browse(page, tmp_path)
+    assert "data-owned" not in document
+    source = page.read_text()
+    for tag in ("script", "details", "main", "style", "section", "table", "svg"):
+        assert document.count(f"<{tag}") == source.count(f"<{tag}") > 0
+    for tag in ("img", "iframe", "base", "b"):
+        assert not re.search(f"<{tag}[ />]", document)
+    for text in ATTACKS[:7]:
+        shown = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        assert f"wrong {shown}" in document
+    assert " rows shown" in document  # its own script ran
+
+
+@in_a_browser
+def test_the_policy_stops_a_script_that_would_come_through(page: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "page.html"
+    copy.write_text(page.read_text().replace("</main>", f"<script>{OWN}</script><img src=x onerror='{OWN}'></main>"))
+    document = browse(copy, tmp_path)
+    assert "data-owned" not in document and " rows shown" in document
+
+
+FILTER = """(() => {
+  const out = [], cases = [...document.querySelectorAll("details")];
+  const set = (values) => {
+    for (const name of ["why", "subset", "judge", "outcome"]) form.elements[name].value = values[name] ?? "";
+    form.dispatchEvent(new Event("change"));
+    out.push(cases.filter((one) => !one.hidden).map((one) => one.dataset.said).join("|"));
+  };
+  set({}); set({ outcome: "win" }); set({ judge: "0", outcome: "tie" }); set({ subset: "3" });
+  return JSON.stringify(out);
+})()"""
+
+
+@in_a_browser
+def test_the_filters_show_what_fits_and_hide_the_rest(page: Path, tmp_path: Path) -> None:
+    document = browse(page, tmp_path, FILTER)
+    told = re.search('data-told="([^"]*)"', document)
+    assert told
+    every, wins, ties, subset = (part.split("|") for part in json.loads(told[1].replace("&quot;", '"')))
+    assert len(every) == page.read_text().count("<details ")
+    assert wins == [said for said in every if "win" in said.split()] != every
+    assert ties == [said for said in every if said.split()[0] == "tie"] != [] and len(subset) == 1
+
+
+@in_a_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_fits_a_phone_light_and_dark(page: Path, tmp_path: Path, dark: bool) -> None:
+    probe = """(() => {
+      document.documentElement.style.width = "390px";
+      for (const one of document.querySelectorAll("details")) one.open = true;
+      const style = getComputedStyle(document.body);
+      return [document.body.scrollWidth, style.backgroundColor, style.color].join(";");
+    })()"""
+    told = re.search('data-told="([^"]*)"', browse(page, tmp_path, probe, dark=dark))
+    assert told
+    width, paper, ink = told[1].split(";")
+    light = [sum(map(int, re.findall(r"\d+", colour))) for colour in (paper, ink)]
+    assert int(width) <= 390 and (light[0] < light[1]) == dark
