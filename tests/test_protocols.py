@@ -115,7 +115,7 @@ def test_labels_that_begin_unlike_the_longest_are_refused(tiny_folder: Path, tmp
     labels = 'labels = ["entirely acceptable", "utterly unusable"]\npassing = ["entirely acceptable"]'
     path.write_text(f"{labels}\nsystem = ''\nuser = '{{{{ prompt }}}} {{{{ answer }}}}'\n")
     template = read_template(str(path), "rate")
-    with pytest.raises(UserError, match="begin as the longest does"):
+    with pytest.raises(UserError, match="must be one token of its own"):
         verdict_tree(FOUR[0], load_tokenizer(tiny_folder), [(0, 0)], "pair", protocol="rate", template=template)
 
 
