@@ -77,6 +77,7 @@ def test_rate_gives_verdicts_on_pairs_and_both_of_rewardbench_2s_scores() -> Non
     verdicts = read_verdicts(rows, replies, how)
     assert [v.first for v in verdicts[:3]] == [0.0, 7.0, 7.0] and [v.second for v in verdicts[3:5]] == [4.0, -4.0]
     assert math.isnan(verdicts[5].first) and [v.pair for v in verdicts[7:]] == [(0, 0), (1, 0)]
+    assert [v.first for v in verdicts[7:]] == [4.0, 3.0]
     score = PROTOCOLS["rate"].score
     ties = 0.3 + 0.3 + 0.2 + 0.2 + 0.01 * math.tanh(3 - 1)
     assert score and score(rows, replies, how) == pytest.approx(
