@@ -155,11 +155,12 @@ def verdict_tree(
     """
     labels = [tuple(tokenizer.verdict_ids(label)) for label in template.labels]
     tail = max(labels, key=len)[:-1]
-    if len(set(labels)) < len(labels) or any(label[:-1] != tail[: len(label) - 1] for label in labels):
+    alike = all(label and label[:-1] == tail[: len(label) - 1] for label in labels)
+    if len(set(labels)) < len(labels) or not alike or (tail and protocol == "compare"):
         raise UserError(
             f"the tokenizer of {tokenizer.folder} writes the verdicts {' and '.join(template.labels)} as the tokens "
-            f"{[list(label) for label in labels]}, but each must be one token of its own, or begin as the longest "
-            "does; take another model, or other labels in judge.template"
+            f"{[list(label) for label in labels]}, but each must be one token of its own, or of `rate` begin as the "
+            "longest does; take another model, or other labels in judge.template"
         )
     reference = row.reference_answer if reference_answer else ""
     questions = QUESTIONS[protocol](row, pairs, seed)
@@ -167,7 +168,7 @@ def verdict_tree(
     asked = [tuple(tokenizer.verdict_prompt_ids(one)) for one in messages]
     if len(set(asked)) < len(set(questions)):
         raise UserError(
-            "the judge's prompt is the same for different answers, so its chat template shows no user message; "
+            "the judge's prompt is the same in both orders of the answers, so its chat template shows no user message; "
             f"mend the template of {tokenizer.folder}"
         )
     prompt = asked[0][: _shared_tokens(asked)]

@@ -37,17 +37,17 @@ def test_rewardbench_2_shares_the_credit_of_a_row_among_the_highest_ratings() ->
 
 
 def test_the_ties_score_is_its_formula_on_hand_made_questions() -> None:
-    # 1: gap_ref 5, gap_tied 3, spread 1. 2: gap_ref 1, gap_tied 2, spread 2. 3: gap_ref -1, gap_tied -2, spread 0.
+    # 1: gap_ref 5, gap_tied 3, spread 1. 2: gap_ref 1, gap_tied 3, spread 2. 3: gap_ref -1, gap_tied -2, spread 0.
     ratings = {
         "ref:1": ([9.0], [4.0, 1.0]),
         "tied:1": ([9.0, 8.0], [5.0]),
         "ref:2": ([6.0], [5.0]),
-        "tied:2": ([7.0, 9.0], [5.0, 4.0]),
+        "tied:2": ([8.0, 10.0], [5.0, 4.0]),
         "ref:3": ([4.0], [5.0]),
         "tied:3": ([3.0, 3.0], [5.0]),
     }
     margin = (math.tanh(3 - 1) + math.tanh(1 / 2 - 1) - 1) / 3
-    expected = 0.3 * 2 / 3 + 0.3 * 2 / 3 + 0.2 * 1 / 3 + 0.2 * 1 / 3 + 0.01 * margin
+    expected = 0.3 * 2 / 3 + 0.3 * 2 / 3 + 0.2 * 2 / 3 + 0.2 * 1 / 3 + 0.01 * margin
     assert ties_score(ratings) == pytest.approx(expected, rel=1e-14)
     assert ties_score({"ref:1": ([5.0], [5.0]), "tied:1": ([5.0, 5.0], [5.0])}) == 0.0  # 0/0 counts as 0
     perfect = ties_score({"ref:1": ([10.0], [1.0]), "tied:1": ([10.0, 10.0], [1.0])})

@@ -77,6 +77,7 @@ def test_rate_gives_verdicts_on_pairs_and_both_of_rewardbench_2s_scores() -> Non
     verdicts = read_verdicts(rows, replies, how)
     assert [v.first for v in verdicts[:3]] == [0.0, 7.0, 7.0] and [v.second for v in verdicts[3:5]] == [4.0, -4.0]
     assert math.isnan(verdicts[5].first) and [v.pair for v in verdicts[7:]] == [(0, 0), (1, 0)]
+    assert [v.first for v in verdicts[7:]] == [4.0, 3.0]
     score = PROTOCOLS["rate"].score
     ties = 0.3 + 0.3 + 0.2 + 0.2 + 0.01 * math.tanh(3 - 1)
     assert score and score(rows, replies, how) == pytest.approx(
@@ -115,7 +116,7 @@ def test_labels_that_begin_unlike_the_longest_are_refused(tiny_folder: Path, tmp
     labels = 'labels = ["entirely acceptable", "utterly unusable"]\npassing = ["entirely acceptable"]'
     path.write_text(f"{labels}\nsystem = ''\nuser = '{{{{ prompt }}}} {{{{ answer }}}}'\n")
     template = read_template(str(path), "rate")
-    with pytest.raises(UserError, match="begin as the longest does"):
+    with pytest.raises(UserError, match="must be one token of its own"):
         verdict_tree(FOUR[0], load_tokenizer(tiny_folder), [(0, 0)], "pair", protocol="rate", template=template)
 
 

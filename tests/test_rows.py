@@ -46,6 +46,21 @@ def test_messages_group_and_split_are_kept(tmp_path: Path) -> None:
     assert (list(row.prompt), row.group, row.split) == (messages, "g", "test")
 
 
+def test_a_reference_answer_is_kept_and_survives_a_round_trip(tmp_path: Path) -> None:
+    record = {"id": "a", "subset": "s", "prompt": "1 + 1?", "chosen": "2", "rejected": "3", "reference_answer": "two"}
+    for path, more in (
+        (tmp_path / "ours.jsonl", {}),
+        (tmp_path / "scored.jsonl", {"score_chosen": 2, "score_rejected": 1}),
+    ):
+        path.write_text(json.dumps(record | more))
+        [row] = rows = read_rows(path, "binarized" if more else "ours")
+        write_rows(tmp_path / "again.jsonl", rows)
+        assert row.reference_answer == "two" and read_rows(tmp_path / "again.jsonl") == rows
+    (tmp_path / "bad.jsonl").write_text(json.dumps(record | {"reference_answer": 2}))
+    with pytest.raises(UserError, match="bad.jsonl:1: reference_answer must be a text, not 2"):
+        read_rows(tmp_path / "bad.jsonl")
+
+
 def test_the_default_group_is_the_normalised_prompt(tmp_path: Path) -> None:
     prompts = ["Why IS it, so?", "why is it so", "Why is it not so?"]
     path = write_lines(tmp_path / "r.jsonl", *({**GOOD, "id": text, "prompt": text} for text in prompts))

@@ -105,6 +105,7 @@ def test_whatever_the_trees_depend_on_changes_their_address(tmp_path, tokenizer,
     assert ask(rows=[ROWS[0], dataclasses.replace(ROWS[1], chosen=("Japanese 🙁",))]) == 2
     assert ask(rows=[ROWS[0], dataclasses.replace(ROWS[1], pair_values=())]) == 2
     assert ask(rows=[ROWS[0], dataclasses.replace(ROWS[1], thinking=(("Japanese", "Hm."),))]) == 2
+    assert ask(rows=[ROWS[0], dataclasses.replace(ROWS[1], reference_answer="Japanese")]) == 2
     assert ask(rows=ROWS[::-1]) == 2
     assert ask(rows=[dataclasses.replace(row, subset="other", where="elsewhere:1") for row in ROWS]) == 0
     assert ask(settings=dataclasses.replace(RESPONSES, pair_weight="row")) == 2
