@@ -196,6 +196,10 @@ class JudgeConfig(Section):
     rows: int = Field(0, ge=0, description="most test rows judged, whole groups drawn; 0 = all")
     pairs_per_row: int = Field(1, ge=0, description="first so many (chosen, rejected) pairs of a test row; 0 = all")
     blind_control: bool = Field(True, description="also judge blind, as one of the controls")
+    rewards: Literal["off", "sum", "mean"] = Field(
+        "off",
+        description="also compare the answers' implicit rewards after training: log(pi/pi_ref), summed or a token",
+    )
     protocol: Literal["compare", "choose", "rate", "ties"] = Field(
         "compare", description="what dpo.judge asks: better of two, both orders; best of four; 1 to 10; that, on Ties"
     )

@@ -199,6 +199,11 @@ def judge_settings(config: Config, *, sighted: bool) -> TreeSettings:
     )
 
 
+def answer_settings(config: Config) -> TreeSettings:
+    """What the trees of judged rows' answers depend on, whose implicit rewards are compared."""
+    return replace(judge_settings(config, sighted=True), objective="responses", max_tokens=0)
+
+
 @dataclass(frozen=True)
 class _Fitted:
     rows: Rows  # those whose trees fit
@@ -260,7 +265,8 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     validated = replace(objective, pairs_per_row=config.judge.pairs_per_row)
     train = _fit("train", splits.train, [objective], tokenizer, cache)
     validation = _fit("validation", splits.validation, [judge, validated], tokenizer, cache)
-    test = _fit("test", splits.test, [judge], tokenizer, cache)
+    judged = [answer_settings(config)] * (config.judge.rewards != "off") + [judge]
+    test = _fit("test", splits.test, judged, tokenizer, cache)
     parts = {"train": train, "validation": validation, "test": test}
     counts = {name: {split: part.counts[name] for split, part in parts.items()} for name in train.counts}
     report = {**splits.report, **counts}

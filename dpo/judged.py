@@ -137,7 +137,7 @@ def judges_of(runs: Sequence[Run]) -> list[Judge]:
     found: list[Judge] = []
     for run in runs:
         digest = run.rows.digest if known else {}
-        for role in ("base", "trained") if run.trained else tuple(run.verdicts):
+        for role in [role for role in run.verdicts if role != "blind"]:
             verdicts = {(v.id, v.pair, v.group, digest.get(v.id, "")): v for v in run.verdicts[role]}
             if role != "base" or all(judge.verdicts != verdicts for judge in found):
                 found.append(Judge(role, role, run, run.results["judge"][role], verdicts))  # type: ignore[literal-required]
@@ -165,7 +165,7 @@ def comparisons(judges: Sequence[Judge]) -> list[Compared]:
     for a, b in combinations(judges, 2):
         of_a, of_b = shared_pairs(a, b)
         if of_a:
-            known = a.run is b.run and a.run.trained
+            known = a.run is b.run and (a.role, b.role) == ("base", "trained")
             test = a.run.results["judge"]["comparison"] if known else compare(of_b, of_a, a.run.config.seed)
             before, after = (float(averaged_scores(of).mean()) for of in (of_a, of_b))
             found.append(Compared(a, b, len(of_a), before, after, test))

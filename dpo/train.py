@@ -17,14 +17,14 @@ from dpo.alarms import alarms_of
 from dpo.checkpoint import export
 from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
-from dpo.inputs import Inputs, pick_device, read_inputs
-from dpo.judge.local import Score, evaluation, judge_results, verdicts, write_verdicts
+from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs
+from dpo.judge.local import Score, evaluation, judge_results, reward_verdicts, verdicts, write_verdicts
 from dpo.judge.statistics import Verdict
 from dpo.log import peak_rss_mib, stage
 from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
 from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
-from dpo.pairs import TreeSums, tree_sums
+from dpo.pairs import TreeSums, reference_sums, tree_sums
 from dpo.policy import load_policy, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
@@ -36,6 +36,7 @@ from dpo.settings import help_text, load_config
 from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
 from dpo.store import open_store
+from dpo.tokens import token_trees
 from dpo.trees import Tree
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
@@ -156,9 +157,11 @@ def run(config: Config) -> Path:
         validation = inputs.validation_trees
         scored = score(validation)
         validation_references = [tree_sums(*one, config.loss) for one in zip(scored, validation, strict=True)]
+        test, rewards = inputs.splits.test, config.judge.rewards != "off"
+        answers = token_trees(test, inputs.tokenizer, answer_settings(config), inputs.cache) if rewards else []
+        answer_references = [reference_sums(logps) for logps in score(answers)]
         del reference, score, training_score, scored
 
-    test = inputs.splits.test
     with stage("judge base", times):
         base = stored(policy, fingerprint, "judging base")
         judged = {"base": judge(test, base)}
@@ -183,6 +186,11 @@ def run(config: Config) -> Path:
     if config.judge.sighted and config.judge.blind_control:
         with stage("judge blind", times):
             judged["blind"] = judge(test, live(policy, "judging blind"), sighted=False)
+    if rewards:
+        with stage("judge rewards", times):
+            scored = live(policy, "answers")(answers)
+            mean = config.judge.rewards == "mean"
+            judged["rewards"] = reward_verdicts(test, answers, scored, answer_references, mean=mean)
     with stage("export", times):
         export(folder / "export", policy, inputs.model_folder, config, ranks)
     if ranks.first:

@@ -15,6 +15,7 @@ from test_reference import Runs, read_store, write_small_rows
 import dpo.train
 from dpo.config import Config
 from dpo.inputs import read_inputs
+from dpo.judge.local import reward_verdicts
 from dpo.logprobs import score_trees
 from dpo.loop import STEP0_TOLERANCE, selection_score
 from dpo.losses import pair_losses
@@ -25,7 +26,7 @@ from dpo.rows import Row, write_rows
 from dpo.settings import load_config
 from dpo.step import accumulate_gradients, means, plan_steps
 from dpo.store import parts_of, write_part
-from dpo.trees import Tree
+from dpo.trees import Completion, Pair, Tree
 from models.decoder import next_token_logits
 
 EPS = torch.finfo(torch.float64).eps
@@ -357,6 +358,7 @@ def test_a_task_that_is_easy_to_learn_is_learnt(tmp_path, objective, rank):
         "train.batch_pairs=10",
         f"train.lr={LEARNING_RATE[objective]}",
         "train.schedule=constant",
+        "judge.rewards=mean",
     )
     lines = metrics(latest(runs))
     steps = [line for line in lines if "loss" in line]
@@ -368,7 +370,21 @@ def test_a_task_that_is_easy_to_learn_is_learnt(tmp_path, objective, rank):
     if objective == "verdicts":
         assert results["judge"]["base"]["accuracy"] == 0 and results["judge"]["trained"]["accuracy"] == 1
         assert results["judge"]["trained"]["averaged_accuracy"] == 1
+    else:
+        assert results["judge"]["rewards"]["accuracy"] == 1
     torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(("mean", "lead"), [(False, -0.5), (True, 0.25)])
+def test_an_implicit_reward_is_the_log_ratio_of_policy_and_reference_summed_or_a_token(mean, lead):
+    """Chosen: -1 against -2 in one token; rejected: -3.5 against -5 in two."""
+    row = Row("a", "s", ({"role": "user", "content": "?"},), ("x",), ("y",), "g")
+    completions = (Completion(0, 0, (1,)), Completion(1, 0, (2, 3)))
+    tree = Tree("a", (1,), ((), (2,)), completions, (Pair(0, 1, 1.0),))
+    scored = [[np.array([-1.0]), np.array([-1.5, -2.0])]]
+    references = [torch.tensor([-2.0, -5.0], dtype=torch.float64)]
+    (verdict,) = reward_verdicts([row], [tree], scored, references, mean=mean)
+    assert (verdict.pair, verdict.first, verdict.second) == ((0, 0), lead, -lead)
 
 
 LEARNING_RATE = {"responses": 1e-2, "verdicts": 1e-2}

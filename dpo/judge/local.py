@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dpo.config import Config
@@ -21,7 +22,7 @@ from dpo.judge.statistics import compare as compare_judges
 from dpo.logprobs import TreeLogps
 from dpo.losses import pair_losses, reads, reward_metrics
 from dpo.packing import bare_batch
-from dpo.pairs import pair_logps, tree_sums
+from dpo.pairs import pair_logps, reference_sums, tree_sums
 from dpo.rows import Row, pairs_of
 from dpo.step import means
 from dpo.tokens import token_trees
@@ -43,6 +44,24 @@ def verdicts(rows: Sequence[Row], inputs: Inputs, config: Config, score: Score, 
 def replies(trees: Sequence[Tree], logps: Sequence[TreeLogps]) -> list[Floats]:
     """replies_of each verdict tree."""
     return [replies_of(tree, of_tree) for tree, of_tree in zip(trees, logps, strict=True)]
+
+
+def reward_verdicts(
+    rows: Sequence[Row], trees: Sequence[Tree], scored: Sequence[TreeLogps], references: Sequence[Tensor], *, mean: bool
+) -> list[Verdict]:
+    """Verdicts by the answers' implicit rewards log pi(y|x) - log pi_ref(y|x), nats, or a token's `mean` of it.
+
+    Rafailov et al. 2023, eq. 5, without beta; a tree a row, `references` its sums. Such a verdict has no order.
+    """
+    found = []
+    for row, tree, logps, reference_S in zip(rows, trees, scored, references, strict=True):
+        reward_S = reference_sums(logps) - reference_S
+        if mean:
+            reward_S = reward_S / torch.tensor([len(logp) for logp in logps])
+        for pair, of in zip(pairs_of(row, len(tree.pairs)), tree.pairs, strict=True):
+            lead = float(reward_S[of.winner] - reward_S[of.loser])
+            found.append(Verdict(row.id, row.subset, row.group, pair, lead, -lead))
+    return found
 
 
 def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, config: Config) -> dict[str, float]:
@@ -75,9 +94,10 @@ def judge_results(
     judged: Mapping[str, Sequence[Verdict]],
     base_validation: Sequence[Verdict],
 ) -> dict[str, object]:
-    """results.json's `judge`: the judges "base" and "trained" (and "blind"), their comparison, and the controls.
+    """results.json's `judge`: the judges "base" and "trained", their comparison, and the controls.
 
-    `judged` holds verdicts on the test rows by judge. The controls that need validation rows are left out without any.
+    `judged` holds verdicts on the test rows by judge: those two, and "blind" and "rewards" where they are wanted.
+    The controls that need validation rows are left out without any.
     """
     seed = config.seed
     test_pairs = [(row, pair) for row in inputs.splits.test for pair in pairs_of(row, config.judge.pairs_per_row)]
