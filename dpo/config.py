@@ -68,6 +68,12 @@ class DataConfig(Section):
     split: Literal["group", "study"] = Field("group", description="by group without leaks, or the study's leaky way")
     validation_fraction: float = Field(0.1, ge=0, lt=1, description="share of the groups kept for validation")
     test_fraction: float = Field(0.2, ge=0, lt=1, description="share of the groups kept for the test")
+    attack_share: float = Field(0.0, ge=0, le=1, description="share of the training rows whose wrong answers attack")
+    attacks: list[str] = Field(
+        ["verdict", "ignore", "turns"],
+        min_length=1,
+        description="how, one drawn for each of them (dpo/judge/attacks.py)",
+    )
 
 
 class CheckableConfig(Section):
@@ -207,6 +213,9 @@ class JudgeConfig(Section):
     reference_answer: bool = Field(True, description="the judge sees the reference answers of rows that have one")
     split: Literal["all", "test"] = Field(
         "all", description="rows that dpo.judge judges: all, or a training's test rows"
+    )
+    attacks: list[str] = Field(
+        [], description="also judge the rows with their wrong answers under each of these; all = each there is"
     )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from dpo.checkable import make_rows
 from dpo.config import Config
+from dpo.judge.attacks import attack_share, attacked_rows
 from dpo.judge.prompts import ASKED, columns, judge_messages, read_template
 from dpo.losses import check_loss
 from dpo.rows import Rows, columns_of, keep_rows, read_rows, rows_digest
@@ -45,6 +46,7 @@ class Inputs:
     splits: Splits
     train_trees: Trees
     validation_trees: Trees  # under the objective, for loss and margins
+    attacked: dict[str, Rows]  # by each of judge.attacks, the test rows that fit
 
 
 def pick_device(config: Config) -> str:
@@ -87,7 +89,8 @@ def cache_folder(config: Config) -> Path:
 def load_splits(config: Config, *, judging: bool = False) -> Splits:
     """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`.
 
-    When `judging` nothing is trained: there are test rows only, those that judge.split says.
+    Training rows are attacked last: neither the split nor the validation knows of it. When `judging` nothing is
+    trained: there are test rows only, those that judge.split says.
     """
     dropped: Counter[str] = Counter()
     if config.data.path == "checkable":
@@ -116,7 +119,9 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
             raise UserError(
                 f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all"
             )
-    more = {"dropped": dict(sorted(dropped.items())), "test_sha256": rows_digest(test)}
+    more: dict[str, object] = {"dropped": dict(sorted(dropped.items())), "test_sha256": rows_digest(test)}
+    if data.attack_share and not judging:
+        train, more["attacked"] = attack_share(train, data.attack_share, data.attacks, seed, cache_folder(config))
     splits = replace(splits, train=train, test=test, report=splits.report | more)
     return replace(splits, train=rows.take([]), validation=rows.take([])) if judging else splits
 
@@ -267,6 +272,8 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     validation = _fit("validation", splits.validation, [judge, validated], tokenizer, cache)
     judged = [answer_settings(config)] * (config.judge.rewards != "off") + [judge]
     test = _fit("test", splits.test, judged, tokenizer, cache)
+    under = attacked_rows(test.rows, config.judge.attacks, config.seed, cache)
+    attacked = {name: _fit(f"test ({name})", rows, [judge], tokenizer, cache).rows for name, rows in under.items()}
     parts = {"train": train, "validation": validation, "test": test}
     counts = {name: {split: part.counts[name] for split, part in parts.items()} for name in train.counts}
     report = {**splits.report, **counts}
@@ -279,4 +286,5 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
         Splits(train.rows, validation.rows, test.rows, report),
         train.trees,
         validation.trees,
+        attacked,
     )

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from dpo.config import Config
 from dpo.inputs import load_splits
+from dpo.judge.attacks import Bias, Success
 from dpo.judge.local import read_verdicts
 from dpo.judge.prompts import request_text
 from dpo.judge.statistics import Comparison, Summary, Verdict, averaged_scores, compare, holm, outcomes
@@ -71,6 +72,16 @@ class Judge:
     run: Run
     summary: Summary
     verdicts: dict[Key, Verdict]
+
+    @property
+    def attacks(self) -> list[Success]:
+        """On it alone."""
+        return [one for one in self.run.results.get("attacks", []) if one["judge"] == self.role]
+
+    @property
+    def biases(self) -> list[Bias]:
+        """Its own."""
+        return [one for one in self.run.results.get("biases", []) if one["judge"] == self.role]
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,10 @@ def report_page(runs: Sequence[Run]) -> Page:
     sections: dict[str, Sequence[Block]] = {
         "Verdicts": _verdicts(judges, compared),
         "By subset": _by_subset(judges),
-        "Position": _position(judges),
+        "Position and looks": [*_position(judges), *_biases(judges)],
         "Calibration": _calibration(judges),
         "Cost and speed": _costs(judges),
-        "Attacks": _attacks(runs),
+        "Attacks": _attacks(judges),
         "Training": _curves(trained),
     }
     lone = runs[0] if len(runs) == 1 else None
@@ -241,16 +241,40 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
     return [*blocks, Table("What answers take", rows), Text("paragraph", text)]
 
 
-def _attacks(runs: Sequence[Run]) -> list[Block]:
-    attacks = [attack for run in runs for attack in run.results.get("attacks", [])]
-    if not attacks:
+def _attacks(judges: Sequence[Judge]) -> list[Block]:
+    tables: list[Block] = []
+    for seen, title in ((True, "Attack that training saw"), (False, "Attack that it never saw")):
+        rows = [(title.lower(), "judge", "answers", "win when attacked")]
+        told = [(judge, one) for judge in judges for one in judge.attacks if one["trained_on"] is seen]
+        names = dict.fromkeys(one["attack"] for _, one in told)
+        for judge, one in sorted(told, key=lambda told: list(names).index(told[1]["attack"])):
+            rows.append((one["attack"], judge.name, f"{one['n']:,}", percent(one["wins"] / one["n"], one["interval"])))
+        tables += [Table(title, rows)] if told else []
+    text = (
+        "Of answers that lose when clean, by the order-averaged log-odds, the share that wins when attacked; position: "
+        "in one order alone, that which suits it."
+    )
+    return [*tables, Text("paragraph", text)] if tables else []
+
+
+def _biases(judges: Sequence[Judge]) -> list[Block]:
+    rows: list[tuple[str, ...]] = [
+        ("answers", "judge", "pairs", "preferred", "right", "accuracy where right", "accuracy where wrong")
+    ]
+    for judge in judges:
+        for of in judge.biases:
+            n, chosen, hits = of["n"], of["chosen"], of["prefers_chosen"]
+            right, wrong = ((hits, chosen), (n - chosen - of["prefers"] + hits, n - chosen))
+            accuracies = [percent(hits / count) if count else "-" for hits, count in (right, wrong)]
+            preferred = percent(of["prefers"] / n, of["interval"])
+            rows.append((of["look"], judge.name, f"{n:,}", preferred, percent(chosen / n), *accuracies))
+    if len(rows) == 1:
         return []
-    rows = [("attack", "judge", "trained on", "answers", "wins when attacked")]
-    for of in attacks:
-        told = "yes" if of["trained_on"] else "no", f"{of['n']:,}", percent(of["wins"] / of["n"], of["interval"])
-        rows.append((of["attack"], of["judge"], *told))
-    text = "Of answers that lose when clean, by the order-averaged log-odds, the share that wins when attacked."
-    return [Table("Success of attacks", rows), Text("paragraph", text)]
+    text = (
+        "Of pairs in which one answer alone has the look (longer: by over 30 characters): how often a judge prefers "
+        "that answer, how often it is the right one, and how often the judge is right where it is and where it is not."
+    )
+    return [Table("What is preferred for its looks", rows), Text("paragraph", text)]
 
 
 def _curves(trained: Sequence[Run]) -> list[Block]:
@@ -304,7 +328,8 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
             {"judge": one.b.name, "against": one.a.name, "pairs": one.n, **one.test, "p_holm": one.p_holm}
             for one in comparisons(judges)
         ],
-        "attacks": [attack for run in runs for attack in run.results.get("attacks", [])],
+        "attacks": [{**one, "judge": judge.name} for judge in judges for one in judge.attacks],
+        "biases": [{**one, "judge": judge.name} for judge in judges for one in judge.biases],
     }
 
 

@@ -138,6 +138,8 @@ def data(results: Results, config: Config) -> list[Block]:
     notes = f"Leaks between the splits: {', '.join(f'{count} by {kind}' for kind, count in of['leaks'].items())}"
     notes += f"; unused rows: {of['unused_rows']:,}" if of["unused_rows"] else ""
     notes += "".join(f"; dropped, {reason}: {count:,}" for reason, count in of["dropped"].items())
+    attacked = ", ".join(f"{count:,} by {family}" for family, count in of.get("attacked", {}).items())
+    notes += f"; training rows whose wrong answers attack: {attacked}" if attacked else ""
     for name, most in (("data.rows", config.data.rows), ("judge.rows", config.judge.rows)):
         notes += f"; {name} took {most:,} rows of these at most" if most else ""
     noted = {

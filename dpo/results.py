@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from dpo.judge.attacks import Bias, Success
 from dpo.judge.controls import Conclusion
 from dpo.judge.statistics import Comparison, PairedTest, Summary
 from models.errors import UserError
@@ -33,6 +34,7 @@ class Data(TypedDict):
     dropped: Counts  # while reading, by reason
     leaks: Counts  # by kind
     test_sha256: NotRequired[str]  # of the test rows' texts
+    attacked: NotRequired[Counts]  # training rows whose wrong answers attack, by how
     too_long: NotRequired[Counts]  # rows left out for it, by split; not where nothing became tokens, as the next two
     truncated: NotRequired[Counts]  # rows whose prompt was cut, by split
     boundary_differs: NotRequired[Counts]  # rows with an answer that the tokenizer would join to its prompt, by split
@@ -44,17 +46,6 @@ class Alarm(TypedDict):
     value: float
     meaning: str
     advice: str
-
-
-class Attack(TypedDict):
-    """One judge under one attack: of `n` answers that lose when clean, how many win when attacked."""
-
-    judge: str
-    attack: str
-    trained_on: bool  # whether the judge's training saw its family
-    n: int
-    wins: int
-    interval: list[float]  # of wins / n
 
 
 class Endpoint(TypedDict):
@@ -76,7 +67,8 @@ class Results(TypedDict):
     alarms: list[Alarm]
     data: Data
     time_s: dict[str, float]
-    attacks: NotRequired[list[Attack]]
+    attacks: NotRequired[list[Success]]
+    biases: NotRequired[list[Bias]]
 
 
 class Environment(TypedDict):

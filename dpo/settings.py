@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from dpo.config import Config
+from dpo.judge.attacks import ATTACKS
 from models.errors import UserError
 
 COMMAND_LINE = "command line"
@@ -362,6 +363,10 @@ def _check_together(config: Config, settings: Settings) -> None:
         raise UserError(
             f"{said('endpoint.url')}: must be http(s)://HOST[:PORT]/PATH that ends before /chat/completions"
         )
+    for name, families in (("data.attacks", config.data.attacks), ("judge.attacks", config.judge.attacks)):
+        allowed = [*ATTACKS, *["all"] * (name == "judge.attacks")]
+        if not set(families) <= set(allowed):
+            raise UserError(f"{said(name)}: must be some of {', '.join(allowed)}")
     if "data.format" in settings and config.data.path == "checkable":
         raise UserError(f"{said('data.format')}: checkable rows are made here; remove it, or set data.path to a file")
     for name in ("data.validation_fraction", "data.test_fraction"):

@@ -18,6 +18,7 @@ from dpo.checkpoint import export
 from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs
+from dpo.judge.attacks import Success, biases, successes
 from dpo.judge.local import Score, evaluation, judge_results, reward_verdicts, verdicts, write_verdicts
 from dpo.judge.statistics import Verdict
 from dpo.log import peak_rss_mib, stage
@@ -132,6 +133,12 @@ def run(config: Config) -> Path:
     def judge(rows: Sequence[Row], score: Score, sighted: bool = config.judge.sighted) -> list[Verdict]:
         return verdicts(rows, inputs, config, score, sighted=sighted)
 
+    def attacks_on(name: str, score: Score) -> list[Success]:
+        if not inputs.attacked:
+            return []
+        with stage(f"attack {name}", times):
+            return successes(name, judged[name], inputs.attacked, lambda rows: judge(rows, score), config)
+
     with stage("reference", times):
         dtype = inputs.dtype
         reference = (
@@ -166,6 +173,7 @@ def run(config: Config) -> Path:
         base = stored(policy, fingerprint, "judging base")
         judged = {"base": judge(test, base)}
         base_validation = judge(inputs.splits.validation, base)
+    attacks = attacks_on("base", base)
 
     with stage("train", times):
         done = train(
@@ -183,6 +191,7 @@ def run(config: Config) -> Path:
 
     with stage("judge trained", times):
         judged["trained"] = judge(test, live(policy, "judging trained"))
+    attacks += attacks_on("trained", live(policy, "judging attacked"))
     if config.judge.sighted and config.judge.blind_control:
         with stage("judge blind", times):
             judged["blind"] = judge(test, live(policy, "judging blind"), sighted=False)
@@ -202,6 +211,8 @@ def run(config: Config) -> Path:
             "step0_max_difference": done.step0_max_difference,
             "reference": asdict(usage),
             "judge": judgement,
+            "attacks": attacks,
+            "biases": [bias for name, said in judged.items() for bias in biases(name, test, said, config.seed)],
             "train": train_results(done, inputs.dtype),
             "alarms": alarms_of(read_metrics(folder / "metrics.jsonl"), done.without_gradient),
             "kernels": used,

@@ -9,6 +9,7 @@ Read next: models/gguf_import.py and models/tiny.py write such folders; dpo/tree
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -100,8 +101,20 @@ class Tokenizer:
         """Tokens up to where the text of the assistant's answer begins: prompt_ids, and how the template opens a turn.
 
         In harmony a verdict stands in the final channel, and after Qwen3's think block, also where the prompt has none.
+        A token with a meaning of its own that a message spells is broken up: what is judged ends no turn.
         """
-        return self.prompt_ids(messages) + self._opening[0]
+        plain = [
+            message | {"content": self._marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", message["content"])}
+            for message in map(dict, messages)
+        ]
+        return self.prompt_ids(plain) + self._opening[0]
+
+    @functools.cached_property
+    def _marks(self) -> re.Pattern[str]:
+        """The added tokens, longest first: those that are found in any text before it is split."""
+        added = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        marks = sorted((text for text in added if len(text.strip()) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, marks)) or "(?!)")
 
     def verdict_ids(self, label: str) -> list[int]:
         """Tokens of a one-word answer where verdict_prompt_ids ends, with the template's space if that is one token."""

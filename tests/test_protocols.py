@@ -126,7 +126,8 @@ def test_labels_that_begin_unlike_the_longest_are_refused(tiny_folder: Path, tmp
 @pytest.mark.parametrize(
     ("text", "label"),
     [("[[A]] or [[B]]? [[C]] it is", "C"), ("I weighed all.\n\nBest answer: D", "D"), ("**B**", "B"), ("A and B", None)]
-    + [("", None), ("[[E]]", None), ("Not C", None)],
+    + [("", None), ("[[E]]", None), ("Not C", None), ("B says [[B]]: a trick.\n\nBest answer: C", "C")]
+    + [("B says [[B]].\nI will not be told.", None), ("B says: Best answer:\nB\nAnd so on.\n[[C]]", "C")],
 )
 def test_the_last_boxed_letter_or_one_on_its_own_line_is_chosen(text: str, label: str | None) -> None:
     said = written_label(Answer(text, "stop", (), 0, 0, "", 0.0), "ABCD")

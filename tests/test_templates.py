@@ -315,6 +315,19 @@ def test_a_verdict_stands_where_the_answers_text_begins(root: Path, name: str) -
     assert all(ours.decode([*tree.prompt, *branch]).endswith(opening) for branch in tree.branches)
 
 
+def test_what_is_judged_ends_no_turn_and_opens_none(root: Path, name: str) -> None:
+    """Whatever an answer spells, the judge's prompt has the same tokens with a meaning as without it."""
+    ours = ours_of(root / name)
+    added = ours.backend.get_added_tokens_decoder()
+    spelt = "".join(token.content for token in added.values())
+
+    def marks(wrong: str) -> list[int]:
+        tree = verdict_tree(Row("r", "s", (USER,), ("Eight.",), (wrong,), "g"), ours, [(0, 0)], "pair")
+        return [token for token in (*tree.prompt, *tree.branches[0]) if token in added]
+
+    assert marks(f"Six.{spelt}") == marks("Six.") and set(ours.encode(f"Six.{spelt}")) >= set(added)
+
+
 def test_a_space_before_every_answer_belongs_to_the_verdict_if_the_vocabulary_joins_them(
     root: Path, tmp_path: Path
 ) -> None:

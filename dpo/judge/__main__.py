@@ -8,8 +8,8 @@ Read next: dpo/judge/endpoint.py, dpo/judge/asked.py.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from dpo.config import Config
 from dpo.distributed import Ranks
 from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs
 from dpo.judge.asked import ask_rows
+from dpo.judge.attacks import Success, attacked_rows, biases, successes
 from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
 from dpo.judge.calibration import Floats
 from dpo.judge.endpoint import Answer, Usage, endpoint
@@ -30,7 +31,7 @@ from dpo.log import stage
 from dpo.logprobs import score_trees
 from dpo.policy import load_policy, with_adapter
 from dpo.results import widest_interval
-from dpo.rows import Row
+from dpo.rows import Rows
 from dpo.runs import new_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
@@ -49,11 +50,13 @@ class Judged(NamedTuple):
     """What a judge said."""
 
     judge: str
-    rows: Sequence[Row]
+    rows: Rows
+    attacked: Mapping[str, Rows]  # by each of judge.attacks
     replies: list[Floats]  # of each row (dpo/judge/protocols.py)
     answers: list[Answer]  # one a question, where it was written
-    usage: Usage | None  # of an endpoint
+    usage: Usage | None  # of an endpoint, for these answers
     data: dict[str, object]  # of the rows
+    reply: Callable[[Rows], list[Floats]]  # of other rows
 
 
 def by_model(config: Config) -> Judged:
@@ -62,20 +65,29 @@ def by_model(config: Config) -> Judged:
     ranks = Ranks(0, 1, torch.device(pick_device(config)))
     inputs = read_inputs(config, ranks.device.type, judging=True)
     model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
-    rows = inputs.splits.test
-    trees = token_trees(rows, inputs.tokenizer, judge_settings(config, sighted=config.judge.sighted), inputs.cache)
-    said = replies(trees, score_trees(model, trees, config.pack, ranks, "judging"))
-    return Judged(config.model.adapter or config.model.path, rows, said, [], None, inputs.splits.report)
+    settings = judge_settings(config, sighted=config.judge.sighted)
+
+    def reply(rows: Rows) -> list[Floats]:
+        trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
+        return replies(trees, score_trees(model, trees, config.pack, ranks, "judging"))
+
+    name, rows = config.model.adapter or config.model.path, inputs.splits.test
+    return Judged(name, rows, inputs.attacked, reply(rows), [], None, inputs.splits.report, reply)
 
 
 def by_endpoint(config: Config) -> Judged:
     """By `endpoint.model`, which is asked for its verdicts in words."""
     check_place("run.root", Path(config.run.root))
-    splits = load_splits(config, judging=True)
+    splits, cache = load_splits(config, judging=True), cache_folder(config)
     usage = Usage()
-    ask = endpoint(config.endpoint, cache_folder(config), usage)
-    said, answers = ask_rows(splits.test, ask, judge_settings(config, sighted=config.judge.sighted))
-    return Judged(config.endpoint.model, splits.test, said, answers, usage, splits.report)
+    ask, settings = endpoint(config.endpoint, cache, usage), judge_settings(config, sighted=config.judge.sighted)
+
+    def reply(rows: Rows) -> list[Floats]:
+        return ask_rows(rows, ask, settings)[0]
+
+    said, answers = ask_rows(splits.test, ask, settings)
+    attacked = attacked_rows(splits.test, config.judge.attacks, config.seed, cache)
+    return Judged(config.endpoint.model, splits.test, attacked, said, answers, replace(usage), splits.report, reply)
 
 
 def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> dict[str, float]:
@@ -101,13 +113,27 @@ def run(config: Config) -> Path:
     times: dict[str, float] = {}
     with stage("judge", times):
         judged = by_endpoint(config) if config.endpoint.url else by_model(config)
-    verdicts = read_verdicts(judged.rows, judged.replies, judge_settings(config, sighted=config.judge.sighted))
+    settings = judge_settings(config, sighted=config.judge.sighted)
+    verdicts = read_verdicts(judged.rows, judged.replies, settings)
     summary, benchmark = summarise(verdicts, config.seed), benchmark_score(judged, verdicts, config)
+    attacks: list[Success] = []
+    if judged.attacked:
+        with stage("attack", times):
+            attacks = successes(
+                judged.judge,
+                verdicts,
+                judged.attacked,
+                lambda rows: read_verdicts(rows, judged.reply(rows), settings),
+                config,
+            )
     folder = new_folder(config)
     write_verdicts(folder / "verdicts.jsonl", {judged.judge: verdicts})
     if judged.answers:
         write_answers(folder / "answers.jsonl", judged)
     results: dict[str, object] = {"judge": {judged.judge: summary}, "data": judged.data, "time_s": times}
+    results["attacks"] = attacks
+    if config.judge.protocol != "choose":  # whose verdicts are on more than two answers
+        results["biases"] = biases(judged.judge, judged.rows, verdicts, config.seed)
     results |= {"protocol": config.judge.protocol} | ({"benchmark": benchmark} if benchmark else {})
     if judged.usage:
         results["endpoint"] = asdict(judged.usage)

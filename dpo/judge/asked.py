@@ -42,9 +42,11 @@ def ask_rows(rows: Sequence[Row], ask: Ask, settings: TreeSettings) -> tuple[lis
 def written_label(answer: Answer, labels: Sequence[str]) -> list[float]:
     """log p of each label: 0 of the one that is written, -inf of the others; NaN where none is.
 
-    It is the last one in [[ ]], else one on a line of its own, the first or the last.
+    It is the last one in [[ ]] on the last line, else one on a line of its own, the first or the last: in an answer
+    that is quoted between them may stand any.
     """
-    boxed = re.findall(rf"\[\[({'|'.join(map(re.escape, labels))})\]\]", answer.text)
+    last = answer.text.strip().rpartition("\n")[2]
+    boxed = re.findall(rf"\[\[({'|'.join(map(re.escape, labels))})\]\]", last)
     found = None if answer.finish == "error" else boxed[-1] if boxed else _own_line(answer.text, tuple(labels))
     label = found if found is None or isinstance(found, str) else found[1]
     if label is None:

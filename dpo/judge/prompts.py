@@ -1,13 +1,15 @@
 """What a judge is asked: a template's texts around the request and the answers, the verdict one of its labels.
 
 A template is a TOML file: `labels`, `system` and `user`, the two in Jinja's notation with the columns of `columns`.
+Its column `fence` is a word that no answer can know: what stands between two of it is the answer, and nothing else is.
 No dimension letters. Read next: dpo/trees.py, which turns the questions into branches.
 """
 
+import hashlib
 import random
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,7 +79,7 @@ def read_template(name: str, protocol: str) -> Template:
             f"{where}: names no {{{{ {missing[0]} }}}}, so that the judge would not see it; judge.protocol={protocol} "
             f"shows {', '.join(answers)}"
         )
-    allowed = {"prompt", "reference_answer", *answers}
+    allowed = {"prompt", "reference_answer", "fence", *answers}
     if unknown := sorted(named - allowed):
         raise UserError(f"{where}: names {unknown[0]}; there are {', '.join(sorted(allowed))}")
     if said:
@@ -111,6 +113,12 @@ def request_text(prompt: tuple[Message, ...]) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
 
 
+def fence(texts: Iterable[str]) -> str:
+    """Eight letters that depend on all the texts, whatever their order: a text that holds them has others."""
+    digest = hashlib.sha256(repr(sorted(texts)).encode()).digest()
+    return "".join(chr(ord("a") + byte % 26) for byte in digest[:8])
+
+
 def judge_messages(
     prompt: tuple[Message, ...],
     answers: Sequence[str],
@@ -121,6 +129,7 @@ def judge_messages(
 ) -> tuple[Message, ...]:
     """The judge's messages for the answers in their slots; a blind judge is not shown the request.
 
+    A "<|" of the row, as the marks of a turn begin, is broken up: who serves an endpoint may read them in any text.
     UserError where the template does not name what there is to show, or writes what there is not.
     """
     given = dict(zip(slot_columns(len(answers)), answers, strict=True))
@@ -129,6 +138,8 @@ def judge_messages(
     if unused := sorted(given.keys() - columns(template)):
         hide = {"prompt": "judge.sighted=false", "reference_answer": "judge.reference_answer=false"}[unused[0]]
         raise UserError(f"judge.template={template.name} does not name the column {unused[0]}; name it, or set {hide}")
+    given = {column: text.replace("<|", "< |") for column, text in given.items()}
+    given["fence"] = fence(given.values())
     try:
         return (
             {"role": "system", "content": _compiled(template.system).render(given)},
