@@ -138,7 +138,7 @@ def run(config: Config) -> Path:
     if judged.usage:
         results["endpoint"] = asdict(judged.usage)
     write_json(folder / "results.json", results)
-    print(told(folder, judged, summary, benchmark))
+    print(told(folder, judged, summary, benchmark, attacks))
     return folder
 
 
@@ -154,7 +154,9 @@ def write_answers(path: Path, judged: Judged) -> None:
     atomic_write_text(path, "".join(lines))
 
 
-def told(folder: Path, judged: Judged, summary: Summary, benchmark: Mapping[str, float]) -> str:
+def told(
+    folder: Path, judged: Judged, summary: Summary, benchmark: Mapping[str, float], attacks: Sequence[Success]
+) -> str:
     """The figures in a few lines."""
     averaged, consistent = (
         f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
@@ -169,6 +171,9 @@ def told(folder: Path, judged: Judged, summary: Summary, benchmark: Mapping[str,
     ]
     if benchmark:
         lines.append("benchmark's own score: " + ", ".join(f"{name} {100 * x:.1f}" for name, x in benchmark.items()))
+    if attacks:
+        shares = ", ".join(f"{one['attack']} {100 * one['wins'] / one['n']:.1f} %" for one in attacks)
+        lines.append(f"of answers that lose clean, so many win when attacked: {shares}")
     if usage := judged.usage:
         cost = "no price known" if usage.cost is None else f"{usage.cost:.4f} dollars"
         lines.append(
