@@ -83,7 +83,8 @@ def by_endpoint(config: Config) -> Judged:
     ask, settings = endpoint(config.endpoint, cache, usage), judge_settings(config, sighted=config.judge.sighted)
 
     def reply(rows: Rows) -> list[Floats]:
-        return ask_rows(rows, ask, settings)[0]
+        # An attack that leaves no verdict has not won, and is no reason to stop.
+        return ask_rows(rows, lambda prompts, in_form: ask(prompts, lambda answer: True), settings)[0]
 
     said, answers = ask_rows(splits.test, ask, settings)
     attacked = attacked_rows(splits.test, config.judge.attacks, config.seed, cache)
