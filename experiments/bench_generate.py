@@ -22,7 +22,7 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dpo.judge.prompts import judge_messages  # noqa: E402  (the project need not be installed)
+from dpo.judge.prompts import COMPARE, judge_messages  # noqa: E402  (the project need not be installed)
 from models.decoder import load_decoder  # noqa: E402
 from models.generate import Prompt, generate  # noqa: E402
 from models.gguf_import import resolve_model_path  # noqa: E402
@@ -46,7 +46,7 @@ def judge_prompts(tokenizer: Tokenizer, requests: list[str]) -> list[Prompt]:
         for pair in range(place, 8, len(requests)):
             one, two = (ANSWER.format(NUMBERS[pair].lower(), NUMBERS[pair - n].lower()) for n in (1, 3))
             for first, second in ((one, two), (two, one)):
-                messages = judge_messages(({"role": "user", "content": request},), first, second, sighted=True)
+                messages = judge_messages(({"role": "user", "content": request},), (first, second), COMPARE)
                 orders.append(tuple(tokenizer.prompt_ids(messages)))
         shared = len(os.path.commonprefix(orders))
         prompts.append(Prompt(orders[0][:shared], [order[shared:] for order in orders]))
