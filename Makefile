@@ -37,7 +37,7 @@ test-long: .venv/.installed
 check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy dpo kernels models
+	$(BIN)/mypy dpo kernels models experiments
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .

@@ -28,7 +28,7 @@ def write_rows(path: Path, rows: int) -> None:
     """So many training rows of one pair, all different and equally long, and one row to judge."""
     with open(path, "w") as file:
         for n in range(rows + 1):
-            row = {"id": f"row-{n:07}", "subset": "sums", "split": "train" if n < rows else "test"}
+            row: dict[str, object] = {"id": f"row-{n:07}", "subset": "sums", "split": "train" if n < rows else "test"}
             row |= {"prompt": f"What is {n:07} + 1?", "chosen": [f"It is {n + 1:07}."], "rejected": [f"It is {n:07}!"]}
             file.write(json.dumps(row) + "\n")
 

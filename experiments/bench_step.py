@@ -113,20 +113,20 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     optimizer = AdamW(parameters, config.train)
     plan = step.plan_steps(inputs.train_trees.column("pairs"), config)[: steps + 1]
 
-    def one(members: Sequence[int]) -> None:
-        trees = [inputs.train_trees[i] for i in members]
-        zeros = [torch.zeros(len(tree.completions), dtype=torch.float64) for tree in trees]
-        step.accumulate_gradients(policy, trees, zeros, config, ranks)
-        clip_gradients(parameters, config.train.clip_norm, ranks)
-        with record_function("part: optimizer"):
-            optimizer.step(1e-9)
+    def run(steps: Sequence[Sequence[int]]) -> None:
+        for members in steps:
+            trees = [inputs.train_trees[i] for i in members]
+            zeros = [torch.zeros(len(tree.completions), dtype=torch.float64) for tree in trees]
+            step.accumulate_gradients(policy, trees, zeros, config, ranks)
+            clip_gradients(parameters, config.train.clip_norm, ranks)
+            with record_function("part: optimizer"):
+                optimizer.step(1e-9)
 
-    one(plan[0])  # warms up
+    run(plan[:1])  # warms up
     rates, times = [matrix_rate(inputs.dtype)], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        for members in plan[1:]:
-            one(members)
+        run(plan[1:])
         times.append(time.perf_counter() - begin)
     rates.append(matrix_rate(inputs.dtype))
     chosen = [[inputs.train_trees[i] for i in members] for members in plan[1:]]
@@ -136,7 +136,7 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     step.pair_losses, step.pair_logps = labelled("loss", step.pair_losses), labelled("loss", step.pair_logps)  # type: ignore[assignment]
     step.reward_metrics = labelled("loss", step.reward_metrics)  # type: ignore[assignment]
     globals()["clip_gradients"] = labelled("clip", clip_gradients)
-    parts = time_by_part(lambda: [one(members) for members in plan[1:]])
+    parts = time_by_part(lambda: run(plan[1:]))
     profiled_s = sum(map(sum, parts.values()))
     useful = sum(tokens for pack in packs for tokens in _tokens(pack)) / (len(packs) * config.pack.tokens)
     how = f"LoRA r{config.lora.rank}" if config.lora.rank else "all weights"

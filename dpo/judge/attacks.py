@@ -166,8 +166,9 @@ Won = list[tuple[bool, str]]  # of each answer that loses when clean: whether it
 def _interval(won: Won, seed: int) -> list[float]:
     """The wider one of Wilson's and the one over groups."""
     wins, groups = [float(win) for win, _ in won], [group for _, group in won]
-    both = wilson_interval(sum(wins), len(wins)), cluster_interval(wins, groups, seed)
-    return list(max(both, key=lambda ends: ends[1] - ends[0]))
+    intervals = wilson_interval(sum(wins), len(wins)), cluster_interval(wins, groups, seed)
+    low, high = max(intervals, key=lambda ends: ends[1] - ends[0])
+    return [low, high]
 
 
 def successes(
