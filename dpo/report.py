@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo import report_run
+from dpo.card import model_card
 from dpo.judge.statistics import Summary, reliability
 from dpo.judged import Compared, Judge, Run, cases, comparisons, judges_of, read_run, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
@@ -334,7 +335,7 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
 
 
 def write_report(folders: Sequence[Path], rows: Sequence[Row] = ()) -> Path:
-    """Write report.md, .html and .json and (log.plots) plots/*.svg; the folder that has them now.
+    """Write report.md, .html and .json, (log.plots) plots/*.svg, and the card of what a lone run exported; the folder.
 
     `rows`: those that a lone run judged, where they are at hand. UserError where a file is missing or damaged.
     """
@@ -348,6 +349,9 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = ()) -> Path:
     home = folders[0] / "compared" if len(folders) > 1 else folders[0]
     for block in (block for blocks in page.sections.values() for block in blocks if isinstance(block, Plot)):
         atomic_write_text(home / "plots" / f"{block.name}.svg", file_text(block.svg))
+    exported = home / "export" / "model"
+    if len(runs) == 1 and exported.is_dir():
+        atomic_write_text(exported / "README.md", model_card(runs[0], page.sections, exported))
     atomic_write_text(home / "report.md", to_markdown(page))
     atomic_write_text(home / "report.html", to_html(page))
     atomic_write_text(home / "report.json", json.dumps(told, indent=2) + "\n")
