@@ -238,6 +238,15 @@ class EndpointConfig(Section):
     prices: Place = Field("", description='TOML of dollars per million tokens, by model; "" = dpo/judge/prices.toml')
 
 
+class StudyConfig(Section):
+    """What python -m dpo.study compares the trained judges with."""
+
+    endpoints: list[str] = Field(
+        [],
+        description="MODEL URL [KEY_VARIABLE] [NAME=VALUE ...] each, the latter as of endpoint.extra; unset keys: not",
+    )
+
+
 class LogConfig(Section):
     """Where the figures go besides the run folder."""
 
@@ -275,6 +284,7 @@ class Config(Section):
     reference: ReferenceConfig = ReferenceConfig()
     judge: JudgeConfig = JudgeConfig()
     endpoint: EndpointConfig = EndpointConfig()
+    study: StudyConfig = StudyConfig()
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from dpo import report_run
 from dpo.card import model_card
+from dpo.config import EndpointConfig
+from dpo.judge.endpoint import read_price
 from dpo.judge.statistics import Summary, reliability
 from dpo.judged import Compared, Judge, Run, cases, comparisons, judges_of, read_run, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
@@ -201,16 +203,20 @@ def _calibration(judges: Sequence[Judge]) -> list[Block]:
 def pace(judge: Judge) -> dict[str, float]:
     """Answers a second, and of an endpoint dollars and tokens: what is known of them."""
     answers, times, endpoint = 2 * len(judge.verdicts), judge.run.results["time_s"], judge.run.endpoint
+    price = endpoint.get("price") if endpoint else read_price(EndpointConfig(model=judge.run.config.model.path))
+    figures = {} if price is None else {"dollars_in": 1e6 * price[0], "dollars_out": 1e6 * price[1]}
     if endpoint is None:
         time_s = times.get("judge trained" if judge.role == "trained" else "judge", 0.0)
-        return {"answers_per_s": answers / time_s} if time_s else {}
+        return figures | ({"answers_per_s": answers / time_s} if time_s else {})
     asked = answers - endpoint["found"]
-    figures = {"tokens_per_pair": 2 * (endpoint["prompt_tokens"] + endpoint["completion_tokens"]) / answers}
+    figures |= {"tokens_per_pair": 2 * (endpoint["prompt_tokens"] + endpoint["completion_tokens"]) / answers}
     figures |= {} if endpoint["cost"] is None else {"dollars_per_1000_pairs": 2000 * endpoint["cost"] / answers}
     return figures | ({"answers_per_s": asked / endpoint["time_s"]} if asked and endpoint["time_s"] else {})
 
 
 COSTS = {
+    "dollars_in": ("list price, dollars a million tokens read", "{:,.2f}"),
+    "dollars_out": ("written", "{:,.2f}"),
     "answers_per_s": ("answers a second", "{:,.1f}"),
     "tokens_per_pair": ("tokens a pair", "{:,.0f}"),
     "dollars_per_1000_pairs": ("dollars for 1,000 pairs", "{:,.3f}"),
@@ -238,7 +244,10 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
             title = f"Accuracy against {COSTS[key][0]}"
             axes = Axis(COSTS[key][0], log=True), Axis("order-averaged accuracy", (0, 1), percent=True)
             blocks.append(Plot(key, title, chart(title, *axes, marks)))
-    text = "Empty: not known. An answer is one order of a pair; a local judge's pace includes its loading."
+    text = (
+        "Empty: not known. A local judge's price is that of its model at a host. An answer is one order of a pair; a "
+        "local judge's pace includes its loading."
+    )
     return [*blocks, Table("What answers take", rows), Text("paragraph", text)]
 
 
@@ -334,10 +343,11 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
     }
 
 
-def write_report(folders: Sequence[Path], rows: Sequence[Row] = ()) -> Path:
+def write_report(folders: Sequence[Path], rows: Sequence[Row] = (), home: Path | None = None) -> Path:
     """Write report.md, .html and .json, (log.plots) plots/*.svg, and the card of what a lone run exported; the folder.
 
-    `rows`: those that a lone run judged, where they are at hand. UserError where a file is missing or damaged.
+    That is `home`, else the run's, or of several `compared` in the first. `rows`: those that a lone run judged, where
+    they are at hand. UserError where a file is missing or damaged.
     """
     runs = [read_run(folder, rows) for folder in folders]
     try:  # with files as the runs wrote them there is nothing that could raise
@@ -346,10 +356,10 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = ()) -> Path:
         fault = f"without the key {error}" if isinstance(error, KeyError) else f"not as a run writes it ({error})"
         place = " or ".join(str(folder / name) for folder in folders for name in ("results.json", "env.json"))
         raise UserError(f"{place}: {fault}; the file was altered, or is of another version") from error
-    home = folders[0] / "compared" if len(folders) > 1 else folders[0]
+    home = home or (folders[0] / "compared" if len(folders) > 1 else folders[0])
     for block in (block for blocks in page.sections.values() for block in blocks if isinstance(block, Plot)):
         atomic_write_text(home / "plots" / f"{block.name}.svg", file_text(block.svg))
-    exported = home / "export" / "model"
+    exported = folders[0] / "export" / "model"
     if len(runs) == 1 and exported.is_dir():
         atomic_write_text(exported / "README.md", model_card(runs[0], page.sections, exported))
     atomic_write_text(home / "report.md", to_markdown(page))

@@ -55,6 +55,7 @@ class Endpoint(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     cost: float | None  # dollars
+    price: NotRequired[list[float] | None]  # dollars a token, read and written
     time_s: float
 
 

@@ -88,6 +88,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float | None = None  # dollars at list prices; None where the model has none
+    price: tuple[float, float] | None = None  # these, a token read and a token written
     time_s: float = 0.0
 
 
@@ -100,7 +101,7 @@ def endpoint(config: EndpointConfig, cache: Path, usage: Usage) -> Ask:
         raise UserError(f"endpoint.url={config.url}: needs the package openai: pip install -e '.[api]'")
     if not (key := _key(config)).isascii() or not key.isprintable():
         raise UserError(f"endpoint.api_key_env={config.api_key_env}: this variable holds no key: plain characters only")
-    price = read_price(config)
+    price = usage.price = read_price(config)
     usage.cost = None if price is None else 0.0
     name = f"{re.sub(r'[^a-zA-Z0-9.-]', '_', config.model)[:60]}-{_hash([config.url, config.model])[:8]}"
     path = cache / "answers" / f"{name}.jsonl"
