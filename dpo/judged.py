@@ -76,6 +76,11 @@ class Judge:
     verdicts: dict[Key, Verdict]
 
     @property
+    def ordered(self) -> bool:
+        """Whether it was asked in two orders."""
+        return self.run.config.judge.protocol == "compare" and self.role != "rewards"
+
+    @property
     def attacks(self) -> list[Success]:
         """On it alone."""
         return [one for one in self.run.results.get("attacks", []) if one["judge"] == self.role]
@@ -203,6 +208,12 @@ def comparisons(judges: Sequence[Judge]) -> list[Compared]:
 def transitions(a: Judge, b: Judge) -> Counter[tuple[str, str]]:
     """How often a has the one outcome and b the other."""
     return Counter(zip(*(outcomes(verdicts).tolist() for verdicts in shared_pairs(a, b)), strict=True))
+
+
+def changed(a: Judge, b: Judge) -> list[dict[str, object]]:
+    """Every shared pair of which b makes what a does not, with the outcomes of both."""
+    was_now = zip(*shared_pairs(a, b), *(outcomes(of).tolist() for of in shared_pairs(a, b)), strict=True)
+    return [{"id": v.id, "pair": v.pair, "was": was, "now": now} for v, _, was, now in was_now if was != now]
 
 
 # --- pairs worth reading --------------------------------------------------------------------------------------------

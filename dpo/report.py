@@ -18,7 +18,7 @@ from dpo.card import model_card
 from dpo.config import EndpointConfig
 from dpo.judge.endpoint import read_price
 from dpo.judge.statistics import Summary, reliability
-from dpo.judged import Compared, Judge, Run, cases, comparisons, judges_of, read_run, transitions
+from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import Axis, Mark, bars, chart, file_text, training_plots
 from dpo.report_run import change, p_value, percent, points
@@ -74,7 +74,7 @@ def _standing(judge: Judge) -> str:
 
 def _lead(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[str]:
     """A sentence for each run's last judge against the first run's."""
-    last = {judge.run.folder: judge.name for judge in judges}
+    last = {judge.run.folder: judge.name for judge in judges if judge.role != "rewards"}
     first = next(iter(last.values()))
     lines = [
         f"{first} -> {one.b.name}: order-averaged accuracy {change(one.before, one.after, one.test['averaged'])} on "
@@ -96,8 +96,8 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("order-averaged accuracy", *(percent(j["averaged_accuracy"], widest_interval(j)) for j in of)),
         ("consistent accuracy", *(percent(j["accuracy"], j["accuracy_interval"]) for j in of)),
         ("wins / losses / ties / invalid", *("{wins} / {losses} / {ties} / {invalid}".format(**j) for j in of)),
-        ("same verdict in both orders", *(percent(j["position_consistency"]) for j in of)),
-        ("says A", *(percent(j["raw_a_rate"]) for j in of)),
+        ("same verdict in both orders", *(_of_orders(j, j.summary["position_consistency"]) for j in judges)),
+        ("says A", *(_of_orders(j, j.summary["raw_a_rate"]) for j in judges)),
         ("a tie counts one half", *(percent(j["tie_half_accuracy"], j["tie_half_interval"]) for j in of)),
         ("of decided pairs", *(_decided(j) for j in of)),
         ("kappa", *(_known(j["kappa"]) for j in of)),
@@ -125,6 +125,10 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
 
 def _decided(of: Summary) -> str:
     return "-" if of["decided_accuracy"] is None else percent(of["decided_accuracy"], of["decided_interval"] or ())
+
+
+def _of_orders(judge: Judge, share: float) -> str:
+    return percent(share) if judge.ordered else "-"
 
 
 def _known(figure: float | None) -> str:
@@ -158,12 +162,14 @@ def _position(judges: Sequence[Judge]) -> list[Block]:
     rows: list[tuple[str, ...]] = [
         ("judge", "A, B: right", "B, A: wrong", "A, A: the first", "B, B: the second", "neither", "first less second")
     ]
-    for judge in judges:
+    for judge in (judge for judge in judges if judge.ordered):
         said = Counter(letter(one.first) + letter(one.second) for one in judge.verdicts.values())
         counts = [said[letters] for letters in ("AB", "BA", "AA", "BB")]
         n = len(judge.verdicts)
         lean = f"{round(100 * (said['AA'] - said['BB']) / n, 1) + 0.0:+.1f} points"
         rows.append((judge.name, *(f"{count:,}" for count in (*counts, n - sum(counts))), lean))
+    if len(rows) == 1:
+        return []
     text = "What a judge says where the chosen answer is shown first, and where it is shown second."
     return [Table("Verdicts in both orders", rows), Text("paragraph", text)]
 
@@ -173,8 +179,8 @@ def _calibration(judges: Sequence[Judge]) -> list[Block]:
     rows = [("judge", "pairs", "sure of it, on average", "right")]
     for tone, judge in enumerate(judges):
         verdicts = list(judge.verdicts.values())
-        if not any(abs(odds) not in (0.0, 1.0) for one in verdicts for odds in (one.first, one.second)):
-            continue  # letters without probabilities
+        if judge.summary["brier"] is None:
+            continue  # it gave no probabilities
         bins = reliability(verdicts)
         for of in bins:
             right = percent(of["accuracy"], of["interval"])
@@ -202,15 +208,16 @@ def _calibration(judges: Sequence[Judge]) -> list[Block]:
 
 def pace(judge: Judge) -> dict[str, float]:
     """Answers a second, and of an endpoint dollars and tokens: what is known of them."""
-    answers, times, endpoint = 2 * len(judge.verdicts), judge.run.results["time_s"], judge.run.endpoint
+    pairs, results, endpoint = len(judge.verdicts), judge.run.results, judge.run.endpoint
+    answers, times = results.get("answers", 2 * pairs), results["time_s"]
     price = endpoint.get("price") if endpoint else read_price(EndpointConfig(model=judge.run.config.model.path))
     figures = {} if price is None else {"dollars_in": 1e6 * price[0], "dollars_out": 1e6 * price[1]}
     if endpoint is None:
         time_s = times.get("judge trained" if judge.role == "trained" else "judge", 0.0)
         return figures | ({"answers_per_s": answers / time_s} if time_s else {})
     asked = answers - endpoint["found"]
-    figures |= {"tokens_per_pair": 2 * (endpoint["prompt_tokens"] + endpoint["completion_tokens"]) / answers}
-    figures |= {} if endpoint["cost"] is None else {"dollars_per_1000_pairs": 2000 * endpoint["cost"] / answers}
+    figures |= {"tokens_per_pair": (endpoint["prompt_tokens"] + endpoint["completion_tokens"]) / pairs}
+    figures |= {} if endpoint["cost"] is None else {"dollars_per_1000_pairs": 1000 * endpoint["cost"] / pairs}
     return figures | ({"answers_per_s": asked / endpoint["time_s"]} if asked and endpoint["time_s"] else {})
 
 
@@ -245,8 +252,8 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
             axes = Axis(COSTS[key][0], log=True), Axis("order-averaged accuracy", (0, 1), percent=True)
             blocks.append(Plot(key, title, chart(title, *axes, marks)))
     text = (
-        "Empty: not known. A local judge's price is that of its model at a host. An answer is one order of a pair; a "
-        "local judge's pace includes its loading."
+        "Empty: not known. A local judge's price is that of its model at a host. An answer is one order of a pair, or "
+        "one rating; a local judge's pace includes its loading."
     )
     return [*blocks, Table("What answers take", rows), Text("paragraph", text)]
 
@@ -330,12 +337,13 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
                 **judge.summary,
                 **pace(judge),
                 "run": judge.run.folder.name,
-                "reliability": reliability(list(judge.verdicts.values())),
+                "reliability": [] if judge.summary["brier"] is None else reliability(list(judge.verdicts.values())),
             }
             for judge in judges
         },
         "comparisons": [
             {"judge": one.b.name, "against": one.a.name, "pairs": one.n, **one.test, "p_holm": one.p_holm}
+            | {"changed": changed(one.a, one.b)}
             for one in comparisons(judges)
         ],
         "attacks": [{**one, "judge": judge.name} for judge in judges for one in judge.attacks],

@@ -68,6 +68,7 @@ class Results(TypedDict):
     alarms: list[Alarm]
     data: Data
     time_s: dict[str, float]
+    answers: NotRequired[int]  # that dpo.judge had of its judge
     attacks: NotRequired[list[Success]]
     biases: NotRequired[list[Bias]]
 

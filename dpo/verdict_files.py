@@ -129,7 +129,7 @@ SHAPES: dict[str, Callable[[Judgement, Run, str], Record]] = {"together": togeth
 def write_verdict_files(folder: Path, shape: str) -> list[Path]:
     """Write RUN/SHAPE-JUDGE.jsonl for each judge of the run in `folder`; their paths."""
     run, paths = read_run(folder), []
-    for role in run.verdicts:
+    for role in (role for role in run.verdicts if role != "rewards"):  # of answers, which nobody was asked about
         lines = [json.dumps(SHAPES[shape](of, run, role), ensure_ascii=False) + "\n" for of in judgements(run, role)]
         paths.append(folder / f"{shape}-{role.replace('/', '_')}.jsonl")
         atomic_write_text(paths[-1], "".join(lines))

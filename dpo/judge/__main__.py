@@ -116,7 +116,8 @@ def run(config: Config) -> Path:
         judged = by_endpoint(config) if config.endpoint.url else by_model(config)
     settings = judge_settings(config, sighted=config.judge.sighted)
     verdicts = read_verdicts(judged.rows, judged.replies, settings)
-    summary, benchmark = summarise(verdicts, config.seed), benchmark_score(judged, verdicts, config)
+    summary = summarise(verdicts, config.seed, odds=config.judge.protocol == "compare")
+    benchmark = benchmark_score(judged, verdicts, config)
     attacks: list[Success] = []
     if judged.attacked:
         with stage("attack", times):
@@ -135,7 +136,8 @@ def run(config: Config) -> Path:
     results["attacks"] = attacks
     if config.judge.protocol != "choose":  # whose verdicts are on more than two answers
         results["biases"] = biases(judged.judge, judged.rows, verdicts, config.seed)
-    results |= {"protocol": config.judge.protocol} | ({"benchmark": benchmark} if benchmark else {})
+    results |= {"protocol": config.judge.protocol, "answers": sum(map(len, judged.replies))}
+    results |= {"benchmark": benchmark} if benchmark else {}
     if judged.usage:
         results["endpoint"] = asdict(judged.usage)
     write_json(folder / "results.json", results)
@@ -196,7 +198,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}; the same command goes on", file=sys.stderr)
+        print(f"interrupted: {str(stop) or 'nothing is written'}; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
