@@ -18,7 +18,7 @@ from models.errors import UserError
 from models.gguf_import import SMOLLM2, resolve_model_path
 from models.hub import is_hub_id
 
-KEPT = ("Verdicts", "By subset", "Position", "Attacks", "Data", "Again")  # of the report's sections
+KEPT = ("Verdicts", "By subset", "Position and looks", "Attacks", "Data", "Again")  # of the report's sections
 KNOWN = {SMOLLM2: ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 FRONT = re.compile(r"\A---\n(.*?)\n---", re.S)
 

@@ -30,9 +30,9 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from judge_server import Reply, Script, completion, fault, serving  # noqa: E402  (the project need not be installed)
+from judge_server import Reply, Script, completion, fault, serving  # type: ignore[import-not-found]  # noqa: E402
 
-from dpo.config import Config, PackConfig  # noqa: E402
+from dpo.config import Config, PackConfig  # noqa: E402  (the project need not be installed)
 from dpo.distributed import Ranks  # noqa: E402
 from dpo.inputs import judge_settings  # noqa: E402
 from dpo.judge.local import replies  # noqa: E402
@@ -126,7 +126,8 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     sizes = {}
     for (side, judge), tried in zip(both.items(), (asked.packs, asked.batches), strict=True):
         judge(tried[0], 2)  # warms up
-        sizes[side] = min(tried, key=lambda size, judge=judge: timed(judge, size, few))
+        times_s = {size: timed(judge, size, few) for size in tried}
+        sizes[side] = min(times_s, key=times_s.__getitem__)
     one, other = (both[side](sizes[side], few) for side in both)
     gap = max(abs(x - y) for x, y in zip(one, other, strict=True))
     times: dict[str, list[float]] = {side: [] for side in both}
@@ -143,7 +144,7 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
 # ---- the client of an endpoint
 
 
-def instant(body: dict, before: int) -> Reply:
+def instant(body: dict[str, object], before: int) -> Reply:
     return completion("A", {"A": -0.1, "B": -2.5, "The": -5.0})
 
 

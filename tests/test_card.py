@@ -21,7 +21,7 @@ def test_a_card_holds_figures_with_intervals_data_limits_template_and_commands(t
     report = (tmp_path / "run" / "report.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\nlibrary_name")
     assert "apache-2.0; see LICENSE." in card
-    for section in ("Verdicts", "By subset", "Position", "Data"):
+    for section in ("Verdicts", "By subset", "Position and looks", "Data"):
         tables = [line for line in report.partition(f"## {section}\n")[2].split("\n## ")[0].splitlines() if "|" in line]
         assert tables and all(line in card.splitlines() for line in tables)
     assert "Answer A: {{ answer_a }}" in card and "vllm serve THIS_FOLDER" in card

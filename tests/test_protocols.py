@@ -176,7 +176,7 @@ def test_a_local_model_judges_by_every_protocol(data: Path, protocol: str, n: in
     assert summary["invalid"] == 0 and summary["brier"] is None  # no log-odds of a pair
     assert results["answers"] == {"choose": 8, "rate": 8 * 4 + 3 + 4, "ties": 3 + 4}[protocol]
     report = (write_report([data.parent / "runs" / "judge" / "latest"]) / "report.md").read_text()
-    assert "## Position" not in report and "## Calibration" not in report
+    assert "Verdicts in both orders" not in report and "## Calibration" not in report
     assert ("Ties" in results["benchmark"]) == (protocol != "choose") and -0.01 <= results["benchmark"]["score"] <= 1.01
 
 
