@@ -14,12 +14,23 @@ import numpy as np
 import torch
 
 from dpo.alarms import alarms_of
-from dpo.checkpoint import export
+from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
+from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs
-from dpo.judge.local import Score, evaluation, judge_results, reward_verdicts, verdicts, write_verdicts
+from dpo.judge.local import (
+    Reply,
+    Score,
+    evaluation,
+    judge_results,
+    replies,
+    reward_verdicts,
+    verdicts,
+    write_verdicts,
+)
 from dpo.judge.statistics import Verdict
+from dpo.judge.written import written_replies
 from dpo.log import peak_rss_mib, stage
 from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
 from dpo.loop import TrainState, train
@@ -53,7 +64,7 @@ def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ran
     tails = 2 * (config.loss.ld_alpha != 1)
     ends = np.cumsum(np.array(trees.column("completions")) + tails * np.array(trees.column("pairs")), dtype=np.int64)
     sums = TreeSums(torch.zeros(int(ends[-1]) if trees else 0, dtype=torch.float64), ends)
-    first = plan_steps(trees.column("pairs"), config)[0] if trees else []
+    first = plan_steps(trees.column("pairs"), config, trees.column("row"))[0] if trees else []
     chosen = range(len(trees)) if reads(config.loss, "reference") else sorted(first)
     for begin in range(0, len(chosen), WINDOW_TREES):  # of many trees only the sums are held, not what is summed
         window = chosen[begin : begin + WINDOW_TREES]
@@ -96,6 +107,8 @@ def run(config: Config) -> Path:
     config = with_adapter(config)
     torch.set_flush_denormal(True)  # peaked softmaxes make denormals, which slow the CPU thirty-fold
     ranks = join_ranks(pick_device(config))
+    if ranks.world > 1 and (config.objective == "critiques" or config.judge.critique != "off"):
+        raise UserError("objective=critiques, judge.critique: a judge writes in one process; run without torchrun")
     resumed = broadcast_first(resumed_folder(config) if config.run.resume and ranks.first else None, ranks)
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)
@@ -129,8 +142,16 @@ def run(config: Config) -> Path:
         score = live(model, label, routes)
         return lambda trees: reference_logps(open_store(root, weights, tag), trees, score, ranks, usage)
 
-    def judge(rows: Sequence[Row], score: Score, sighted: bool = config.judge.sighted) -> list[Verdict]:
-        return verdicts(rows, inputs, config, score, sighted=sighted)
+    def reply(score: Score, weights: str = "") -> Reply:
+        """A judge by what it says in one forward, or writes: the policy, of these weights or of those it then has."""
+        if config.judge.critique == "off":
+            return lambda trees, settings: replies(trees, score(trees))
+        return lambda trees, settings: written_replies(
+            policy, weights or trained_digest(policy, fingerprint), trees, settings, inputs, config
+        )[0]
+
+    def judge(rows: Sequence[Row], reply: Reply, sighted: bool = config.judge.sighted) -> list[Verdict]:
+        return verdicts(rows, inputs, config, reply, sighted=sighted)
 
     with stage("reference", times):
         dtype = inputs.dtype
@@ -151,7 +172,8 @@ def run(config: Config) -> Path:
         if keeps_routes(config, policy.config, reference.config):
             kept = open_store(root, reference_fingerprint, tag | {"values": "routes"})
         training_score = stored(reference, reference_fingerprint, "reference", kept)
-        train_references = training_references(inputs, config, training_score, ranks)
+        if config.objective != "critiques":
+            train_references = training_references(inputs, config, training_score, ranks)
         if kept is not None:
             store_missing(kept, inputs.train_trees, live(reference, "reference's routes", kept), ranks)
         validation = inputs.validation_trees
@@ -163,29 +185,42 @@ def run(config: Config) -> Path:
         del reference, score, training_score, scored
 
     with stage("judge base", times):
-        base = stored(policy, fingerprint, "judging base")
+        base = reply(stored(policy, fingerprint, "judging base"), fingerprint)
         judged = {"base": judge(test, base)}
         base_validation = judge(inputs.splits.validation, base)
 
+    def evaluate() -> dict[str, float]:
+        score = live(policy, "validation")
+        return evaluation(inputs, validation_references, score, reply(score), config)
+
+    def round_references(of_round: Inputs, weights: str) -> TreeSums:
+        return training_references(of_round, config, stored(policy, weights, "reference"), ranks)
+
+    critiques: list[dict[str, int]] = []
     with stage("train", times):
-        done = train(
-            policy,
-            inputs,
-            train_references,
-            lambda: evaluation(inputs, validation_references, live(policy, "validation"), config),
-            config,
-            ranks,
-            folder,
-            reference=reference_fingerprint,
-            same_start=same,
-            routes=routes_of(config, policy.config, kept),
-        )
+        if config.objective == "critiques":
+            done, critiques = train_rounds(
+                policy, inputs, round_references, evaluate, config, ranks, folder, fingerprint
+            )
+        else:
+            done = train(
+                policy,
+                inputs,
+                train_references,
+                evaluate,
+                config,
+                ranks,
+                folder,
+                reference=reference_fingerprint,
+                same_start=same,
+                routes=routes_of(config, policy.config, kept),
+            )
 
     with stage("judge trained", times):
-        judged["trained"] = judge(test, live(policy, "judging trained"))
+        judged["trained"] = judge(test, reply(live(policy, "judging trained")))
     if config.judge.sighted and config.judge.blind_control:
         with stage("judge blind", times):
-            judged["blind"] = judge(test, live(policy, "judging blind"), sighted=False)
+            judged["blind"] = judge(test, reply(live(policy, "judging blind")), sighted=False)
     if rewards:
         with stage("judge rewards", times):
             scored = live(policy, "answers")(answers)
@@ -206,6 +241,7 @@ def run(config: Config) -> Path:
             "alarms": alarms_of(read_metrics(folder / "metrics.jsonl"), done.without_gradient),
             "kernels": used,
             "data": inputs.splits.report,
+            **({"critiques": critiques} if critiques else {}),
             "time_s": times,
         }
         write_json(folder / "results.json", results)

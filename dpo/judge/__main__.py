@@ -21,11 +21,12 @@ from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, p
 from dpo.judge.asked import ask_rows
 from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
 from dpo.judge.calibration import Floats
-from dpo.judge.endpoint import Answer, Usage, endpoint
+from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
 from dpo.judge.local import replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
 from dpo.judge.protocols import PROTOCOLS, read_verdicts
 from dpo.judge.statistics import Summary, Verdict, summarise
+from dpo.judge.written import written_replies
 from dpo.log import stage
 from dpo.logprobs import score_trees
 from dpo.policy import load_policy, with_adapter
@@ -34,6 +35,7 @@ from dpo.rows import Row
 from dpo.runs import new_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
+from models.checkpoint import weights_fingerprint
 from models.errors import UserError
 from models.files import atomic_write_text
 
@@ -57,15 +59,21 @@ class Judged(NamedTuple):
 
 
 def by_model(config: Config) -> Judged:
-    """By `model.path` with `model.adapter`: the log-probs of the labels."""
+    """By `model.path` with `model.adapter`: the log-probs of the labels, behind a critique with judge.critique."""
     config = with_adapter(config)
     ranks = Ranks(0, 1, torch.device(pick_device(config)))
     inputs = read_inputs(config, ranks.device.type, judging=True)
     model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
-    rows = inputs.splits.test
-    trees = token_trees(rows, inputs.tokenizer, judge_settings(config, sighted=config.judge.sighted), inputs.cache)
-    said = replies(trees, score_trees(model, trees, config.pack, ranks, "judging"))
-    return Judged(config.model.adapter or config.model.path, rows, said, [], None, inputs.splits.report)
+    rows, settings = inputs.splits.test, judge_settings(config, sighted=config.judge.sighted)
+    trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
+    answers: list[Answer] = []
+    if config.judge.critique == "off":
+        said = replies(trees, score_trees(model, trees, config.pack, ranks, "judging"))
+    else:
+        adapter = Path(config.model.adapter) if config.model.adapter else None
+        weights = weights_fingerprint(inputs.model_folder, inputs.cache / "fingerprints.json", adapter)
+        said, answers = written_replies(model, weights, trees, settings, inputs, config, MOST_INVALID)
+    return Judged(config.model.adapter or config.model.path, rows, said, answers, None, inputs.splits.report)
 
 
 def by_endpoint(config: Config) -> Judged:
