@@ -22,7 +22,7 @@ from dpo.distributed import Ranks
 from dpo.inputs import Inputs, critique_settings
 from dpo.judge.asked import written_verdict
 from dpo.judge.endpoint import Answer
-from dpo.judge.written import written
+from dpo.judge.written import Ids, Pen, written
 from dpo.loop import TrainState, train
 from dpo.pairs import TreeSums
 from dpo.routes import routes_of
@@ -34,7 +34,6 @@ from models.decoder import Decoder
 from models.errors import UserError
 from models.files import atomic_write_text, read_text
 
-Ids = tuple[int, ...]
 Told = dict[str, int]
 
 
@@ -133,9 +132,9 @@ def round_trees(
     if not trees:
         raise UserError(
             "objective=critiques: no pair of answers has right and wrong critiques in both orders "
-            f"({_in_words(told)}); they are in {place / 'critiques.jsonl'}. Where they are unparsable set critiques.closing or "
-            "critiques.template, where all say one letter train objective=verdicts first, where all are of one kind "
-            "raise critiques.samples or critiques.temperature, or take other rows"
+            f"({_in_words(told)}); they are in {place / 'critiques.jsonl'}. Where they are unparsable set "
+            "critiques.closing or critiques.template, where all say one letter train objective=verdicts first, "
+            "where all are of one kind raise critiques.samples or critiques.temperature, or take other rows"
         )
     share = config.critiques.verdict_share
     alone = verdict_trees(
@@ -175,7 +174,7 @@ def train_rounds(
     `references`: the sums of an inputs' training trees under the policy as it is, whose fingerprint is given with them.
     A round has a folder of its own, round-N; what is done of it is found again.
     """
-    settings, samples = critique_settings(config), config.critiques.samples
+    settings = critique_settings(config)
     asked = token_trees(inputs.splits.train, inputs.tokenizer, settings, inputs.cache)
     ends: list[TrainState] = []
     told: list[Told] = []
@@ -183,7 +182,7 @@ def train_rounds(
         place = folder / f"round-{number}"
         write_json(place / "config.json", config_dict(config))
         weights = trained_digest(policy, fingerprint) if ends else fingerprint
-        answers = written(policy, weights, asked, settings, inputs, config, samples=samples, greedy=False)
+        answers = written(Pen(policy, weights, inputs, settings, config, config.critiques.samples), asked)
         trees, counts = round_trees(inputs.splits.train, asked, answers, inputs.train_trees, config, place)
         told.append(counts)
         if ranks.first:

@@ -19,6 +19,7 @@ from dpo.config import Config
 from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs
+from dpo.judge.calibration import Floats
 from dpo.judge.local import (
     Reply,
     Score,
@@ -30,7 +31,7 @@ from dpo.judge.local import (
     write_verdicts,
 )
 from dpo.judge.statistics import Verdict
-from dpo.judge.written import written_replies
+from dpo.judge.written import Pen, written_replies
 from dpo.log import peak_rss_mib, stage
 from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
 from dpo.loop import TrainState, train
@@ -48,7 +49,7 @@ from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
 from dpo.store import open_store
 from dpo.tokens import token_trees
-from dpo.trees import Tree
+from dpo.trees import Tree, TreeSettings
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
@@ -146,9 +147,13 @@ def run(config: Config) -> Path:
         """A judge by what it says in one forward, or writes: the policy, of these weights or of those it then has."""
         if config.judge.critique == "off":
             return lambda trees, settings: replies(trees, score(trees))
-        return lambda trees, settings: written_replies(
-            policy, weights or trained_digest(policy, fingerprint), trees, settings, inputs, config
-        )[0]
+        greedy = config.judge.critique == "greedy"
+
+        def write(trees: Sequence[Tree], settings: TreeSettings) -> list[Floats]:
+            now = weights or trained_digest(policy, fingerprint)
+            return written_replies(Pen(policy, now, inputs, settings, config, greedy=greedy), trees)[0]
+
+        return write
 
     def judge(rows: Sequence[Row], reply: Reply, sighted: bool = config.judge.sighted) -> list[Verdict]:
         return verdicts(rows, inputs, config, reply, sighted=sighted)

@@ -26,7 +26,7 @@ from dpo.judge.local import replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
 from dpo.judge.protocols import PROTOCOLS, read_verdicts
 from dpo.judge.statistics import Summary, Verdict, summarise
-from dpo.judge.written import written_replies
+from dpo.judge.written import Pen, written_replies
 from dpo.log import stage
 from dpo.logprobs import score_trees
 from dpo.policy import load_policy, with_adapter
@@ -72,7 +72,8 @@ def by_model(config: Config) -> Judged:
     else:
         adapter = Path(config.model.adapter) if config.model.adapter else None
         weights = weights_fingerprint(inputs.model_folder, inputs.cache / "fingerprints.json", adapter)
-        said, answers = written_replies(model, weights, trees, settings, inputs, config, MOST_INVALID)
+        pen = Pen(model, weights, inputs, settings, config, greedy=config.judge.critique == "greedy")
+        said, answers = written_replies(pen, trees, MOST_INVALID)
     return Judged(config.model.adapter or config.model.path, rows, said, answers, None, inputs.splits.report)
 
 

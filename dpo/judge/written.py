@@ -8,8 +8,9 @@ Letters: Q questions of a row, L labels. Read next: models/generate.py, dpo/judg
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -28,38 +29,46 @@ from models.errors import UserError, show
 from models.generate import Generation, Prompt, generate
 from models.tokenizer import Tokenizer
 
+Ids = tuple[int, ...]
 
-def written(
-    model: Decoder,
-    weights: str,
-    trees: Sequence[Tree],
-    settings: TreeSettings,
-    inputs: Inputs,
-    config: Config,
-    *,
-    samples: int,
-    greedy: bool,
-) -> Iterator[list[Answer]]:
-    """Of each verdict tree, what the model writes in answer to its questions: `samples` to each, one after another.
 
-    They are kept in run.cache under `weights` and all else that they depend on; a batch that is there whole is not
-    written again.
+@dataclass(frozen=True)
+class Pen:
+    """What writes, and how: greedily, or by drawing `samples` critiques of every question."""
+
+    model: Decoder
+    weights: str  # their fingerprint
+    inputs: Inputs
+    settings: TreeSettings  # of the questions
+    config: Config
+    samples: int = 1
+    greedy: bool = False
+
+    def says_nothing(self, answer: Answer) -> bool:
+        """Whether it gives no verdict."""
+        return math.isnan(READERS.get(self.settings.protocol, written_label)(answer, self.settings.template.labels)[0])
+
+
+def written(pen: Pen, trees: Sequence[Tree]) -> Iterator[list[Answer]]:
+    """Of each verdict tree, what is written in answer to its questions: `samples` to each, one after another.
+
+    They are kept in run.cache under all that they depend on; a batch that is there whole is not written again.
     """
-    model.eval()  # no dropout
-    how = config.critiques.model_dump(include={"max_tokens", "closing", "batch", "temperature", "top_p"})
-    tag = numerics_tag(next(model.parameters()).device, inputs.dtype, config.pack, {})
-    told = json.dumps([weights, tag, how, settings.template.labels, samples, greedy, config.seed])
-    path = inputs.cache / "answers" / f"critiques-{hashlib.sha256(told.encode()).hexdigest()[:24]}.jsonl"
+    pen.model.eval()  # no dropout
+    config, labels = pen.config, pen.settings.template.labels
+    drawn = set() if pen.greedy else {"temperature", "top_p"}
+    how = config.critiques.model_dump(include={"max_tokens", "closing", "batch"} | drawn)
+    tag = numerics_tag(next(pen.model.parameters()).device, pen.inputs.dtype, config.pack, {})
+    told = json.dumps([pen.weights, tag, how, labels, pen.samples, None if pen.greedy else config.seed])
+    path = pen.inputs.cache / "answers" / f"critiques-{hashlib.sha256(told.encode()).hexdigest()[:24]}.jsonl"
     with kept_answers(path) as (kept, keep), progress(len(trees), "critiques", "rows") as bar:
-        for batch in _batches(trees, config.critiques.batch // samples):
+        for batch in _batches(trees, config.critiques.batch // pen.samples):
             keys = [
-                [f"{tree.key(first).hex()}-{n}" for first in _firsts(tree) for n in range(samples)] for tree in batch
+                [f"{tree.key(first).hex()}-{n}" for first in _firsts(tree) for n in range(pen.samples)]
+                for tree in batch
             ]
             if any(key not in kept for of_tree in keys for key in of_tree):
-                answers = _write(model, inputs.tokenizer, batch, config, samples, greedy)
-                if config.critiques.closing:
-                    answers = _close(model, inputs.tokenizer, batch, answers, settings, config, samples, greedy)
-                for key, answer in zip(chain(*keys), chain(*answers), strict=True):
+                for key, answer in zip(chain(*keys), chain(*_write(pen, batch)), strict=True):
                     if key not in kept:
                         keep(key, answer)
                         kept[key] = answer
@@ -83,31 +92,28 @@ def _firsts(tree: Tree) -> range:
     return range(0, len(tree.completions), len(tree.completions) // len(tree.branches))
 
 
-def _questions(tree: Tree) -> list[tuple[int, ...]]:
+def _questions(tree: Tree) -> list[Ids]:
     """The tokens of each question behind the tree's prompt, without those that its longest label begins with."""
     return [tree.branches[one.branch][: one.start] for one in (tree.completions[first] for first in _firsts(tree))]
 
 
-def _write(
-    model: Decoder, tokenizer: Tokenizer, trees: Sequence[Tree], config: Config, samples: int, greedy: bool
-) -> list[list[Answer]]:
-    closing = config.critiques.closing
-    room = len(tokenizer.encode(closing)) + 1 if closing else 0
+def _write(pen: Pen, trees: Sequence[Tree]) -> list[list[Answer]]:
+    tokenizer, critiques = pen.inputs.tokenizer, pen.config.critiques
     letters = {ids[0]: text for text in ("A", " A", "B", " B") if len(ids := tokenizer.encode(text)) == 1}
+    closing, _ = _closing(pen) if critiques.closing else ((), ())
     generations = generate(
-        model,
+        pen.model,
         [Prompt(tree.prompt, _questions(tree)) for tree in trees],
         stops=tokenizer.end_ids,
-        max_new_tokens=max(1, config.critiques.max_tokens - room),
-        samples=samples,
-        temperature=0.0 if greedy else config.critiques.temperature,
-        top_p=config.critiques.top_p,
-        seed=config.seed,
+        max_new_tokens=max(1, critiques.max_tokens - len(closing) - bool(closing)),
+        samples=pen.samples,
+        temperature=0.0 if pen.greedy else critiques.temperature,
+        top_p=critiques.top_p,
+        seed=pen.config.seed,
         watched=list(letters),
     )
-    return [
-        [_answer(one, tokenizer, letters) for of_question in of_tree for one in of_question] for of_tree in generations
-    ]
+    answers = [[_answer(one, tokenizer, letters) for one in chain(*of_tree)] for of_tree in generations]
+    return [_closed(pen, *both) for both in zip(trees, answers, strict=True)] if closing else answers
 
 
 def _answer(one: Generation, tokenizer: Tokenizer, letters: dict[int, str]) -> Answer:
@@ -121,81 +127,66 @@ def _answer(one: Generation, tokenizer: Tokenizer, letters: dict[int, str]) -> A
         for cut, begin, end in zip(cuts, ends, ends[1:], strict=False)
         if end > begin
     ]
-    return Answer(
-        text, "length" if one.stop is None else "stop", tuple(tokens), 0, len(ids), "", 0.0, tuple(one.tokens)
-    )
+    finish = "length" if one.stop is None else "stop"
+    return Answer(text, finish, tuple(tokens), 0, len(ids), "", 0.0, tuple(one.tokens))
 
 
-def _close(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    trees: Sequence[Tree],
-    answers: Sequence[Sequence[Answer]],
-    settings: TreeSettings,
-    config: Config,
-    samples: int,
-    greedy: bool,
-) -> list[list[Answer]]:
-    """The answers, critiques.closing and a label behind those that give no verdict: the likeliest, or one drawn."""
-    read, labels = READERS.get(settings.protocol, written_label), settings.template.labels
-    closing, ends = config.critiques.closing, tokenizer.encode(config.critiques.closing)
-    ids_L = [tokenizer.encode(f"{closing} {label}")[len(ends) :] for label in labels]
-    if any(len(ids) != 1 for ids in ids_L):
-        raise UserError(f'critiques.closing = {show(closing)}: a label behind it is more than one token; set it to ""')
-    closed = [list(of_tree) for of_tree in answers]
-    for tree, of_tree in zip(trees, closed, strict=True):
-        open_ones = [place for place, answer in enumerate(of_tree) if math.isnan(read(answer, labels)[0])]
-        said = {place: of_tree[place].ids[: of_tree[place].completion_tokens] for place in open_ones}
-        questions = _questions(tree)
-        prompt = Prompt(tree.prompt, [(*questions[place // samples], *ids, *ends) for place, ids in said.items()])
-        slots = generate(model, [prompt] if said else [], stops=(), max_new_tokens=1, watched=[ids[0] for ids in ids_L])
-        for (place, ids), (slot,) in zip(said.items(), slots[0] if slots else (), strict=True):
-            log_p_L = np.array(slot.watched[0])
-            p_L = np.exp((log_p_L - log_p_L.max()) / config.critiques.temperature)
-            draw = np.random.default_rng((config.seed, place, *ids)).random()
-            best = int(log_p_L.argmax() if greedy else np.searchsorted(p_L.cumsum(), draw * p_L.sum(), side="right"))
-            answer = of_tree[place]
-            slots_said = {f" {label}": log_p for label, log_p in zip(labels, slot.watched[0], strict=True)}
-            of_tree[place] = replace(
-                answer,
-                text=f"{answer.text}{closing} {labels[best]}",
-                finish="stop",
-                tokens=(*answer.tokens, (closing, {}), (f" {labels[best]}", slots_said)),
-                completion_tokens=len(ids) + len(ends) + 1,
-                ids=(*ids, *ends, *ids_L[best], *answer.ids[len(ids) :]),
-            )
+def _closing(pen: Pen) -> tuple[Ids, Ids]:
+    """The tokens of critiques.closing and of what all labels begin with, and the one that each label then is."""
+    closing, labels = pen.config.critiques.closing, pen.settings.template.labels
+    whole = [pen.inputs.tokenizer.encode(f"{closing} {label}") for label in labels]
+    shared = os.path.commonprefix(whole)
+    if any(len(ids) != len(shared) + 1 for ids in whole):
+        raise UserError(f'critiques.closing = {show(closing)}: behind it a label is several tokens; leave it ""')
+    return tuple(shared), tuple(ids[-1] for ids in whole)
+
+
+def _closed(pen: Pen, tree: Tree, answers: Sequence[Answer]) -> list[Answer]:
+    """The answers, those without a verdict with critiques.closing and a label: the likeliest one, or one drawn."""
+    (closing, labels_L), critiques, questions = _closing(pen), pen.config.critiques, _questions(tree)
+    open_ones = [place for place, answer in enumerate(answers) if pen.says_nothing(answer)]
+    ids = {place: answers[place].ids[: answers[place].completion_tokens] for place in open_ones}
+    branches = [(*questions[place // pen.samples], *ids[place], *closing) for place in open_ones]
+    prompts = [Prompt(tree.prompt, branches)] if branches else []
+    slots = chain(*chain(*generate(pen.model, prompts, stops=(), max_new_tokens=1, watched=labels_L)))
+    closed = list(answers)
+    for place, slot in zip(open_ones, slots, strict=True):
+        answer, log_p_L = answers[place], np.array(slot.watched[0])
+        p_L = np.exp((log_p_L - log_p_L.max()) / critiques.temperature)
+        draw = np.random.default_rng((pen.config.seed, place, *ids[place])).random() * p_L.sum()
+        best = int(log_p_L.argmax() if pen.greedy else np.searchsorted(p_L.cumsum(), draw, side="right"))
+        log_p = {f" {label}": p for label, p in zip(pen.settings.template.labels, slot.watched[0], strict=True)}
+        said = list(log_p)[best]
+        closed[place] = replace(
+            answer,
+            text=f"{answer.text}{critiques.closing}{said}",
+            finish="stop",
+            tokens=(*answer.tokens, (critiques.closing, {}), (said, log_p)),
+            completion_tokens=len(ids[place]) + len(closing) + 1,
+            ids=(*ids[place], *closing, labels_L[best], *answer.ids[len(ids[place]) :]),
+        )
     return closed
 
 
-def written_replies(
-    model: Decoder,
-    weights: str,
-    trees: Sequence[Tree],
-    settings: TreeSettings,
-    inputs: Inputs,
-    config: Config,
-    most_invalid: float = 1.0,
-) -> tuple[list[Floats], list[Answer]]:
+def written_replies(pen: Pen, trees: Sequence[Tree], most_invalid: float = 1.0) -> tuple[list[Floats], list[Answer]]:
     """reply_QL of each verdict tree (dpo/judge/protocols.py), and the answers that they are read from, one a question.
 
     UserError as soon as surely more than `most_invalid` of them, or in the end more, are not in form.
     """
-    read, labels = READERS.get(settings.protocol, written_label), settings.template.labels
+    read, labels = READERS.get(pen.settings.protocol, written_label), pen.settings.template.labels
     replies: list[Floats] = []
     answers: list[Answer] = []
-    invalid = 0
-    greedy = config.judge.critique == "greedy"
-    for of_tree in written(model, weights, trees, settings, inputs, config, samples=1, greedy=greedy):
+    invalid: list[Answer] = []
+    for of_tree in written(pen, trees):
         replies.append(np.array([read(answer, labels) for answer in of_tree]))
         answers += of_tree
-        invalid += int(np.isnan(replies[-1][:, 0]).sum())
-        sure = wilson_interval(invalid, len(answers), z=4)[0] > most_invalid
-        if sure or (len(replies) == len(trees) and invalid > most_invalid * len(answers)):
-            last = next(answer for answer in reversed(answers) if math.isnan(read(answer, labels)[0]))
+        invalid += [answer for answer in of_tree if pen.says_nothing(answer)]
+        sure = wilson_interval(len(invalid), len(answers), z=4)[0] > most_invalid
+        if sure or (len(replies) == len(trees) and len(invalid) > most_invalid * len(answers)):
             raise UserError(
-                f"{invalid} of {len(answers)} critiques give no verdict in the form asked for, more than "
-                f"{most_invalid:.0%}; the last one, {last.finish}: {show(last.text)}. Where it is cut (length) raise "
-                "critiques.max_tokens; else set critiques.closing, critiques.template or judge.critique=off, or take "
-                "another model"
+                f"{len(invalid)} of {len(answers)} critiques give no verdict in the form asked for, more than "
+                f"{most_invalid:.0%}; the last one, {invalid[-1].finish}: {show(invalid[-1].text)}. Where it is cut "
+                "(length) raise critiques.max_tokens; else set critiques.closing, critiques.template or "
+                "judge.critique=off, or take another model"
             )
     return replies, answers
