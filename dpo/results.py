@@ -77,6 +77,7 @@ class Results(TypedDict):
     data: Data
     time_s: dict[str, float]
     attacks: NotRequired[list[Attack]]
+    critiques: NotRequired[list[Counts]]  # of objective=critiques, by round
 
 
 class Environment(TypedDict):

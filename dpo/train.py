@@ -174,7 +174,7 @@ def run(config: Config) -> Path:
         )
         score = stored(reference, reference_fingerprint, "reference")
         kept = None
-        if keeps_routes(config, policy.config, reference.config):
+        if config.objective != "critiques" and keeps_routes(config, policy.config, reference.config):
             kept = open_store(root, reference_fingerprint, tag | {"values": "routes"})
         training_score = stored(reference, reference_fingerprint, "reference", kept)
         if config.objective != "critiques":
