@@ -266,7 +266,7 @@ def pen_of(place: Path, more: dict[str, str], *, samples: int = 1, greedy: bool 
 
 
 def test_the_odds_of_a_written_verdict_are_those_of_its_place_behind_the_critique(place):
-    pen = pen_of(place, {})
+    pen = pen_of(place, {"dtype": "fp32"})
     inputs, tokenizer = pen.inputs, pen.inputs.tokenizer
     settings = judge_settings(pen.config, sighted=True)
     trees = token_trees(inputs.splits.test, tokenizer, settings, inputs.cache)
@@ -290,7 +290,7 @@ def test_the_odds_of_a_written_verdict_are_those_of_its_place_behind_the_critiqu
     assert checked == 8
 
 
-def test_critiques_are_the_seeds_and_not_the_batchs_order(place):
+def test_critiques_are_the_seeds_and_each_another_one(place):
     texts = {}
     for name, more in (("one", {}), ("same", {"run.cache": f"{place / 'other'}"}), ("seed", {"seed": "1"})):
         pen = pen_of(place, {**more, "data.path": f"{rows_file(place)}"}, samples=3, greedy=False)
@@ -324,7 +324,7 @@ def test_dpo_judge_keeps_what_the_judge_wrote_and_stops_where_too_little_is_in_f
     assert len(answers) == 12 and all(answer["text"][-1] in "AB" for answer in answers)
     assert json.loads((folder / "results.json").read_text())["judge"]
     assert judge(place, {"critiques.closing": ""}) == 2
-    assert "12 of 12 critiques give no verdict in the form asked for, more than 30%" in capsys.readouterr().err
+    assert "8 of 8 critiques give no verdict in the form asked for, more than 30%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_dpo_judge_keeps_what_the_judge_wrote_and_stops_where_too_little_is_in_f
         ({"objective": "verdicts", "judge.critique": "off"}, "nothing reads it; set objective=critiques"),
         ({"reference.path": "x"}, "whose reference is each round's start"),
         ({"critiques.max_tokens": "2048"}, "must leave room for the question"),
-        ({"critiques.closing": "x", "critiques.template": "rate"}, "labels are"),
+        ({"critiques.closing": "x", "critiques.template": "rate"}, "names no {{ answer_a }}"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(place, capsys, more, said):

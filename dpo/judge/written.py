@@ -150,10 +150,10 @@ def _closed(pen: Pen, tree: Tree, answers: Sequence[Answer]) -> list[Answer]:
     prompts = [Prompt(tree.prompt, branches)] if branches else []
     slots = chain(*chain(*generate(pen.model, prompts, stops=(), max_new_tokens=1, watched=labels_L)))
     closed = list(answers)
-    for place, slot in zip(open_ones, slots, strict=True):
+    for place, branch, slot in zip(open_ones, branches, slots, strict=True):
         answer, log_p_L = answers[place], np.array(slot.watched[0])
         p_L = np.exp((log_p_L - log_p_L.max()) / critiques.temperature)
-        draw = np.random.default_rng((pen.config.seed, place, *ids[place])).random() * p_L.sum()
+        draw = np.random.default_rng((pen.config.seed, place, *tree.prompt, *branch)).random() * p_L.sum()
         best = int(log_p_L.argmax() if pen.greedy else np.searchsorted(p_L.cumsum(), draw, side="right"))
         log_p = {f" {label}": p for label, p in zip(pen.settings.template.labels, slot.watched[0], strict=True)}
         said = list(log_p)[best]
