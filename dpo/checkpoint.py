@@ -5,6 +5,7 @@ one stays whole whatever happens. Data order needs no state, it follows from see
 Read next: models/checkpoint.py, models/lora.py.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -31,6 +32,15 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 def trained_parameters(model: Decoder) -> dict[str, torch.nn.Parameter]:
     """The parameters that get gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_digest(model: Decoder, base: str) -> str:
+    """32 hex digits of the trained parameters and of the `base` weights' fingerprint; every rank must call."""
+    digest = hashlib.sha256(base.encode())
+    for name, parameter in trained_parameters(model).items():
+        digest.update(name.encode())
+        digest.update(full_tensor(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _write(folder: Path, files: Mapping[str, dict[str, Tensor]], state: dict[str, object]) -> None:

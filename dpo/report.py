@@ -48,7 +48,11 @@ def report_page(runs: Sequence[Run]) -> Page:
     if lone and lone.trained:
         results, controls = lone.results, "Controls: judges that have learnt nothing about judging"
         sections[controls] = report_run.controls(results["judge"])
-        sections["Training"] = [report_run.training(results), *sections.pop("Training")]
+        sections["Training"] = [
+            report_run.training(results),
+            *report_run.critiques(results),
+            *sections.pop("Training"),
+        ]
         sections["Alarms"] = report_run.alarms(results["alarms"])
     sections |= {"What changed": _changed(compared), "Rows": _rows(runs, judges)}
     if lone:

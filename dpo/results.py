@@ -71,6 +71,7 @@ class Results(TypedDict):
     answers: NotRequired[int]  # that dpo.judge had of its judge
     attacks: NotRequired[list[Success]]
     biases: NotRequired[list[Bias]]
+    critiques: NotRequired[list[Counts]]  # of objective=critiques, by round
 
 
 class Environment(TypedDict):

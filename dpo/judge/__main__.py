@@ -22,11 +22,12 @@ from dpo.judge.asked import ask_rows
 from dpo.judge.attacks import Success, attacked_rows, biases, successes
 from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
 from dpo.judge.calibration import Floats
-from dpo.judge.endpoint import Answer, Usage, endpoint
+from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
 from dpo.judge.local import replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
 from dpo.judge.protocols import PROTOCOLS, read_verdicts
 from dpo.judge.statistics import Summary, Verdict, summarise
+from dpo.judge.written import Pen, written_replies
 from dpo.log import stage
 from dpo.logprobs import score_trees
 from dpo.policy import load_policy, with_adapter
@@ -35,6 +36,7 @@ from dpo.rows import Rows
 from dpo.runs import new_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
+from models.checkpoint import weights_fingerprint
 from models.errors import UserError
 from models.files import atomic_write_text
 
@@ -60,19 +62,25 @@ class Judged(NamedTuple):
 
 
 def by_model(config: Config) -> Judged:
-    """By `model.path` with `model.adapter`: the log-probs of the labels."""
+    """By `model.path` with `model.adapter`: the log-probs of the labels, behind a critique with judge.critique."""
     config = with_adapter(config)
     ranks = Ranks(0, 1, torch.device(pick_device(config)))
     inputs = read_inputs(config, ranks.device.type, judging=True)
     model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
 
-    def reply(rows: Rows) -> list[Floats]:
+    def ask(rows: Rows, most_invalid: float = 1.0) -> tuple[list[Floats], list[Answer]]:
         trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
-        return replies(trees, score_trees(model, trees, config.pack, ranks, "judging"))
+        if config.judge.critique == "off":
+            return replies(trees, score_trees(model, trees, config.pack, ranks, "judging")), []
+        adapter = Path(config.model.adapter) if config.model.adapter else None
+        weights = weights_fingerprint(inputs.model_folder, inputs.cache / "fingerprints.json", adapter)
+        pen = Pen(model, weights, inputs, settings, config, greedy=config.judge.critique == "greedy")
+        return written_replies(pen, trees, most_invalid)
 
     name, rows = config.model.adapter or config.model.path, inputs.splits.test
-    return Judged(name, rows, inputs.attacked, reply(rows), [], None, inputs.splits.report, reply)
+    said, answers = ask(rows, MOST_INVALID)
+    return Judged(name, rows, inputs.attacked, said, answers, None, inputs.splits.report, lambda rows: ask(rows)[0])
 
 
 def by_endpoint(config: Config) -> Judged:

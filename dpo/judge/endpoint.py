@@ -71,6 +71,7 @@ class Answer:
     completion_tokens: int
     model: str  # as the endpoint names what it ran
     time_s: float
+    ids: tuple[int, ...] = ()  # the tokens of a local model's, its end included
 
 
 InForm = Callable[[Answer], bool]
@@ -188,7 +189,7 @@ def kept_answers(path: Path) -> Iterator[tuple[dict[str, Answer], Callable[[str,
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another process is asking this endpoint; wait for its end") from None
+            raise UserError(f"{path}: another process is adding to it; wait for its end") from None
         file.seek(0)
         whole, newline, _ = file.read().rpartition(b"\n")
         file.truncate(len(whole + newline))
