@@ -154,7 +154,7 @@ def train_steps(ranks: Ranks, folder: Path, config: Config, dtype: torch.dtype, 
         )
         if not losses:
             assert max(gather([sums["difference"]], ranks)) == 0
-            gradients = {name: full_tensor(parameter.grad) for name, parameter in named.items()}
+            gradients = {name: full_tensor(parameter.grad).clone() for name, parameter in named.items()}
         losses += [means(sums)["loss"], clip_gradients(list(named.values()), 1.0, ranks)]
         optimizer.step(config.train.lr)
     return losses, gradients, {name: full_tensor(parameter) for name, parameter in named.items()}
