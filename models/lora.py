@@ -153,7 +153,7 @@ def add_lora(model: Decoder, adapter: Adapter, *, seed: int) -> None:
     start_lora(model, seed)
 
 
-def start_lora(model: Decoder, seed: int) -> None:
+def start_lora(model: nn.Module, seed: int) -> None:
     """Set all updates to their start, the same one however the model is cut: A drawn by the seed, B and M 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
