@@ -157,9 +157,12 @@ def start_lora(model: nn.Module, seed: int) -> None:
     """Set all updates to their start, the same one however the model is cut: A drawn by the seed, B and M 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ".lora." in name and not parameter.is_meta:
-            drawn = name.endswith(".A")
-            copy_into(parameter, _kaiming(parameter.shape, generator) if drawn else torch.zeros(parameter.shape))
+        if parameter.is_meta or ".lora." not in name:
+            continue
+        if name.endswith(".A"):
+            copy_into(parameter, _kaiming(parameter.shape, generator))
+        else:
+            own_part(parameter).values.zero_()
 
 
 def _kind(name: str) -> str:

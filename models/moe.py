@@ -56,7 +56,10 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
 
 
 class RouterLogits(nn.Module):
-    """x W^T (+ b) [T, E], in fp32 (fp64 in fp64): a rounded logit would flip near ties."""
+    """x W^T (+ b) [T, E], in fp32 (fp64 in fp64): a rounded logit would flip near ties.
+
+    W and b are rounded to x's dtype all the same, as on ranks that send them in it.
+    """
 
     def __init__(self, hidden: int, experts: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -65,7 +68,8 @@ class RouterLogits(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         exact = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(exact), self.weight.to(exact), None if self.bias is None else self.bias.to(exact))
+        bias_E = None if self.bias is None else self.bias.to(x_TD.dtype).to(exact)
+        return F.linear(x_TD.to(exact), self.weight.to(x_TD.dtype).to(exact), bias_E)
 
 
 class LowRankExperts(nn.Module):

@@ -95,6 +95,18 @@ def test_ranks_read_each_stored_byte_once_in_all_and_hold_the_same_weights(tmp_p
                     assert torch.equal(parameters[key], parameter), (name, cut, key)
 
 
+@pytest.mark.parametrize("folder", ["dense", "each expert a tensor", "turned", "two widths"])
+def test_masters_are_multiplied_as_they_are_sent(folders, folder):
+    """In the dtype of the arithmetic, every one: so one process computes with what ranks would be sent."""
+    values = []
+    for weights in (torch.float32, torch.bfloat16):
+        model = load_decoder(folders[folder], weight_dtype=weights, compute_dtype=torch.bfloat16)
+        for parameter in model.parameters():  # now between two values of bf16
+            parameter.mul_(1.001) if weights is torch.float32 else parameter.copy_(parameter.float() * 1.001)
+        values.append(score_trees(model, TREES[:3], case_config("experts", 256).pack, ALONE, "test"))
+    assert [[list(one) for one in tree] for tree in values[0]] == [[list(one) for one in tree] for tree in values[1]]
+
+
 def refuse_copies(ranks: Ranks, folder: Path) -> str:
     try:
         shard(
