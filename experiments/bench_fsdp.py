@@ -30,7 +30,7 @@ from models.decoder import Decoder, empty_decoder, fill
 from models.sharded import own_part
 from models.tiny import write_tiny_model
 
-TOKENS = 1024
+TOKENS = 2048  # of a pack, by default
 WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
 LARGE = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 8192}  # 97 MiB a layer
 LAYER_MIB = 97
