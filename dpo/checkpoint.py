@@ -18,13 +18,14 @@ from torch import Tensor
 
 from dpo.adamw import AdamW
 from dpo.config import Config
-from dpo.distributed import Ranks, copy_into, full_parameters, full_tensor
+from dpo.distributed import Ranks, full_parameters
 from dpo.policy import adapter_of
 from models.checkpoint import save_folder
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import atomic_folder, read_json_object
 from models.lora import merged_weights, save_adapter
+from models.sharded import copy_into, full_tensor
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
