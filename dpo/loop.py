@@ -16,14 +16,7 @@ import torch
 
 from dpo.adamw import AdamW
 from dpo.alarms import DIFFERENCE, Watch, told
-from dpo.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights_into,
-    save_checkpoint,
-    save_weights,
-    trained_parameters,
-)
+from dpo.checkpoint import last_checkpoint, load, save, save_checkpoint, trained_parameters
 from dpo.config import Config
 from dpo.distributed import Ranks, clip_gradients, gather, without_gradient
 from dpo.inputs import Inputs
@@ -88,10 +81,10 @@ def train(
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
     if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
-        load_weights_into(best, policy)
+        load(best, policy, ranks)
         return _same_run(read_json_object(finished), done, finished)
     if config.run.resume and (last := last_checkpoint(checkpoints)):
-        done = _same_run(load_checkpoint(last, policy, optimizer), done, last)
+        done = _same_run(load(last, policy, ranks, optimizer), done, last)
 
     # Go!
     with (
@@ -166,7 +159,7 @@ def train(
                 log.write(done.step, figures)
                 if (score := selection_score(figures, config.train.select, done.step)) > done.best:
                     done.best, done.best_step = score, done.step
-                    save_weights(best, policy, asdict(done), ranks)
+                    save(best, policy, asdict(done), ranks)
             stop = any(gather([interrupted()], ranks))
             every, count = config.train.checkpoint_every_steps, config.train.n_checkpoints
             if stop or due(done.step, len(steps), every, count) or (every and done.step == len(steps)):
@@ -175,7 +168,7 @@ def train(
             if stop:
                 raise KeyboardInterrupt("a checkpoint is written; the same command with run.resume=latest goes on")
     if done.best_step != done.step:
-        load_weights_into(best, policy)
+        load(best, policy, ranks)
     if ranks.first:
         write_json(finished, asdict(done))
     return done

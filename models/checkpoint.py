@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from kernels import dequantise
 from models.errors import UserError
 from models.families import FAMILIES, llama4, read_model_config
-from models.files import atomic_folder, atomic_write_text, read_json_object, write_json
+from models.files import atomic_folder, atomic_write_text, file_digest, read_json_object, write_json
 from models.layouts import IGNORED, Layout, Piece, plain
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -143,8 +143,7 @@ def _digest(path: Path, memo: Path | None) -> str:
     stat = path.stat()
     key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
     if key not in known:
-        with open(path, "rb") as handle:
-            known[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+        known[key] = file_digest(path)
         # A file this young could change again within one tick of its clock and look the same: hash it again next time.
         if memo and time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
             atomic_write_text(memo, json.dumps(known, indent=1))
