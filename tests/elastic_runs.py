@@ -1,0 +1,95 @@
+"""Runs under torchrun's own agent, over ranks that are forked from one process which has imported everything.
+
+python tests/elastic_runs.py '[{"ranks": 2, "restarts": 1, "argv": [...], "kills": [[RESTART, RANK, MOMENT], ...]}, ...]'
+A MOMENT is NAME:N, SIGKILL before the N-th call of a function, or a time in seconds after the rank's start.
+Prints a line for each run: whether it ended well, and how often its ranks were started again.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import TypedDict
+
+import safetensors.torch
+import torch.distributed
+from torch.distributed import checkpoint, fsdp  # noqa: F401  imported once, before the ranks are forked
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import dpo.checkpoint
+import dpo.loop
+import dpo.reference
+import dpo.train
+import models.checkpoint
+
+OWNERS = {
+    "learning_rate": dpo.loop,
+    "save": safetensors.torch,
+    "rename": os,
+    "replace": os,
+    "rmtree": shutil,
+    "write_part": dpo.reference,
+    "save_file": models.checkpoint,
+    "all_gather_object": torch.distributed,
+}
+
+
+class Run(TypedDict):
+    ranks: int
+    restarts: int
+    argv: list[str]
+    kills: list[tuple[int, int, str]]
+
+
+def die_at(moment: str) -> None:
+    name, _, call = moment.partition(":")
+    if not call:
+        victim = os.getpid()
+        if not os.fork():
+            time.sleep(float(moment))
+            if os.getppid() == victim:
+                os.kill(victim, signal.SIGKILL)
+            os._exit(0)
+        return
+    real, calls = OWNERS[name].__dict__[name], []
+
+    def counting(*given: object, **named: object) -> object:
+        calls.append(name)
+        if len(calls) == int(call):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+
+    setattr(OWNERS[name], name, counting)
+
+
+def one_rank(argv: list[str], kills: list[tuple[int, int, str]]) -> None:
+    for restart, rank, moment in kills:
+        if (restart, rank) == (int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])):
+            die_at(moment)
+    code = dpo.train.main(argv)
+    if code:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    for run in json.loads(sys.argv[1]):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=run["ranks"],
+            max_restarts=run["restarts"],
+            start_method="fork",
+            monitor_interval=0.02,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id="test",
+        )
+        begin = time.perf_counter()
+        try:
+            elastic_launch(config, one_rank)(run["argv"], run["kills"])
+            print("ended well", f"{time.perf_counter() - begin:.1f}", flush=True)
+        except ChildFailedError as error:
+            print("failed", error.failures, flush=True)
