@@ -8,13 +8,16 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo.hang import watch
 from models.decoder import Decoder
+from models.errors import UserError
 
 if TYPE_CHECKING:  # importing it takes longer than all of ours: only where there are several processes
     from torch.distributed.tensor import DTensor
@@ -35,14 +38,32 @@ class Ranks:
         return self.rank == 0
 
 
-def join_ranks(device: str) -> Ranks:
-    """Join torchrun's process group (gloo on the CPU, nccl on CUDA); alone without torchrun."""
+def join_ranks(device: str, hang_s: float) -> Ranks:
+    """Join torchrun's process group (gloo on the CPU, nccl on CUDA); alone without torchrun.
+
+    `hang_s`: how long one rank may keep the others waiting.
+    """
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, torch.device(device))
     local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     if local.type == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if local.type == "cuda" else "gloo")
+    # torchrun hands ranks that it starts again the store with the addresses of the dead ones (pytorch#135712).
+    restarts, shared = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if several and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(shared) != "1":
+        raise UserError(f"torchrun --max-restarts on several nodes: set {shared}=1 before it, or ranks may not meet")
+    prefix = "" if several else restarts  # nodes count their own restarts
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if local.type == "cuda" else "gloo",
+        store=dist.PrefixStore(prefix, store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=hang_s + 60),
+    )
+    client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    watch(dist.PrefixStore(prefix, client), rank, world, hang_s)
     return Ranks(dist.get_rank(), dist.get_world_size(), local)
 
 

@@ -18,7 +18,7 @@ from dpo.adamw import AdamW
 from dpo.alarms import DIFFERENCE, Watch, told
 from dpo.checkpoint import last_checkpoint, load, save, save_checkpoint, trained_parameters
 from dpo.config import Config
-from dpo.distributed import Ranks, clip_gradients, gather, without_gradient
+from dpo.distributed import Ranks, broadcast_first, clip_gradients, gather, without_gradient
 from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
 from dpo.pairs import TreeSums
@@ -80,10 +80,11 @@ def train(
     done = TrainState(data, reference, without_gradient=list(named))
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
-    if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
+    last, over = broadcast_first((last_checkpoint(checkpoints), finished.is_file()), ranks)
+    if config.run.resume and over:  # stopped while it judged or exported: there is nothing left to train
         load(best, policy, ranks)
         return _same_run(read_json_object(finished), done, finished)
-    if config.run.resume and (last := last_checkpoint(checkpoints)):
+    if config.run.resume and last:
         done = _same_run(load(last, policy, ranks, optimizer), done, last)
 
     # Go!

@@ -18,7 +18,17 @@ from models.errors import UserError
 from models.files import atomic_write_text, read_json_object
 
 MAY_DIFFER = (
-    *("run.resume", "run.root", "run.cache", "reference.store", "show", "log.wandb", "log.project", "log.plots"),
+    *(
+        "run.resume",
+        "run.root",
+        "run.hang_s",
+        "run.cache",
+        "reference.store",
+        "show",
+        "log.wandb",
+        "log.project",
+        "log.plots",
+    ),
     *("train.checkpoint_every_steps", "train.n_checkpoints", "train.keep_checkpoints"),
 )
 """Keys that a resumed run may change: none of them touches a number."""
@@ -36,17 +46,22 @@ def new_folder(config: Config) -> Path:
                 break
             except FileExistsError:
                 folder = home / f"{stamp}-{config.seed}.{number}"
-        write_json(folder / "config.json", config_dict(config))
         write_json(folder / "env.json", environment())
-        link = home / f".latest-{folder.name}"
-        link.symlink_to(folder.name)
-        link.replace(home / "latest")
+        write_json(folder / "config.json", config_dict(config))  # with it the run counts as begun
+        _point_latest(folder)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
             f"run.root={config.run.root}: cannot make {folder} ({error.strerror}); free space or choose another place"
         ) from error
     return folder
+
+
+def _point_latest(folder: Path) -> None:
+    link = folder.parent / f".latest-{folder.name}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(folder.parent / "latest")
 
 
 def resumed_folder(config: Config) -> Path | None:
@@ -59,7 +74,9 @@ def resumed_folder(config: Config) -> Path | None:
     if name == "auto":
         begun = sorted((path.parent for path in home.glob("[0-9]*/config.json")), reverse=True)
         open_ones = (one for one in begun if not (one / "report.html").exists() and not _changed(one, config)[0])
-        return next(open_ones, None)
+        if found := next(open_ones, None):
+            _point_latest(found)
+        return found
     folder = home / "latest" if name == "latest" else Path(name)
     if not (folder / "config.json").is_file():
         raise UserError(f"run.resume={name}: {folder} is no run folder (it has no config.json)")

@@ -5,6 +5,7 @@
 No dimension letters. Read next: dpo/loop.py, the training loop.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import torch
 from dpo.alarms import alarms_of
 from dpo.checkpoint import export
 from dpo.config import Config
-from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
+from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs
 from dpo.judge.attacks import Success, biases, successes
 from dpo.judge.local import Score, evaluation, judge_results, reward_verdicts, verdicts, write_verdicts
@@ -96,7 +97,10 @@ def run(config: Config) -> Path:
     times: dict[str, float] = {}
     config = with_adapter(config)
     torch.set_flush_denormal(True)  # peaked softmaxes make denormals, which slow the CPU thirty-fold
-    ranks = join_ranks(pick_device(config))
+    ranks = join_ranks(pick_device(config), config.run.hang_s)
+    restarts = gather([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")], ranks)
+    if not config.run.resume and any(count != "0" for count in restarts):  # torchrun started us again
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
     resumed = broadcast_first(resumed_folder(config) if config.run.resume and ranks.first else None, ranks)
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)

@@ -1,8 +1,8 @@
 """Runs under torchrun's own agent, over ranks that are forked from one process which has imported everything.
 
-python tests/elastic_runs.py '[{"ranks": 2, "restarts": 1, "argv": [...], "kills": [[RESTART, RANK, MOMENT], ...]}, ...]'
-A MOMENT is NAME:N, SIGKILL before the N-th call of a function, or a time in seconds after the rank's start.
-Prints a line for each run: whether it ended well, and how often its ranks were started again.
+python tests/elastic_runs.py '[{"ranks": 2, "restarts": 1, "argv": [...], "kills": [[RESTART, RANK, MOMENT], ...]}]'
+A MOMENT is NAME:N, before the N-th call of a function, or a time in seconds after the rank's start; SIGKILL comes then,
+or with a minus before the N SIGSTOP. Prints a line for each run: ended well, or not.
 """
 
 import json
@@ -58,8 +58,8 @@ def die_at(moment: str) -> None:
 
     def counting(*given: object, **named: object) -> object:
         calls.append(name)
-        if len(calls) == int(call):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == abs(int(call)):
+            os.kill(os.getpid(), signal.SIGKILL if int(call) > 0 else signal.SIGSTOP)
         return real(*given, **named)
 
     setattr(OWNERS[name], name, counting)
