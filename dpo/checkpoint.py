@@ -136,13 +136,24 @@ def last_checkpoint(folder: Path) -> Path | None:
 def export(folder: Path, model: Decoder, source: Path, config: Config, ranks: Ranks) -> None:
     """Write what others open: `model/` (a Hugging Face folder, updates merged) and, for LoRA, peft's `adapter/`.
 
-    Weights are written in the dtype of `source`'s config. Every rank must call, the first writes.
+    Weights are written in the dtype of `source`'s config. Every rank must call; each writes its own files of the model.
     """
     tensors = full_parameters(model)
-    if not ranks.first:
-        return
     if config.lora.rank:
-        adapter, architecture = adapter_of(config.lora), model.config.architecture
-        save_adapter(folder / "adapter", tensors, adapter, base=str(source), architecture=architecture)
-    dtype = getattr(torch, model.config.dtype)
-    save_folder(folder / "model", merged_weights(model, tensors), source, dtype=dtype)
+        save_adapter(
+            folder / "adapter",
+            tensors,
+            adapter_of(config.lora),
+            base=str(source),
+            architecture=model.config.architecture,
+            write=ranks.first,
+        )
+    save_folder(
+        folder / "model",
+        merged_weights(model, tensors),
+        source,
+        dtype=getattr(torch, model.config.dtype),
+        rank=ranks.rank,
+        world=ranks.world,
+        of_first=lambda place: broadcast_first(place, ranks),
+    )

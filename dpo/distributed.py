@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo.hang import watch
+from models.checkpoint import Made
 from models.decoder import Decoder
 from models.errors import UserError
 
@@ -165,9 +166,11 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(value)
 
 
-def full_parameters(model: Decoder) -> dict[str, Tensor]:
-    """Every parameter whole, by its published name."""
-    return {name: full_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
+def full_parameters(model: Decoder) -> Made:
+    """Every parameter whole, by its published name, gathered when it is asked for: all ranks ask in the same order."""
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return Made(shapes, lambda name: full_tensor(parameters[name].detach()))
 
 
 def without_gradient(parameters: Mapping[str, Tensor], ranks: Ranks) -> list[str]:

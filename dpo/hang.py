@@ -12,7 +12,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
-OURS, WAITING = str(Path(__file__).parents[1]), str(Path(dist.__file__).parent)
+ROOT, WAITING = Path(__file__).parents[1], str(Path(dist.__file__).parent)
+OURS = tuple(str(ROOT / package) for package in ("dpo", "models", "kernels"))
 LOOKS = 50  # at the main thread, within the limit
 
 
@@ -72,6 +73,6 @@ def _told(main: int) -> str:
     """Whether the main thread waits for other ranks, and which line of ours it is in."""
     frames = _frames(main)
     ours = next((f for f in frames if f.f_code.co_filename.startswith(OURS)), None)
-    place = f"{os.path.relpath(ours.f_code.co_filename, OURS)}:{ours.f_lineno}" if ours else "its start or end"
+    place = f"{Path(ours.f_code.co_filename).relative_to(ROOT)}:{ours.f_lineno}" if ours else "its start or end"
     waits = bool(frames) and frames[0].f_code.co_filename.startswith(WAITING)
     return f"{'waits' if waits else 'stands'} at {place}"

@@ -1,8 +1,8 @@
 """Runs under torchrun's own agent, over ranks that are forked from one process which has imported everything.
 
 python tests/elastic_runs.py '[{"ranks": 2, "restarts": 1, "argv": [...], "kills": [[RESTART, RANK, MOMENT], ...]}]'
-A MOMENT is NAME:N, before the N-th call of a function, or a time in seconds after the rank's start; SIGKILL comes then,
-or with a minus before the N SIGSTOP. Prints a line for each run: ended well, or not.
+A MOMENT is NAME:N, before the N-th call of a function, or a time in seconds after the rank's start. Then comes SIGKILL,
+or after "stop " SIGSTOP, or after "sleep " a very long sleep. Prints a line for each run: ended well, or not.
 """
 
 import json
@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import dpo.checkpoint
+import dpo.judge.__main__
 import dpo.loop
 import dpo.reference
 import dpo.train
@@ -44,22 +45,30 @@ class Run(TypedDict):
     kills: list[tuple[int, int, str]]
 
 
-def die_at(moment: str) -> None:
-    name, _, call = moment.partition(":")
+DEEDS = {
+    "": lambda victim: os.kill(victim, signal.SIGKILL),
+    "stop": lambda victim: os.kill(victim, signal.SIGSTOP),
+    "sleep": lambda victim: time.sleep(1e6),
+}
+
+
+def come_to_harm(moment: str) -> None:
+    deed, _, when = moment.rpartition(" ")
+    name, _, call = when.partition(":")
+    victim = os.getpid()
     if not call:
-        victim = os.getpid()
         if not os.fork():
-            time.sleep(float(moment))
+            time.sleep(float(when))
             if os.getppid() == victim:
-                os.kill(victim, signal.SIGKILL)
+                DEEDS[deed](victim)
             os._exit(0)
         return
     real, calls = OWNERS[name].__dict__[name], []
 
     def counting(*given: object, **named: object) -> object:
         calls.append(name)
-        if len(calls) == abs(int(call)):
-            os.kill(os.getpid(), signal.SIGKILL if int(call) > 0 else signal.SIGSTOP)
+        if len(calls) == int(call):
+            DEEDS[deed](victim)
         return real(*given, **named)
 
     setattr(OWNERS[name], name, counting)
@@ -68,8 +77,8 @@ def die_at(moment: str) -> None:
 def one_rank(argv: list[str], kills: list[tuple[int, int, str]]) -> None:
     for restart, rank, moment in kills:
         if (restart, rank) == (int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])):
-            die_at(moment)
-    code = dpo.train.main(argv)
+            come_to_harm(moment)
+    code = dpo.judge.__main__.main(argv[1:]) if argv[0] == "dpo.judge" else dpo.train.main(argv)
     if code:
         os._exit(code)
 
@@ -87,9 +96,8 @@ if __name__ == "__main__":
             rdzv_endpoint="localhost:0",
             run_id="test",
         )
-        begin = time.perf_counter()
         try:
             elastic_launch(config, one_rank)(run["argv"], run["kills"])
-            print("ended well", f"{time.perf_counter() - begin:.1f}", flush=True)
+            print("ended well", flush=True)
         except ChildFailedError as error:
             print("failed", error.failures, flush=True)

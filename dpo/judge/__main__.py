@@ -13,10 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from dpo.config import Config
-from dpo.distributed import Ranks
+from dpo.distributed import Ranks, end_process, join_ranks, leave_ranks
 from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs
 from dpo.judge.asked import ask_rows
 from dpo.judge.attacks import Success, attacked_rows, biases, successes
@@ -43,6 +41,7 @@ usage: python -m dpo.judge [exp=NAME] [key=value ...]      (exp=judge where none
   python -m dpo.judge model.path=path/to/model data.path=rows.jsonl
   python -m dpo.judge endpoint.url=https://api.openai.com/v1 endpoint.model=gpt-5.2 data.path=rows.jsonl
   python -m dpo.judge exp=quickstart judge.split=test model.path=path/to/model    (what that training judged)
+  torchrun --nproc-per-node=8 -m dpo.judge model.path=path/to/model data.path=rows.jsonl    (one model over 8 GPUs)
 """
 
 
@@ -59,10 +58,9 @@ class Judged(NamedTuple):
     reply: Callable[[Rows], list[Floats]]  # of other rows
 
 
-def by_model(config: Config) -> Judged:
-    """By `model.path` with `model.adapter`: the log-probs of the labels."""
+def by_model(config: Config, ranks: Ranks) -> Judged:
+    """By `model.path` with `model.adapter`: the log-probs of the labels. All ranks share the work and get all of it."""
     config = with_adapter(config)
-    ranks = Ranks(0, 1, torch.device(pick_device(config)))
     inputs = read_inputs(config, ranks.device.type, judging=True)
     model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
@@ -109,11 +107,14 @@ def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config)
     return figures
 
 
-def run(config: Config) -> Path:
+def run(config: Config) -> None:
     """Judge, and write the run folder: config.json, env.json, verdicts.jsonl, results.json, and answers.jsonl."""
     times: dict[str, float] = {}
+    ranks = join_ranks(pick_device(config), config.run.hang_s)
+    if config.endpoint.url and ranks.world > 1:
+        raise UserError("endpoint.url: one process asks, endpoint.concurrency questions at once; leave torchrun out")
     with stage("judge", times):
-        judged = by_endpoint(config) if config.endpoint.url else by_model(config)
+        judged = by_endpoint(config) if config.endpoint.url else by_model(config, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
     verdicts = read_verdicts(judged.rows, judged.replies, settings)
     summary, benchmark = summarise(verdicts, config.seed), benchmark_score(judged, verdicts, config)
@@ -127,6 +128,9 @@ def run(config: Config) -> Path:
                 lambda rows: read_verdicts(rows, judged.reply(rows), settings),
                 config,
             )
+    leave_ranks(ranks)
+    if not ranks.first:
+        return
     folder = new_folder(config)
     write_verdicts(folder / "verdicts.jsonl", {judged.judge: verdicts})
     if judged.answers:
@@ -140,7 +144,6 @@ def run(config: Config) -> Path:
         results["endpoint"] = asdict(judged.usage)
     write_json(folder / "results.json", results)
     print(told(folder, judged, summary, benchmark, attacks))
-    return folder
 
 
 def write_answers(path: Path, judged: Judged) -> None:
@@ -202,4 +205,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))
