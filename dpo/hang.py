@@ -43,13 +43,13 @@ def _watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float, main:
     except dist.DistError:  # torchrun is gone
         os._exit(1)
     if rank == min(told):
-        silent = {r: "does not answer: stopped, or its machine is gone" for r in range(world) if r not in told}
-        busy = {r: where for r, where in told.items() if not where.startswith("waits")}
-        named = "; ".join(f"rank {r} {where}" for r, where in (silent or busy or told).items())
+        blamed = {r: told.get(r, "does not answer: stopped, or its machine is gone") for r in range(world)}
+        waiting = {r: blamed.pop(r) for r, where in told.items() if where.startswith("waits")}
+        named = "; ".join(f"rank {r} {where}" for r, where in blamed.items()) or "no rank stands out"
         print(
-            f"error: no progress for run.hang_s={limit_s:g} s: {named}. {'All' if not silent | busy else 'The other'} "
-            f"ranks wait ({told[rank]}). The run ends; run.resume=auto, or torchrun --max-restarts, goes on from the "
-            "last checkpoint",
+            f"error: no progress for run.hang_s={limit_s:g} s: {named}; {len(waiting)} of {world} ranks wait: "
+            f"{', '.join(sorted(set(waiting.values())))}. All end; run.resume=auto, or torchrun --max-restarts, goes on "
+            "from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

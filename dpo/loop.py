@@ -82,7 +82,8 @@ def train(
     finished = checkpoints / "finished.json"
     last, over = broadcast_first((last_checkpoint(checkpoints), finished.is_file()), ranks)
     if config.run.resume and over:  # stopped while it judged or exported: there is nothing left to train
-        load(best, policy, ranks)
+        with sole_process(folder) if ranks.first else nullcontext():
+            load(best, policy, ranks)
         return _same_run(read_json_object(finished), done, finished)
     if config.run.resume and last:
         done = _same_run(load(last, policy, ranks, optimizer), done, last)
