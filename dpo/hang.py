@@ -29,13 +29,14 @@ def watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float) -> Non
 
 def _watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float, main: int) -> None:
     look_s = min(2.0, limit_s / LOOKS)
-    stood, since = _stack(main), time.monotonic()
+    stood, still_s = _stack(main), 0.0  # looks are counted, not the clock: who was stopped may go on
     try:
         while not store.check(["hang"]):
             time.sleep(look_s)
-            if (stands := _stack(main)) != stood:
-                stood, since = stands, time.monotonic()
-            elif time.monotonic() - since > limit_s:
+            stands = _stack(main)
+            still_s = still_s + look_s if stands == stood else 0.0
+            stood = stands
+            if still_s > limit_s:
                 store.set("hang", "")
         store.set(f"hang {rank}", _told(main))
         time.sleep(2 * look_s + 1)  # until each that can has told
@@ -48,8 +49,8 @@ def _watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float, main:
         named = "; ".join(f"rank {r} {where}" for r, where in blamed.items()) or "no rank stands out"
         print(
             f"error: no progress for run.hang_s={limit_s:g} s: {named}; {len(waiting)} of {world} ranks wait: "
-            f"{', '.join(sorted(set(waiting.values())))}. All end; run.resume=auto, or torchrun --max-restarts, goes on "
-            "from the last checkpoint",
+            f"{', '.join(sorted(set(waiting.values())))}. All end; torchrun --max-restarts, or run.resume=auto, goes "
+            "on from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
