@@ -243,6 +243,11 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         print(f"error: {error}; a full disk or a missing permission? What was there is whole", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        print(f"error: rank {os.environ['RANK']} stops: another one ended, and says why", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"
         print(f"interrupted: {str(stop) or outside}", file=sys.stderr)

@@ -96,7 +96,7 @@ def one_rank(rank: int, world: int, part: Part, folder: Path, argv: list[str]) -
 
 if __name__ == "__main__":
     place, argv = Path(sys.argv[1]), ["exp=smoke", f"model.path={sys.argv[2]}", *sys.argv[3:]]
-    write, least = models.checkpoint.write_weights, 100_000  # bytes: several files of a tiny model
+    write, least = models.checkpoint.write_weights, 30_000  # bytes: several files of a tiny model
     models.checkpoint.write_weights = lambda *given, **named: write(*given, **named, max_shard_bytes=least)
     parts = [(4, saves("four")), (2, goes_on("four", "two")), (1, goes_on("two", "one")), (4, goes_on("one", "again"))]
     for world, part in [*parts, (2, fails)]:

@@ -17,7 +17,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for path in sorted(folder.glob("*.safetensors")) for name, value in load_file(path).items()}
 
 
-@pytest.mark.parametrize("settings", [[], ["lora.rank=2", "lora.dora=true"]], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("settings", [["lora.rank=2", "lora.dora=true"], pytest.param([], marks=pytest.mark.long)])
 def test_what_four_ranks_saved_two_one_and_four_load_to_the_same_bits_and_export_alike(tiny_folder, tmp_path, settings):
     """Adapters of rank 2: two of four ranks hold no part of them, and yet the export is whole (accelerate#4206)."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
