@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test test-long check format bench-trl bench-rows bench-moe bench-generate clean
+.PHONY: help quickstart test test-long check format bench-trl bench-rows bench-moe bench-generate bench-judge clean
 
 help:
 	@echo "make quickstart   fine-tune a 135M model into a judge and measure it (a quarter of an hour on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench-rows   cost and memory at 1k, 10k and 100k rows, and the time to the first step"
 	@echo "make bench-moe    a step with MXFP4 experts that stay packed, against bf16 (minutes; nothing else may run)"
 	@echo "make bench-generate   decoding speed against transformers, both in one process (minutes; nothing else may run)"
+	@echo "make bench-judge      verdicts a second against transformers, and an endpoint's client (as above)"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 # Torch goes first: its plain version takes whichever build (CPU, CUDA) this machine's pip is set up for.
@@ -67,6 +68,10 @@ bench-moe: .venv/.installed
 
 bench-generate: .venv/.installed
 	$(BIN)/python experiments/bench_generate.py --dtype $(DTYPES)
+
+bench-judge: .venv/.installed
+	$(BIN)/python experiments/bench_judge.py --dtype $(DTYPES)
+	$(BIN)/python experiments/bench_judge.py --client
 
 clean:
 	rm -rf .venv .venv-trl build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,6 +6,7 @@ good one stays whole whatever happens. Data order needs no state, it follows fro
 Read next: models/checkpoint.py, models/lora.py.
 """
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dpo.adamw import AdamW
 from dpo.config import Config
-from dpo.distributed import Ranks, broadcast_first, full_parameters, gather, own_share
+from dpo.distributed import Ranks, broadcast_first, full_parameters, full_tensor, gather, own_share
 from dpo.policy import adapter_of
 from models.checkpoint import save_folder
 from models.decoder import Decoder
@@ -33,6 +34,15 @@ FILE_BYTES = 2**28  # of a rank's shards about: torch holds one of them a second
 def trained_parameters(model: Decoder) -> dict[str, torch.nn.Parameter]:
     """The parameters that get gradients, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_digest(model: Decoder, base: str) -> str:
+    """32 hex digits of the trained parameters and of the `base` weights' fingerprint; every rank must call."""
+    digest = hashlib.sha256(base.encode())
+    for name, parameter in trained_parameters(model).items():
+        digest.update(name.encode())
+        digest.update(full_tensor(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def _line(path: Path) -> str:

@@ -181,6 +181,7 @@ class TrainConfig(Section):
     )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept, besides the best weights")
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, a third more time")
+    patience: int = Field(0, ge=0, description="validations without a better one that end the training; 0 = never")
     select: Literal["averaged_accuracy", "accuracy", "loss", "last"] = Field(
         "averaged_accuracy", description="validation figure that picks the weights to judge and export"
     )
@@ -211,12 +212,32 @@ class JudgeConfig(Section):
     )
     template: Place = Field("", description='file of what the judge is asked, or a preset; "" = the protocol\'s own')
     reference_answer: bool = Field(True, description="the judge sees the reference answers of rows that have one")
+    critique: Literal["off", "greedy", "sampled"] = Field(
+        "off", description="a local model writes a critique before its verdict (section critiques)"
+    )
     split: Literal["all", "test"] = Field(
         "all", description="rows that dpo.judge judges: all, or a training's test rows"
     )
     attacks: list[str] = Field(
         [], description="also judge the rows with their wrong answers under each of these; all = each there is"
     )
+
+
+class CritiquesConfig(Section):
+    """What the judge writes before its verdict, with objective=critiques or judge.critique."""
+
+    template: Place = Field("", description='as judge.template; "" = the preset PROTOCOL_critique')
+    max_tokens: int = Field(256, ge=1, description="most tokens of a critique with its verdict")
+    temperature: float = Field(0.8, gt=0, description="of what is sampled")
+    top_p: float = Field(1.0, gt=0, le=1, description="of what is sampled: the fewest tokens of this mass")
+    closing: str = Field(
+        "", description='text put behind a critique without a verdict, which is then read there; "" = it has none'
+    )
+    batch: int = Field(64, ge=1, description="critiques written at once, whole rows; a kill loses so many")
+    samples: int = Field(8, ge=2, description="critiques of each question that a round samples")
+    kept: int = Field(2, ge=1, description="most right ones, and most wrong ones, of a question that are paired")
+    rounds: int = Field(1, ge=1, description="of sampling and training; each samples from what the last one trained")
+    verdict_share: float = Field(0.15, ge=0, lt=1, description="share of the pairs that are verdicts alone")
 
 
 class EndpointConfig(Section):
@@ -236,6 +257,15 @@ class EndpointConfig(Section):
     )
     max_cost: float = Field(0.0, ge=0, description="most dollars for all answers of a run; 0 = no limit")
     prices: Place = Field("", description='TOML of dollars per million tokens, by model; "" = dpo/judge/prices.toml')
+
+
+class StudyConfig(Section):
+    """What python -m dpo.study compares the trained judges with."""
+
+    endpoints: list[str] = Field(
+        [],
+        description="MODEL URL [KEY_VARIABLE] [NAME=VALUE ...] each, the latter as of endpoint.extra; unset keys: not",
+    )
 
 
 class LogConfig(Section):
@@ -259,7 +289,9 @@ class Config(Section):
     """All of it. `exp` is the bare name of the experiment, also where a path was given."""
 
     exp: str = Field(min_length=1, description="name of a file in experiments/ (without .toml), or a path to a .toml")
-    objective: Literal["verdicts", "responses"] = Field("verdicts", description="train A/B verdicts, or the answers")
+    objective: Literal["verdicts", "responses", "critiques"] = Field(
+        "verdicts", description="train A/B verdicts, the answers, or the judge's own critiques"
+    )
     seed: int = Field(0, ge=0, le=1_000_000_000, description="seed of rows, order, initial adapters and bootstrap")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is a GPU")
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = Field("auto", description="auto = bf16 where native, else fp32")
@@ -275,7 +307,9 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     reference: ReferenceConfig = ReferenceConfig()
     judge: JudgeConfig = JudgeConfig()
+    critiques: CritiquesConfig = CritiquesConfig()
     endpoint: EndpointConfig = EndpointConfig()
+    study: StudyConfig = StudyConfig()
     log: LogConfig = LogConfig()
     run: RunConfig = RunConfig()
 

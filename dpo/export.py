@@ -20,6 +20,7 @@ from dpo.config import Config
 from dpo.distributed import Ranks, full_parameters
 from dpo.inputs import DTYPES, cache_folder
 from dpo.policy import load_policy, with_adapter
+from dpo.verdict_files import SHAPES, write_verdict_files
 from models.checkpoint import ADAPTER_CONFIG, save_folder, whole_tensor
 from models.decoder import Decoder, load_decoder, next_token_logits
 from models.errors import UserError
@@ -107,6 +108,9 @@ def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch
             f"{out}: the merged model's logits differ by {found.written:.3g} from the unmerged ones, more than the "
             f"{allowed:.3g} allowed; it was removed. Try --dtype fp32; if that fails too, report it"
         )
+    card = source / "export" / "model" / "README.md"
+    if card.is_file():
+        shutil.copyfile(card, out / card.name)
     return found
 
 
@@ -117,9 +121,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--base", default="", help="the base model; by default the one that the source names")
     parser.add_argument("--out", type=Path, help="folder to write; by default SOURCE/merged")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights (%(default)s)")
+    parser.add_argument("--verdicts", choices=SHAPES, help="write the run's verdicts in this shape instead")
     asked = parser.parse_args(arguments)
     out = asked.out or asked.source / "merged"
     try:
+        if asked.verdicts:
+            print("\n".join(map(str, write_verdict_files(asked.source, asked.verdicts))))
+            return 0
         found = merge(asked.source, out, base=asked.base, dtype=DTYPES[asked.dtype])
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

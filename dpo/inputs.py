@@ -175,10 +175,10 @@ def _reference_folder(config: Config, cache: Path, tokenizer: Tokenizer) -> Path
 
 
 def tree_settings(config: Config) -> TreeSettings:
-    """What the objective's trees of the training rows depend on."""
+    """What the objective's trees of the training rows depend on: of critiques, those of the verdicts alone."""
     data = config.data
     return TreeSettings(
-        config.objective,
+        "responses" if config.objective == "responses" else "verdicts",
         data.pairs_per_row,
         config.train.pair_weight,
         config.pack.tokens,
@@ -192,21 +192,28 @@ def tree_settings(config: Config) -> TreeSettings:
     )
 
 
+def critique_settings(config: Config) -> TreeSettings:
+    """What the trees of questions to be answered with a critique depend on."""
+    protocol = config.judge.protocol
+    template = read_template(config.critiques.template or f"{protocol}_critique", protocol)
+    return replace(tree_settings(config), objective="verdicts", template=template, room=config.critiques.max_tokens)
+
+
 def judge_settings(config: Config, *, sighted: bool) -> TreeSettings:
     """What the trees of judged rows depend on: data.max_tokens limits them where it limits the objective's verdicts."""
     return replace(
-        tree_settings(config),
+        tree_settings(config) if config.judge.critique == "off" else critique_settings(config),
         objective="verdicts",
         pairs_per_row=config.judge.pairs_per_row,
         pair_weight="pair",
-        max_tokens=config.data.max_tokens if config.objective == "verdicts" else 0,
+        max_tokens=0 if config.objective == "responses" else config.data.max_tokens,
         sighted=sighted,
     )
 
 
 def answer_settings(config: Config) -> TreeSettings:
     """What the trees of judged rows' answers depend on, whose implicit rewards are compared."""
-    return replace(judge_settings(config, sighted=True), objective="responses", max_tokens=0)
+    return replace(judge_settings(config, sighted=True), objective="responses", max_tokens=0, room=0)
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,7 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
             f"judge.protocol={config.judge.protocol}: is for python -m dpo.judge; a training has compare only"
         )
     if config.judge.sighted and config.judge.blind_control and not judging:  # it comes last, its template not
-        template = tree_settings(config).template
+        template = judge_settings(config, sighted=False).template
         judge_messages((), ["", ""], template, sighted=False, reference="-" * ("reference_answer" in columns(template)))
     if config.data.max_tokens > config.pack.tokens:
         raise UserError(
@@ -268,7 +275,8 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
         raise UserError("no test rows: a run ends with judging held-out rows; set data.test_fraction above 0")
     objective, judge = tree_settings(config), judge_settings(config, sighted=config.judge.sighted)
     validated = replace(objective, pairs_per_row=config.judge.pairs_per_row)
-    train = _fit("train", splits.train, [objective], tokenizer, cache)
+    trained = [critique_settings(config)] * (config.objective == "critiques") + [objective]
+    train = _fit("train", splits.train, trained, tokenizer, cache)
     validation = _fit("validation", splits.validation, [judge, validated], tokenizer, cache)
     judged = [answer_settings(config)] * (config.judge.rewards != "off") + [judge]
     test = _fit("test", splits.test, judged, tokenizer, cache)

@@ -5,6 +5,7 @@
 No dimension letters. Read next: dpo/report.py.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import cast
 
 from pydantic import ValidationError
 
-from dpo.config import Config
+from dpo.config import Config, config_dict
 from dpo.inputs import load_splits
 from dpo.judge.attacks import Bias, Success
 from dpo.judge.local import read_verdicts
@@ -24,6 +25,7 @@ from dpo.judge.statistics import Comparison, Summary, Verdict, averaged_scores, 
 from dpo.page import Case
 from dpo.results import Endpoint, Environment, Metrics, Results, read_metrics
 from dpo.rows import Row, row_digest, rows_digest
+from dpo.runs import flat
 from models.errors import UserError
 from models.files import read_json_object
 
@@ -72,6 +74,11 @@ class Judge:
     run: Run
     summary: Summary
     verdicts: dict[Key, Verdict]
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it was asked in two orders."""
+        return self.run.config.judge.protocol == "compare" and self.role != "rewards"
 
     @property
     def attacks(self) -> list[Success]:
@@ -152,13 +159,27 @@ def judges_of(runs: Sequence[Run]) -> list[Judge]:
             verdicts = {(v.id, v.pair, v.group, digest.get(v.id, "")): v for v in run.verdicts[role]}
             if role != "base" or all(judge.verdicts != verdicts for judge in found):
                 found.append(Judge(role, role, run, run.results["judge"][role], verdicts))  # type: ignore[literal-required]
-    for place in (lambda run: run.config.exp, lambda run: run.folder.name):
-        count = Counter(judge.name for judge in found)
-        twins = [count[judge.name] > 1 for judge in found]
-        found = [
-            replace(j, name=f"{place(j.run)} {j.role}") if twin else j for j, twin in zip(found, twins, strict=True)
-        ]
+    for name in (_by_experiment, _by_settings, _by_folder):
+        twins = [[other.run for other in found if other.name == judge.name] for judge in found]
+        found = [replace(j, name=name(j, of)) if len(of) > 1 else j for j, of in zip(found, twins, strict=True)]
     return found
+
+
+def _by_experiment(judge: Judge, twins: Sequence[Run]) -> str:
+    return f"{judge.run.config.exp} {judge.role}"
+
+
+def _by_settings(judge: Judge, twins: Sequence[Run]) -> str:
+    """By up to three keys in which the runs of judges of one name differ."""
+    of = [flat(config_dict(run.config)) for run in twins]
+    own = flat(config_dict(judge.run.config))
+    keys = [key for key in own if not key.startswith(("run.", "log.")) and any(one[key] != own[key] for one in of)]
+    told = (f"{key}={own[key] if isinstance(own[key], str) else json.dumps(own[key])}" for key in keys)
+    return ", ".join((judge.role, *told)) if len(keys) <= 3 else judge.name
+
+
+def _by_folder(judge: Judge, twins: Sequence[Run]) -> str:
+    return f"{judge.run.folder.name} {judge.role}"
 
 
 # --- two judges -----------------------------------------------------------------------------------------------------
@@ -187,6 +208,12 @@ def comparisons(judges: Sequence[Judge]) -> list[Compared]:
 def transitions(a: Judge, b: Judge) -> Counter[tuple[str, str]]:
     """How often a has the one outcome and b the other."""
     return Counter(zip(*(outcomes(verdicts).tolist() for verdicts in shared_pairs(a, b)), strict=True))
+
+
+def changed(a: Judge, b: Judge) -> list[dict[str, object]]:
+    """Every shared pair of which b makes what a does not, with the outcomes of both."""
+    was_now = zip(*shared_pairs(a, b), *(outcomes(of).tolist() for of in shared_pairs(a, b)), strict=True)
+    return [{"id": v.id, "pair": v.pair, "was": was, "now": now} for v, _, was, now in was_now if was != now]
 
 
 # --- pairs worth reading --------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class TrainState:
     step0_max_difference: float | None = None
     best: list[float] = field(default_factory=list)
     best_step: int = 0
+    stale: int = 0  # validations since the best one
     without_gradient: list[str] = field(default_factory=list)  # parameters that never had one but zero
 
 
@@ -69,7 +70,7 @@ def train(
     `routes`: of a mixture of experts.
     """
     pairs = inputs.train_trees.column("pairs")
-    steps = plan_steps(pairs, config)
+    steps = plan_steps(pairs, config, inputs.train_trees.column("row"))
     exact = torch.promote_types(inputs.dtype, torch.float32)
     one_kernel = in_one_kernel(config, inputs.train_trees, ranks.device, exact)
     epoch_pairs = sum(pairs)
@@ -96,7 +97,7 @@ def train(
         progress(len(steps), "training", "steps", done.step) as bar,
     ):
         watch = Watch(config, log.kept)
-        while done.step < len(steps):
+        while done.step < len(steps) and not 0 < config.train.patience <= done.stale:
             begin = time.perf_counter()
             members = steps[done.step]
             set_dropout(policy, done.step, config, ranks)
@@ -160,8 +161,10 @@ def train(
                 figures = evaluate()
                 log.write(done.step, figures)
                 if (score := selection_score(figures, config.train.select, done.step)) > done.best:
-                    done.best, done.best_step = score, done.step
+                    done.best, done.best_step, done.stale = score, done.step, 0
                     save(best, policy, asdict(done), ranks)
+                else:
+                    done.stale += 1
             stop = any(gather([interrupted()], ranks))
             every, count = config.train.checkpoint_every_steps, config.train.n_checkpoints
             if stop or due(done.step, len(steps), every, count) or (every and done.step == len(steps)):

@@ -91,7 +91,8 @@ def _svg(title: str, description: str, body: Sequence[str], height: float) -> st
 
 def _point(x: float, y: float, tone: int) -> str:
     colour = tone % len(SHAPES)
-    return f'<path transform="translate({x:.1f} {y:.1f})" d="{SHAPES[colour]}" fill="var(--tone{colour})"/>'
+    shape = SHAPES[(tone + tone // len(SHAPES)) % len(SHAPES)]  # the fifth has the first's colour and another shape
+    return f'<path transform="translate({x:.1f} {y:.1f})" d="{shape}" fill="var(--tone{colour})"/>'
 
 
 def _stroke(mark: Mark) -> str:

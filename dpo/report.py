@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo import report_run
+from dpo.card import model_card
+from dpo.config import EndpointConfig
+from dpo.judge.endpoint import read_price
 from dpo.judge.statistics import Summary, reliability
-from dpo.judged import Compared, Judge, Run, cases, comparisons, judges_of, read_run, transitions
+from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import Axis, Mark, bars, chart, file_text, training_plots
 from dpo.report_run import change, p_value, percent, points
@@ -45,7 +48,11 @@ def report_page(runs: Sequence[Run]) -> Page:
     if lone and lone.trained:
         results, controls = lone.results, "Controls: judges that have learnt nothing about judging"
         sections[controls] = report_run.controls(results["judge"])
-        sections["Training"] = [report_run.training(results), *sections.pop("Training")]
+        sections["Training"] = [
+            report_run.training(results),
+            *report_run.critiques(results),
+            *sections.pop("Training"),
+        ]
         sections["Alarms"] = report_run.alarms(results["alarms"])
     sections |= {"What changed": _changed(compared), "Rows": _rows(runs, judges)}
     if lone:
@@ -71,7 +78,7 @@ def _standing(judge: Judge) -> str:
 
 def _lead(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[str]:
     """A sentence for each run's last judge against the first run's."""
-    last = {judge.run.folder: judge.name for judge in judges}
+    last = {judge.run.folder: judge.name for judge in judges if judge.role != "rewards"}
     first = next(iter(last.values()))
     lines = [
         f"{first} -> {one.b.name}: order-averaged accuracy {change(one.before, one.after, one.test['averaged'])} on "
@@ -93,8 +100,8 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("order-averaged accuracy", *(percent(j["averaged_accuracy"], widest_interval(j)) for j in of)),
         ("consistent accuracy", *(percent(j["accuracy"], j["accuracy_interval"]) for j in of)),
         ("wins / losses / ties / invalid", *("{wins} / {losses} / {ties} / {invalid}".format(**j) for j in of)),
-        ("same verdict in both orders", *(percent(j["position_consistency"]) for j in of)),
-        ("says A", *(percent(j["raw_a_rate"]) for j in of)),
+        ("same verdict in both orders", *(_of_orders(j, j.summary["position_consistency"]) for j in judges)),
+        ("says A", *(_of_orders(j, j.summary["raw_a_rate"]) for j in judges)),
         ("a tie counts one half", *(percent(j["tie_half_accuracy"], j["tie_half_interval"]) for j in of)),
         ("of decided pairs", *(_decided(j) for j in of)),
         ("kappa", *(_known(j["kappa"]) for j in of)),
@@ -122,6 +129,10 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
 
 def _decided(of: Summary) -> str:
     return "-" if of["decided_accuracy"] is None else percent(of["decided_accuracy"], of["decided_interval"] or ())
+
+
+def _of_orders(judge: Judge, share: float) -> str:
+    return percent(share) if judge.ordered else "-"
 
 
 def _known(figure: float | None) -> str:
@@ -155,12 +166,14 @@ def _position(judges: Sequence[Judge]) -> list[Block]:
     rows: list[tuple[str, ...]] = [
         ("judge", "A, B: right", "B, A: wrong", "A, A: the first", "B, B: the second", "neither", "first less second")
     ]
-    for judge in judges:
+    for judge in (judge for judge in judges if judge.ordered):
         said = Counter(letter(one.first) + letter(one.second) for one in judge.verdicts.values())
         counts = [said[letters] for letters in ("AB", "BA", "AA", "BB")]
         n = len(judge.verdicts)
         lean = f"{round(100 * (said['AA'] - said['BB']) / n, 1) + 0.0:+.1f} points"
         rows.append((judge.name, *(f"{count:,}" for count in (*counts, n - sum(counts))), lean))
+    if len(rows) == 1:
+        return []
     text = "What a judge says where the chosen answer is shown first, and where it is shown second."
     return [Table("Verdicts in both orders", rows), Text("paragraph", text)]
 
@@ -170,8 +183,8 @@ def _calibration(judges: Sequence[Judge]) -> list[Block]:
     rows = [("judge", "pairs", "sure of it, on average", "right")]
     for tone, judge in enumerate(judges):
         verdicts = list(judge.verdicts.values())
-        if not any(abs(odds) not in (0.0, 1.0) for one in verdicts for odds in (one.first, one.second)):
-            continue  # letters without probabilities
+        if judge.summary["brier"] is None:
+            continue  # it gave no probabilities
         bins = reliability(verdicts)
         for of in bins:
             right = percent(of["accuracy"], of["interval"])
@@ -199,17 +212,22 @@ def _calibration(judges: Sequence[Judge]) -> list[Block]:
 
 def pace(judge: Judge) -> dict[str, float]:
     """Answers a second, and of an endpoint dollars and tokens: what is known of them."""
-    answers, times, endpoint = 2 * len(judge.verdicts), judge.run.results["time_s"], judge.run.endpoint
+    pairs, results, endpoint = len(judge.verdicts), judge.run.results, judge.run.endpoint
+    answers, times = results.get("answers", 2 * pairs), results["time_s"]
+    price = endpoint.get("price") if endpoint else read_price(EndpointConfig(model=judge.run.config.model.path))
+    figures = {} if price is None else {"dollars_in": 1e6 * price[0], "dollars_out": 1e6 * price[1]}
     if endpoint is None:
         time_s = times.get("judge trained" if judge.role == "trained" else "judge", 0.0)
-        return {"answers_per_s": answers / time_s} if time_s else {}
+        return figures | ({"answers_per_s": answers / time_s} if time_s else {})
     asked = answers - endpoint["found"]
-    figures = {"tokens_per_pair": 2 * (endpoint["prompt_tokens"] + endpoint["completion_tokens"]) / answers}
-    figures |= {} if endpoint["cost"] is None else {"dollars_per_1000_pairs": 2000 * endpoint["cost"] / answers}
+    figures |= {"tokens_per_pair": (endpoint["prompt_tokens"] + endpoint["completion_tokens"]) / pairs}
+    figures |= {} if endpoint["cost"] is None else {"dollars_per_1000_pairs": 1000 * endpoint["cost"] / pairs}
     return figures | ({"answers_per_s": asked / endpoint["time_s"]} if asked and endpoint["time_s"] else {})
 
 
 COSTS = {
+    "dollars_in": ("list price, dollars a million tokens read", "{:,.2f}"),
+    "dollars_out": ("written", "{:,.2f}"),
     "answers_per_s": ("answers a second", "{:,.1f}"),
     "tokens_per_pair": ("tokens a pair", "{:,.0f}"),
     "dollars_per_1000_pairs": ("dollars for 1,000 pairs", "{:,.3f}"),
@@ -237,7 +255,10 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
             title = f"Accuracy against {COSTS[key][0]}"
             axes = Axis(COSTS[key][0], log=True), Axis("order-averaged accuracy", (0, 1), percent=True)
             blocks.append(Plot(key, title, chart(title, *axes, marks)))
-    text = "Empty: not known. An answer is one order of a pair; a local judge's pace includes its loading."
+    text = (
+        "Empty: not known. A local judge's price is that of its model at a host. An answer is one order of a pair, or "
+        "one rating; a local judge's pace includes its loading."
+    )
     return [*blocks, Table("What answers take", rows), Text("paragraph", text)]
 
 
@@ -320,12 +341,13 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
                 **judge.summary,
                 **pace(judge),
                 "run": judge.run.folder.name,
-                "reliability": reliability(list(judge.verdicts.values())),
+                "reliability": [] if judge.summary["brier"] is None else reliability(list(judge.verdicts.values())),
             }
             for judge in judges
         },
         "comparisons": [
             {"judge": one.b.name, "against": one.a.name, "pairs": one.n, **one.test, "p_holm": one.p_holm}
+            | {"changed": changed(one.a, one.b)}
             for one in comparisons(judges)
         ],
         "attacks": [{**one, "judge": judge.name} for judge in judges for one in judge.attacks],
@@ -333,10 +355,11 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
     }
 
 
-def write_report(folders: Sequence[Path], rows: Sequence[Row] = ()) -> Path:
-    """Write report.md, .html and .json and (log.plots) plots/*.svg; the folder that has them now.
+def write_report(folders: Sequence[Path], rows: Sequence[Row] = (), home: Path | None = None) -> Path:
+    """Write report.md, .html and .json, (log.plots) plots/*.svg, and the card of what a lone run exported; the folder.
 
-    `rows`: those that a lone run judged, where they are at hand. UserError where a file is missing or damaged.
+    That is `home`, else the run's, or of several `compared` in the first. `rows`: those that a lone run judged, where
+    they are at hand. UserError where a file is missing or damaged.
     """
     runs = [read_run(folder, rows) for folder in folders]
     try:  # with files as the runs wrote them there is nothing that could raise
@@ -345,9 +368,12 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = ()) -> Path:
         fault = f"without the key {error}" if isinstance(error, KeyError) else f"not as a run writes it ({error})"
         place = " or ".join(str(folder / name) for folder in folders for name in ("results.json", "env.json"))
         raise UserError(f"{place}: {fault}; the file was altered, or is of another version") from error
-    home = folders[0] / "compared" if len(folders) > 1 else folders[0]
+    home = home or (folders[0] / "compared" if len(folders) > 1 else folders[0])
     for block in (block for blocks in page.sections.values() for block in blocks if isinstance(block, Plot)):
         atomic_write_text(home / "plots" / f"{block.name}.svg", file_text(block.svg))
+    exported = folders[0] / "export" / "model"
+    if len(runs) == 1 and exported.is_dir():
+        atomic_write_text(exported / "README.md", model_card(runs[0], page.sections, exported))
     atomic_write_text(home / "report.md", to_markdown(page))
     atomic_write_text(home / "report.html", to_html(page))
     atomic_write_text(home / "report.json", json.dumps(told, indent=2) + "\n")

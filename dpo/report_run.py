@@ -119,6 +119,15 @@ def training(results: Results) -> Table:
     return Table("Size and pace", [(name, figure.format_map(results)) for name, figure in rows.items()])
 
 
+def critiques(results: Results) -> list[Table]:
+    """What the judge wrote in each round, and what of it was trained on; none without objective=critiques."""
+    rounds = results.get("critiques", [])
+    names = list(dict.fromkeys(name for counts in rounds for name in counts))
+    rows = [(name, *(f"{counts.get(name, 0):,}" for counts in rounds)) for name in names]
+    header = ("", *(f"round {number}" for number in range(1, len(rounds) + 1)))
+    return [Table("Critiques by round", [header, *rows])] if rounds else []
+
+
 def alarms(told: Sequence[Alarm]) -> list[Block]:
     """What went wrong, and what to try."""
     if not told:

@@ -55,6 +55,7 @@ class Endpoint(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     cost: float | None  # dollars
+    price: NotRequired[list[float] | None]  # dollars a token, read and written
     time_s: float
 
 
@@ -67,8 +68,10 @@ class Results(TypedDict):
     alarms: list[Alarm]
     data: Data
     time_s: dict[str, float]
+    answers: NotRequired[int]  # that dpo.judge had of its judge
     attacks: NotRequired[list[Success]]
     biases: NotRequired[list[Bias]]
+    critiques: NotRequired[list[Counts]]  # of objective=critiques, by round
 
 
 class Environment(TypedDict):

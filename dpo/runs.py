@@ -95,7 +95,7 @@ def resumed_folder(config: Config) -> Path | None:
 
 def _changed(folder: Path, config: Config) -> tuple[list[str], list[str]]:
     """The keys whose values are not those that the run was begun with: those that must be, and those of MAY_DIFFER."""
-    before, now = _flat(read_json_object(folder / "config.json")), _flat(config_dict(config))
+    before, now = flat(read_json_object(folder / "config.json")), flat(config_dict(config))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.resume"]
     told = {key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys}
     return [told[key] for key in keys if key not in MAY_DIFFER], [told[key] for key in keys if key in MAY_DIFFER]
@@ -120,8 +120,9 @@ def write_json(path: Path, value: object) -> None:
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
+def flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """A configuration's values by their dotted keys."""
+    values: dict[str, object] = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values

@@ -342,6 +342,20 @@ def _check_together(config: Config, settings: Settings) -> None:
             f"{said('loss.swap_consistency')}: compares a verdict with its twin in the other order, and "
             f"{said('objective')} has no twins; set objective=verdicts, or loss.swap_consistency=0"
         )
+    writes = config.objective == "critiques" or config.judge.critique != "off"
+    if not writes and (ignored := next((name for name in settings if name.startswith("critiques.")), "")):
+        raise UserError(
+            f"{said(ignored)}: nothing reads it; set objective=critiques or judge.critique, or leave it out"
+        )
+    if writes and config.critiques.max_tokens >= config.pack.tokens:
+        raise UserError(f"{said('critiques.max_tokens')}: must leave room for the question in {said('pack.tokens')}")
+    if config.objective == "critiques":
+        for name, sound in (
+            ("reference.path", not config.reference.path),
+            ("moe.routes", config.moe.routes != "replay"),
+        ):
+            if not sound:
+                raise UserError(f"{said(name)}: is not for objective=critiques, whose reference is each round's start")
     adapted = config.lora.rank or config.model.adapter
     for name, value in config.lora.model_dump(exclude={"rank", "targets"}).items():
         if value and not adapted:
@@ -357,6 +371,11 @@ def _check_together(config: Config, settings: Settings) -> None:
         fractions = f"{said('data.validation_fraction')} and {said('data.test_fraction')}"
         raise UserError(f"{fractions}: leave no rows for training; together they must be < 1")
     url = config.endpoint.url
+    if url and config.judge.critique != "off":
+        raise UserError(
+            f"{said('judge.critique')}: is for a local model; for an endpoint set judge.template=compare_critique, "
+            "endpoint.max_tokens=256"
+        )
     if bool(url) != bool(config.endpoint.model):
         raise UserError(f"{said('endpoint.url')} and {said('endpoint.model')}; set both, or none for a local model")
     if url and not _is_endpoint(url):

@@ -40,18 +40,23 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
-def plan_steps(pairs_of_trees: Sequence[int], config: Config) -> list[list[int]]:
-    """Tree indices of every optimizer step: each epoch shuffled by the seed, whole trees until batch_pairs pairs."""
+def plan_steps(pairs_of_trees: Sequence[int], config: Config, rows: Sequence[int] = ()) -> list[list[int]]:
+    """Tree indices of every optimizer step: each epoch shuffled by the seed, whole rows until batch_pairs pairs.
+
+    `rows` are the trees' rows, where a row may have several, one after another; else each tree is one.
+    """
     steps: list[list[int]] = []
-    places = list(range(len(pairs_of_trees)))
+    begins = [i for i in range(len(pairs_of_trees)) if not (i and rows) or rows[i] != rows[i - 1]]
+    ends = [*begins[1:], len(pairs_of_trees)]
+    places = list(range(len(begins)))
     for epoch in range(config.train.epochs):
         order = places.copy()  # the same numbers: a place costs 8 bytes an epoch
         random.Random(f"epoch {epoch} of seed {config.seed}").shuffle(order)
         step: list[int] = []
         pairs = 0
-        for index in order:
-            step.append(index)
-            pairs += pairs_of_trees[index]
+        for place in order:
+            step += range(begins[place], ends[place])
+            pairs += sum(pairs_of_trees[begins[place] : ends[place]])
             if pairs >= config.train.batch_pairs:
                 steps.append(step)
                 step, pairs = [], 0

@@ -16,8 +16,8 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ import models.tokenizer
 from dpo.lines import Lines
 from dpo.log import progress
 from dpo.rows import Row
-from dpo.trees import Completion, Pair, Tree, TreeSettings, build_trees
+from dpo.trees import Built, Completion, Pair, Tree, TreeSettings, build_trees
 from models.files import atomic_folder
 from models.tokenizer import Tokenizer
 
@@ -68,10 +68,20 @@ def token_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSetting
     with _alone(folder.with_suffix(".lock")):
         found = _open(folder)
         if found is None:
-            with atomic_folder(folder) as new:
-                _write(new, rows, tokenizer, settings)
-            found = _open(folder)
-            assert found is not None, f"{folder} is not what was just written there"
+            found = _put(folder, _encoded(rows, partial(_encode, tokenizer=tokenizer, settings=settings)))
+    return found
+
+
+def keep_trees(folder: Path, trees: Iterable[Tree], rows: Iterable[int]) -> Trees:
+    """These trees, of the rows at these places, in `folder`; what stands there is replaced."""
+    return _put(folder, [_lines(Built(tree, row, False, False) for tree, row in zip(trees, rows, strict=True))])
+
+
+def _put(folder: Path, parts: Iterable[Encoded]) -> Trees:
+    with atomic_folder(folder) as new:
+        _write(new, parts)
+    found = _open(folder)
+    assert found is not None, f"{folder} is not what was just written there"
     return found
 
 
@@ -116,19 +126,16 @@ def _open(folder: Path) -> Trees | None:
     return Trees(file, table[:, :2], _decode, table, digest.hexdigest()) if sound else None
 
 
-def _write(folder: Path, rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> None:
+def _write(folder: Path, parts: Iterable[Encoded]) -> None:
     digest = hashlib.sha256()
     tables: list[NDArray[np.int64]] = []
-    end = done = 0
-    with (folder / "trees.jsonl").open("wb") as file, progress(len(rows), "tokenising", "rows") as bar:
-        for lines, table in _encoded(rows, partial(_encode, tokenizer=tokenizer, settings=settings)):
+    end = 0
+    with (folder / "trees.jsonl").open("wb") as file:
+        for lines, table in parts:
             file.write(lines)
             digest.update(lines)
-            tables.append(table + np.array([end, end, done, 0, 0, 0, 0]))
+            tables.append(table + np.array([end, end, 0, 0, 0, 0, 0]))
             end += len(lines)
-            more = min(CHUNK_ROWS, len(rows) - done)
-            done += more
-            bar.update(more)
     whole = np.concatenate([np.zeros((0, len(TABLE)), np.int64), *tables])
     checksum = {"sha256": _checksum(digest.digest(), whole)}
     safetensors.numpy.save_file({"table": whole}, folder / "table.safetensors", checksum)
@@ -140,13 +147,18 @@ def _checksum(trees: bytes, table: NDArray[np.int64]) -> str:
 
 def _encoded(rows: Sequence[Row], encode: Callable[[Sequence[Row]], Encoded]) -> Iterator[Encoded]:
     """`encode` of CHUNK_ROWS rows after CHUNK_ROWS rows, by forked workers where there are enough of them."""
-    chunks = (rows[begin : begin + CHUNK_ROWS] for begin in range(0, len(rows), CHUNK_ROWS))
+    begins = range(0, len(rows), CHUNK_ROWS)
+    chunks = (rows[begin : begin + CHUNK_ROWS] for begin in begins)
     workers = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
-    if workers == 1 or len(rows) < PARALLEL_ROWS:
-        yield from map(encode, chunks)
-    else:
-        with multiprocessing.get_context("fork").Pool(workers, _begin_work, (encode,)) as pool:
-            yield from pool.imap(_work, chunks)
+    alone = workers == 1 or len(rows) < PARALLEL_ROWS
+    with (
+        progress(len(rows), "tokenising", "rows") as bar,
+        nullcontext() if alone else multiprocessing.get_context("fork").Pool(workers, _begin_work, (encode,)) as pool,
+    ):
+        parts = map(encode, chunks) if pool is None else pool.imap(_work, chunks)
+        for begin, (lines, table) in zip(begins, parts, strict=True):
+            bar.update(min(CHUNK_ROWS, len(rows) - begin))
+            yield lines, table + np.array([0, 0, begin, 0, 0, 0, 0])
 
 
 _of_worker: list[
@@ -164,10 +176,14 @@ def _work(rows: Sequence[Row]) -> Encoded:
 
 
 def _encode(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> Encoded:
+    return _lines(build_trees(rows, tokenizer, settings))
+
+
+def _lines(trees: Iterable[Built]) -> Encoded:
     lines: list[bytes] = []
     table: list[tuple[int, ...]] = []
     begin = 0
-    for built in build_trees(rows, tokenizer, settings):
+    for built in trees:
         tree = built.tree
         completions = [(c.branch, c.start, c.targets) for c in tree.completions]
         pairs = [(p.winner, p.loser, p.weight, p.margin, p.soft_label, p.twin) for p in tree.pairs]

@@ -15,13 +15,25 @@ import numpy as np
 import torch
 
 from dpo.alarms import alarms_of
-from dpo.checkpoint import export
+from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
+from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs
 from dpo.judge.attacks import Success, biases, successes
-from dpo.judge.local import Score, evaluation, judge_results, reward_verdicts, verdicts, write_verdicts
+from dpo.judge.calibration import Floats
+from dpo.judge.local import (
+    Reply,
+    Score,
+    evaluation,
+    judge_results,
+    replies,
+    reward_verdicts,
+    verdicts,
+    write_verdicts,
+)
 from dpo.judge.statistics import Verdict
+from dpo.judge.written import Pen, written_replies
 from dpo.log import peak_rss_mib, stage
 from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
 from dpo.loop import TrainState, train
@@ -39,7 +51,7 @@ from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
 from dpo.store import open_store
 from dpo.tokens import token_trees
-from dpo.trees import Tree
+from dpo.trees import Tree, TreeSettings
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder, load_decoder
@@ -55,7 +67,7 @@ def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ran
     tails = 2 * (config.loss.ld_alpha != 1)
     ends = np.cumsum(np.array(trees.column("completions")) + tails * np.array(trees.column("pairs")), dtype=np.int64)
     sums = TreeSums(torch.zeros(int(ends[-1]) if trees else 0, dtype=torch.float64), ends)
-    first = plan_steps(trees.column("pairs"), config)[0] if trees else []
+    first = plan_steps(trees.column("pairs"), config, trees.column("row"))[0] if trees else []
     chosen = range(len(trees)) if reads(config.loss, "reference") else sorted(first)
     for begin in range(0, len(chosen), WINDOW_TREES):  # of many trees only the sums are held, not what is summed
         window = chosen[begin : begin + WINDOW_TREES]
@@ -98,6 +110,8 @@ def run(config: Config) -> Path:
     config = with_adapter(config)
     torch.set_flush_denormal(True)  # peaked softmaxes make denormals, which slow the CPU thirty-fold
     ranks = join_ranks(pick_device(config), config.run.hang_s)
+    if ranks.world > 1 and (config.objective == "critiques" or config.judge.critique != "off"):
+        raise UserError("objective=critiques, judge.critique: a judge writes in one process; run without torchrun")
     restarts = gather([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")], ranks)
     if not config.run.resume and any(count != "0" for count in restarts):  # torchrun started us again
         config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
@@ -134,14 +148,26 @@ def run(config: Config) -> Path:
         score = live(model, label, routes)
         return lambda trees: reference_logps(open_store(root, weights, tag), trees, score, ranks, usage)
 
-    def judge(rows: Sequence[Row], score: Score, sighted: bool = config.judge.sighted) -> list[Verdict]:
-        return verdicts(rows, inputs, config, score, sighted=sighted)
+    def reply(score: Score, weights: str = "") -> Reply:
+        """A judge by what it says in one forward, or writes: the policy, of these weights or of those it then has."""
+        if config.judge.critique == "off":
+            return lambda trees, settings: replies(trees, score(trees))
+        greedy = config.judge.critique == "greedy"
 
-    def attacks_on(name: str, score: Score) -> list[Success]:
+        def write(trees: Sequence[Tree], settings: TreeSettings) -> list[Floats]:
+            now = weights or trained_digest(policy, fingerprint)
+            return written_replies(Pen(policy, now, inputs, settings, config, greedy=greedy), trees)[0]
+
+        return write
+
+    def judge(rows: Sequence[Row], reply: Reply, sighted: bool = config.judge.sighted) -> list[Verdict]:
+        return verdicts(rows, inputs, config, reply, sighted=sighted)
+
+    def attacks_on(name: str, reply: Reply) -> list[Success]:
         if not inputs.attacked:
             return []
         with stage(f"attack {name}", times):
-            return successes(name, judged[name], inputs.attacked, lambda rows: judge(rows, score), config)
+            return successes(name, judged[name], inputs.attacked, lambda rows: judge(rows, reply), config)
 
     with stage("reference", times):
         dtype = inputs.dtype
@@ -159,10 +185,11 @@ def run(config: Config) -> Path:
         )
         score = stored(reference, reference_fingerprint, "reference")
         kept = None
-        if keeps_routes(config, policy.config, reference.config):
+        if config.objective != "critiques" and keeps_routes(config, policy.config, reference.config):
             kept = open_store(root, reference_fingerprint, tag | {"values": "routes"})
         training_score = stored(reference, reference_fingerprint, "reference", kept)
-        train_references = training_references(inputs, config, training_score, ranks)
+        if config.objective != "critiques":
+            train_references = training_references(inputs, config, training_score, ranks)
         if kept is not None:
             store_missing(kept, inputs.train_trees, live(reference, "reference's routes", kept), ranks)
         validation = inputs.validation_trees
@@ -174,31 +201,45 @@ def run(config: Config) -> Path:
         del reference, score, training_score, scored
 
     with stage("judge base", times):
-        base = stored(policy, fingerprint, "judging base")
+        base = reply(stored(policy, fingerprint, "judging base"), fingerprint)
         judged = {"base": judge(test, base)}
         base_validation = judge(inputs.splits.validation, base)
     attacks = attacks_on("base", base)
 
+    def evaluate() -> dict[str, float]:
+        score = live(policy, "validation")
+        return evaluation(inputs, validation_references, score, reply(score), config)
+
+    def round_references(of_round: Inputs, weights: str) -> TreeSums:
+        return training_references(of_round, config, stored(policy, weights, "reference"), ranks)
+
+    critiques: list[dict[str, int]] = []
     with stage("train", times):
-        done = train(
-            policy,
-            inputs,
-            train_references,
-            lambda: evaluation(inputs, validation_references, live(policy, "validation"), config),
-            config,
-            ranks,
-            folder,
-            reference=reference_fingerprint,
-            same_start=same,
-            routes=routes_of(config, policy.config, kept),
-        )
+        if config.objective == "critiques":
+            done, critiques = train_rounds(
+                policy, inputs, round_references, evaluate, config, ranks, folder, fingerprint
+            )
+        else:
+            done = train(
+                policy,
+                inputs,
+                train_references,
+                evaluate,
+                config,
+                ranks,
+                folder,
+                reference=reference_fingerprint,
+                same_start=same,
+                routes=routes_of(config, policy.config, kept),
+            )
 
     with stage("judge trained", times):
-        judged["trained"] = judge(test, live(policy, "judging trained"))
-    attacks += attacks_on("trained", live(policy, "judging attacked"))
+        trained = reply(live(policy, "judging trained"))
+        judged["trained"] = judge(test, trained)
+    attacks += attacks_on("trained", trained)
     if config.judge.sighted and config.judge.blind_control:
         with stage("judge blind", times):
-            judged["blind"] = judge(test, live(policy, "judging blind"), sighted=False)
+            judged["blind"] = judge(test, reply(live(policy, "judging blind")), sighted=False)
     if rewards:
         with stage("judge rewards", times):
             scored = live(policy, "answers")(answers)
@@ -221,6 +262,7 @@ def run(config: Config) -> Path:
             "alarms": alarms_of(read_metrics(folder / "metrics.jsonl"), done.without_gradient),
             "kernels": used,
             "data": inputs.splits.report,
+            **({"critiques": critiques} if critiques else {}),
             "time_s": times,
         }
         write_json(folder / "results.json", results)

@@ -209,11 +209,12 @@ class TreeSettings:
     template: Template = COMPARE
     reference_answer: bool = True
     seed: int = 0  # of the slots of `choose`
+    room: int = 0  # tokens left free behind every branch, for what is written there
 
     @property
     def limit(self) -> int:
         """The most tokens of a prompt with one of its branches."""
-        return min(self.max_tokens or self.pack_tokens, self.pack_tokens)
+        return min(self.max_tokens or self.pack_tokens, self.pack_tokens) - self.room
 
 
 class Built(NamedTuple):
@@ -265,10 +266,12 @@ def _longest(tree: Tree) -> int:
 
 
 def _refuse(row: Row, tree: Tree, tokenizer: Tokenizer, settings: TreeSettings) -> None:
-    key = "pack.tokens" if settings.limit == settings.pack_tokens else "data.max_tokens"
+    key = "pack.tokens" if settings.limit + settings.room == settings.pack_tokens else "data.max_tokens"
+    room = f" less critiques.max_tokens = {settings.room}" if settings.room else ""
     prompt, branch = len(tree.prompt), _longest(tree) - len(tree.prompt)
     raise UserError(
-        f"row {row.id!r} needs {prompt} prompt + {branch} branch tokens, more than {key} = {settings.limit}; "
+        f"row {row.id!r} needs {prompt} prompt + {branch} branch tokens, more than {key} = "
+        f"{settings.limit + settings.room}{room}; "
         f"raise {key}, leave the row out, or set data.too_long to drop or cut_prompt"
     )
 

@@ -30,6 +30,7 @@ class Generation(NamedTuple):
 
     tokens: list[int]  # with the stop token
     logps: list[float]  # of each, the model's own whatever the temperature, nats
+    watched: list[list[float]]  # in each place, the same of the watched tokens
     stop: int | None  # the token that ended it; None: there was no room for more
 
 
@@ -89,6 +90,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    watched: Sequence[int] = (),
 ) -> list[list[list[Generation]]]:
     """What the model writes, by prompt, by branch and by sample, until a token of `stops` or `max_new_tokens`.
 
@@ -106,7 +108,7 @@ def generate(
     whole = [(*prompt.shared, *branch) for prompt in prompts for branch in prompt.branches]
     draws = [np.random.default_rng((seed, n, *ids)).random(max_new_tokens) for ids in whole for n in range(samples)]
     uniform_SM = torch.from_numpy(np.stack(draws)).to(device)
-    written: list[tuple[list[int], list[float]]] = [([], []) for _ in draws]
+    written = [Generation([], [], [], None) for _ in draws]
     live = list(range(len(draws)))
 
     hidden_SD = model.hidden(token_T, position_T, cache.prefill)[last_S]
@@ -115,11 +117,13 @@ def generate(
         logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
         drawn_S = uniform_SM[live, step] if temperature else None
         token_S = _choose(logits_SV / temperature if temperature else logits_SV, drawn_S, top_p)
-        logp_S = logits_SV.gather(1, token_S[:, None])[:, 0] - logits_SV.logsumexp(-1)
-        chosen = token_S.tolist()
-        for sequence, token, logp in zip(live, chosen, logp_S.tolist(), strict=True):
-            written[sequence][0].append(token)
-            written[sequence][1].append(logp)
+        mass_S1 = logits_SV.logsumexp(-1, keepdim=True)
+        logp_S = (logits_SV.gather(1, token_S[:, None]) - mass_S1)[:, 0]
+        chosen, of_watched = token_S.tolist(), (logits_SV[:, list(watched)] - mass_S1).tolist()
+        for sequence, token, logp, of_token in zip(live, chosen, logp_S.tolist(), of_watched, strict=True):
+            written[sequence].tokens.append(token)
+            written[sequence].logps.append(logp)
+            written[sequence].watched.append(of_token)
         going = [token not in stops for token in chosen]
         if step + 1 == max_new_tokens or not any(going):
             break
@@ -129,5 +133,5 @@ def generate(
             token_S, live = token_S[stay], list(compress(live, going))
         hidden_SD = model.hidden(token_S, cache.position_S, cache.attend)
         cache.advance()
-    each = (Generation(ids, logps, ids[-1] if ids[-1] in stops else None) for ids, logps in written)
+    each = (one._replace(stop=one.tokens[-1] if one.tokens[-1] in stops else None) for one in written)
     return [[[next(each) for _ in range(samples)] for _ in prompt.branches] for prompt in prompts]

@@ -13,7 +13,7 @@ from models.checkpoint import COPIED
 from models.errors import UserError
 
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<inside>.+))?", re.ASCII)
-WEIGHTS = ("*.safetensors", "*.json", *COPIED)
+WEIGHTS = ("*.safetensors", "*.json", "README.md", *COPIED)
 OTHER_COPIES = ("*/*", "consolidated*")  # of the same weights in other formats: original/, onnx/, Mistral's own
 SHARD = re.compile(r"-\d+-of-\d+")
 # What went wrong, by the name of huggingface_hub's exception or of one that it builds on, and what to do.

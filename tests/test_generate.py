@@ -68,13 +68,16 @@ def test_greedy_tokens_of_every_family_are_transformers_own(pair):
 def test_logits_of_every_step_are_those_of_the_whole_sequence_run_without_a_cache(pair, monkeypatch):
     model, choose, seen = in_fp64(pair[1]), module._choose, []
     monkeypatch.setattr(module, "_choose", lambda logits, *rest: (seen.append(logits), choose(logits, *rest))[1])
-    written = flat(generate(model, PROMPTS, stops=(), max_new_tokens=24, temperature=1.0, seed=3))
+    options = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3, "watched": (70, 7)}
+    written = flat(generate(model, PROMPTS, stops=(), **options))
     for sequence, (tokens, one) in enumerate(zip(WHOLE, written, strict=True)):
         truth = next_token_logits(model, [*tokens, *one.tokens])[len(tokens) - 1 : -1]
         cached = torch.stack([logits[sequence] for logits in seen])
         assert (cached - truth).norm() <= 1e4 * torch.finfo(torch.float64).eps * truth.norm()
         expected = truth.log_softmax(-1).gather(1, torch.tensor(one.tokens)[:, None])[:, 0]
         assert one.logps == pytest.approx(expected.tolist(), rel=1e-9)
+        watched = truth.log_softmax(-1)[:, [70, 7]].flatten()
+        assert [p for place in one.watched for p in place] == pytest.approx(watched.tolist(), rel=1e-9)
 
 
 def test_a_sample_is_the_same_alone_and_beside_others_and_another_with_every_number(ours):

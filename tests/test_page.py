@@ -13,7 +13,7 @@ from dpo.inputs import load_splits
 from dpo.judge.local import write_verdicts
 from dpo.judge.statistics import Verdict, averaged_scores, compare, summarise
 from dpo.judged import MOST_CHARACTERS, judges_of, read_run
-from dpo.page import Page, Table, to_html, to_markdown
+from dpo.page import SAYS, Page, Table, to_html, to_markdown
 from dpo.report import main, write_report
 from dpo.rows import read_rows
 
@@ -98,9 +98,32 @@ def test_two_runs_are_compared_on_the_rows_that_they_share(runs: list[Path], pag
     of_one, of_other = ([judge.verdicts[key] for key in shared] for judge in (one, other))
     told = json.loads(page.with_name("report.json").read_text())["comparisons"]
     expected = compare(of_other, of_one, 0)
-    assert told == [{"judge": other.name, "against": one.name, "pairs": 8, **expected, "p_holm": told[0]["p_holm"]}]
+    of_rows = {key: told[0][key] for key in ("p_holm", "changed")}
+    assert told == [{"judge": other.name, "against": one.name, "pairs": 8, **expected, **of_rows}]
     assert expected["averaged"]["difference"] == averaged_scores(of_other).mean() - averaged_scores(of_one).mean() != 0
     assert "on 8 shared pairs" in page.with_name("report.md").read_text()
+
+
+def test_what_changed_is_told_row_by_row(runs: list[Path], page: Path) -> None:
+    """By hand: of the pairs 2 to 9, `one` is right where first > 0 > second, `other` where number > 0."""
+
+    def outcome(first: float, second: float) -> str:
+        return "win" if first > 0 > second else "loss" if first < 0 < second else "tie"
+
+    expected = {
+        number: (outcome(*ODDS[number]), outcome(*OTHER_ODDS[number]))
+        for number in OTHER_ODDS
+        if outcome(*ODDS[number]) != outcome(*OTHER_ODDS[number])
+    }
+    [told] = json.loads(page.with_name("report.json").read_text())["comparisons"]
+    assert {int(one["id"].split()[0]): (one["was"], one["now"]) for one in told["changed"]} == expected != {}
+    table = page.with_name("report.md").read_text().partition("## What changed")[2].partition("## Rows")[0]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines() if line.startswith("|")
+    ]
+    counts = {cells[row][0].strip(): [int(cell) for cell in cells[row][1:]] for row in range(2, 6)}
+    stayed = [sum(counts[says][place] for place, says in enumerate(SAYS.values()))]
+    assert stayed[0] == 8 - len(expected) and sum(map(sum, counts.values())) == 8
 
 
 def test_rows_of_one_name_and_other_texts_are_not_shared(runs: list[Path], tmp_path: Path) -> None:

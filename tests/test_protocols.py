@@ -13,6 +13,7 @@ from dpo.judge.asked import written_label
 from dpo.judge.endpoint import Answer
 from dpo.judge.prompts import chosen_slot, read_template
 from dpo.judge.protocols import PROTOCOLS, ratings, read_verdicts, replies_of
+from dpo.report import write_report
 from dpo.rows import Row, write_rows
 from dpo.train import main as train
 from dpo.trees import Completion, Tree, TreeSettings, verdict_tree
@@ -171,7 +172,11 @@ def judge(data: Path, *more: str) -> tuple[int, dict]:
 def test_a_local_model_judges_by_every_protocol(data: Path, protocol: str, n: int) -> None:
     code, results = judge(data, "model.path=tiny-random", f"judge.protocol={protocol}", "dtype=fp32")
     assert code == 0 and results["judge"]["tiny-random"]["n"] == n and results["protocol"] == protocol
-    assert results["judge"]["tiny-random"]["invalid"] == 0
+    summary = results["judge"]["tiny-random"]
+    assert summary["invalid"] == 0 and summary["brier"] is None  # no log-odds of a pair
+    assert results["answers"] == {"choose": 8, "rate": 8 * 4 + 3 + 4, "ties": 3 + 4}[protocol]
+    report = (write_report([data.parent / "runs" / "judge" / "latest"]) / "report.md").read_text()
+    assert "Verdicts in both orders" not in report and "## Calibration" not in report
     assert ("Ties" in results["benchmark"]) == (protocol != "choose") and -0.01 <= results["benchmark"]["score"] <= 1.01
 
 

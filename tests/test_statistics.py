@@ -453,6 +453,16 @@ def test_a_summary_holds_calibration_of_its_valid_verdicts_only() -> None:
     assert (invalid["brier"], invalid["calibration_error"], invalid["selective_accuracy"]) == (None, None, [])
 
 
+def test_letters_and_ratings_are_no_probabilities() -> None:
+    for verdicts, odds in (
+        (make_all([(1.0, -1.0), (1.0, 1.0), (0.0, -1.0), INVALID]), True),
+        (make_all([(3.0, -3.0)]), False),
+    ):
+        summary = summarise(verdicts, odds=odds)
+        assert (summary["brier"], summary["calibration_error"], summary["selective_accuracy"]) == (None, None, [])
+    assert summarise(make_all([(1.0, -1.0), (1.0, 0.5)]))["brier"] is not None
+
+
 def test_statistics_agree_with_scipy_and_statsmodels() -> None:
     stats = pytest.importorskip("scipy.stats")
     for b, c in [(0, 3), (5, 9), (37, 23), (300, 200)]:

@@ -426,6 +426,18 @@ def test_without_validation_rows_the_last_weights_are_kept(select):
     assert selection_score({}, select, 2) > selection_score({}, select, 1) > []
 
 
+def test_a_training_whose_validation_gets_no_better_ends_after_so_many_of_them(runs):
+    settings = (
+        "train.lr=1e-30",
+        "train.max_steps=9",
+        "train.batch_pairs=2",
+        "train.epochs=9",
+        "train.eval_every_steps=1",
+    )
+    ended = runs.results(*settings, "train.patience=2")["train"]
+    assert (ended["best_step"], ended["steps"]) == (1, 3)
+
+
 def test_pair_logps_holds_each_pairs_own_two_completions(tiny_folder):
     batch = pack_share(TREES, 256, 0, 1)[0]
     sums_S = torch.arange(len(batch.completions), dtype=torch.float64)

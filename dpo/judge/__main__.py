@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo.config import Config
-from dpo.distributed import Ranks, end_process, join_ranks, leave_ranks
+from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
 from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs
 from dpo.judge.asked import ask_rows
 from dpo.judge.attacks import Success, attacked_rows, biases, successes
 from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
 from dpo.judge.calibration import Floats
-from dpo.judge.endpoint import Answer, Usage, endpoint
+from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
 from dpo.judge.local import replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
 from dpo.judge.protocols import PROTOCOLS, read_verdicts
 from dpo.judge.statistics import Summary, Verdict, summarise
+from dpo.judge.written import Pen, written_replies
 from dpo.log import stage
 from dpo.logprobs import score_trees
 from dpo.policy import load_policy, with_adapter
@@ -33,6 +34,7 @@ from dpo.rows import Rows
 from dpo.runs import new_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
+from models.checkpoint import weights_fingerprint
 from models.errors import UserError
 from models.files import atomic_write_text
 
@@ -59,18 +61,27 @@ class Judged(NamedTuple):
 
 
 def by_model(config: Config, ranks: Ranks) -> Judged:
-    """By `model.path` with `model.adapter`: the log-probs of the labels. All ranks share the work and get all of it."""
+    """By `model.path` with `model.adapter`: the log-probs of the labels, behind a critique with judge.critique.
+
+    All ranks share the work and get all of it.
+    """
     config = with_adapter(config)
     inputs = read_inputs(config, ranks.device.type, judging=True)
     model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
 
-    def reply(rows: Rows) -> list[Floats]:
+    def ask(rows: Rows, most_invalid: float = 1.0) -> tuple[list[Floats], list[Answer]]:
         trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
-        return replies(trees, score_trees(model, trees, config.pack, ranks, "judging"))
+        if config.judge.critique == "off":
+            return replies(trees, score_trees(model, trees, config.pack, ranks, "judging")), []
+        adapter = Path(config.model.adapter) if config.model.adapter else None
+        weights = weights_fingerprint(inputs.model_folder, inputs.cache / "fingerprints.json", adapter)
+        pen = Pen(model, weights, inputs, settings, config, greedy=config.judge.critique == "greedy")
+        return written_replies(pen, trees, most_invalid)
 
     name, rows = config.model.adapter or config.model.path, inputs.splits.test
-    return Judged(name, rows, inputs.attacked, reply(rows), [], None, inputs.splits.report, reply)
+    said, answers = ask(rows, MOST_INVALID)
+    return Judged(name, rows, inputs.attacked, said, answers, None, inputs.splits.report, lambda rows: ask(rows)[0])
 
 
 def by_endpoint(config: Config) -> Judged:
@@ -107,17 +118,18 @@ def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config)
     return figures
 
 
-def run(config: Config) -> None:
+def run(config: Config) -> Path:
     """Judge, and write the run folder: config.json, env.json, verdicts.jsonl, results.json, and answers.jsonl."""
     times: dict[str, float] = {}
     ranks = join_ranks(pick_device(config), config.run.hang_s)
-    if config.endpoint.url and ranks.world > 1:
-        raise UserError("endpoint.url: one process asks, endpoint.concurrency questions at once; leave torchrun out")
+    if ranks.world > 1 and (config.endpoint.url or config.judge.critique != "off"):
+        raise UserError("endpoint.url, judge.critique: one process asks or writes; run without torchrun")
     with stage("judge", times):
         judged = by_endpoint(config) if config.endpoint.url else by_model(config, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
     verdicts = read_verdicts(judged.rows, judged.replies, settings)
-    summary, benchmark = summarise(verdicts, config.seed), benchmark_score(judged, verdicts, config)
+    summary = summarise(verdicts, config.seed, odds=config.judge.protocol == "compare")
+    benchmark = benchmark_score(judged, verdicts, config)
     attacks: list[Success] = []
     if judged.attacked:
         with stage("attack", times):
@@ -128,10 +140,10 @@ def run(config: Config) -> None:
                 lambda rows: read_verdicts(rows, judged.reply(rows), settings),
                 config,
             )
+    folder = broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
     leave_ranks(ranks)
     if not ranks.first:
-        return
-    folder = new_folder(config)
+        return folder
     write_verdicts(folder / "verdicts.jsonl", {judged.judge: verdicts})
     if judged.answers:
         write_answers(folder / "answers.jsonl", judged)
@@ -139,11 +151,13 @@ def run(config: Config) -> None:
     results["attacks"] = attacks
     if config.judge.protocol != "choose":  # whose verdicts are on more than two answers
         results["biases"] = biases(judged.judge, judged.rows, verdicts, config.seed)
-    results |= {"protocol": config.judge.protocol} | ({"benchmark": benchmark} if benchmark else {})
+    results |= {"protocol": config.judge.protocol, "answers": sum(map(len, judged.replies))}
+    results |= {"benchmark": benchmark} if benchmark else {}
     if judged.usage:
         results["endpoint"] = asdict(judged.usage)
     write_json(folder / "results.json", results)
     print(told(folder, judged, summary, benchmark, attacks))
+    return folder
 
 
 def write_answers(path: Path, judged: Judged) -> None:
@@ -199,7 +213,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}; the same command goes on", file=sys.stderr)
+        print(f"interrupted: {str(stop) or 'nothing is written'}; the same command goes on", file=sys.stderr)
         return 130
     return 0
 

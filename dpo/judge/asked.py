@@ -54,6 +54,12 @@ def written_label(answer: Answer, labels: Sequence[str]) -> list[float]:
     return [0.0 if one.lower() == label.lower() else -math.inf for one in labels]
 
 
+def written_verdict(answer: Answer) -> str:
+    """The letter of the better answer, or "Tie", where verdict_odds would look for it; "" where there is neither."""
+    found = _own_line(answer.text, ("A", "B", "Tie")) if answer.finish != "error" else None
+    return found[1].capitalize() if found else ""
+
+
 def compared(answer: Answer, labels: Sequence[str]) -> list[float]:
     """The log-odds of "A" and 0."""
     return [verdict_odds(answer), 0.0]

@@ -71,6 +71,7 @@ class Answer:
     completion_tokens: int
     model: str  # as the endpoint names what it ran
     time_s: float
+    ids: tuple[int, ...] = ()  # the tokens of a local model's, its end included
 
 
 InForm = Callable[[Answer], bool]
@@ -88,6 +89,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float | None = None  # dollars at list prices; None where the model has none
+    price: tuple[float, float] | None = None  # these, a token read and a token written
     time_s: float = 0.0
 
 
@@ -100,7 +102,7 @@ def endpoint(config: EndpointConfig, cache: Path, usage: Usage) -> Ask:
         raise UserError(f"endpoint.url={config.url}: needs the package openai: pip install -e '.[api]'")
     if not (key := _key(config)).isascii() or not key.isprintable():
         raise UserError(f"endpoint.api_key_env={config.api_key_env}: this variable holds no key: plain characters only")
-    price = read_price(config)
+    price = usage.price = read_price(config)
     usage.cost = None if price is None else 0.0
     name = f"{re.sub(r'[^a-zA-Z0-9.-]', '_', config.model)[:60]}-{_hash([config.url, config.model])[:8]}"
     path = cache / "answers" / f"{name}.jsonl"
@@ -187,7 +189,7 @@ def kept_answers(path: Path) -> Iterator[tuple[dict[str, Answer], Callable[[str,
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another process is asking this endpoint; wait for its end") from None
+            raise UserError(f"{path}: another process is adding to it; wait for its end") from None
         file.seek(0)
         whole, newline, _ = file.read().rpartition(b"\n")
         file.truncate(len(whole + newline))

@@ -26,19 +26,21 @@ from dpo.pairs import pair_logps, reference_sums, tree_sums
 from dpo.rows import Row, pairs_of
 from dpo.step import means
 from dpo.tokens import token_trees
-from dpo.trees import Tree
+from dpo.trees import Tree, TreeSettings
 from models.errors import UserError
 from models.files import atomic_write_text, read_text
 
 Score = Callable[[Sequence[Tree]], list[TreeLogps]]
 """A model as a function: trees in, per-token log-probs out."""
+Reply = Callable[[Sequence[Tree], TreeSettings], list[Floats]]
+"""A judge as a function: verdict trees in, and their settings; replies_of each out."""
 
 
-def verdicts(rows: Sequence[Row], inputs: Inputs, config: Config, score: Score, *, sighted: bool) -> list[Verdict]:
+def verdicts(rows: Sequence[Row], inputs: Inputs, config: Config, reply: Reply, *, sighted: bool) -> list[Verdict]:
     """The model's verdicts on the first judge.pairs_per_row pairs of each row (0: all), in both orders."""
     settings = judge_settings(config, sighted=sighted)
     trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
-    return verdicts_of(rows, replies(trees, score(trees)), settings)
+    return verdicts_of(rows, reply(trees, settings), settings)
 
 
 def replies(trees: Sequence[Tree], logps: Sequence[TreeLogps]) -> list[Floats]:
@@ -64,8 +66,10 @@ def reward_verdicts(
     return found
 
 
-def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, config: Config) -> dict[str, float]:
-    """Validation figures under eval/: loss and rewards of the objective's pairs, and the judge's two accuracies."""
+def evaluation(
+    inputs: Inputs, references: Sequence[Tensor], score: Score, reply: Reply, config: Config
+) -> dict[str, float]:
+    """Validation figures under eval/: loss and rewards of the trees' pairs, and the judge's two accuracies."""
     rows, trees = inputs.splits.validation, inputs.validation_trees
     if not rows:
         return {}
@@ -78,11 +82,11 @@ def evaluation(inputs: Inputs, references: Sequence[Tensor], score: Score, confi
         losses_B = pair_losses(of_pairs, config.loss)
         for name, value in reward_metrics(of_pairs, losses_B, batch.weight_B, config.loss.beta).items():
             sums[name] = sums.get(name, 0.0) + value
-    if config.objective == "verdicts":  # the same trees: no second forward
+    if config.objective != "responses" and config.judge.critique == "off":  # the same trees: no second forward
         settings = judge_settings(config, sighted=config.judge.sighted)
         judged = verdicts_of(rows, replies(trees, logps), settings)
     else:
-        judged = verdicts(rows, inputs, config, score, sighted=config.judge.sighted)
+        judged = verdicts(rows, inputs, config, reply, sighted=config.judge.sighted)
     summary = summarise(judged, config.seed)
     figures = {name: summary[name] for name in ("accuracy", "averaged_accuracy", "raw_a_rate", "position_consistency")}  # type: ignore[literal-required]
     return {f"eval/{name}": value for name, value in {**means(sums), **figures}.items()}

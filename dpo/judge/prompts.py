@@ -129,7 +129,7 @@ def judge_messages(
 ) -> tuple[Message, ...]:
     """The judge's messages for the answers in their slots; a blind judge is not shown the request.
 
-    A "<|" of the row, as the marks of a turn begin, is broken up: who serves an endpoint may read them in any text.
+    A mark of the row like <|im_end|> is broken up: who serves an endpoint may read it as a turn's in any text.
     UserError where the template does not name what there is to show, or writes what there is not.
     """
     given = dict(zip(slot_columns(len(answers)), answers, strict=True))
@@ -138,7 +138,7 @@ def judge_messages(
     if unused := sorted(given.keys() - columns(template)):
         hide = {"prompt": "judge.sighted=false", "reference_answer": "judge.reference_answer=false"}[unused[0]]
         raise UserError(f"judge.template={template.name} does not name the column {unused[0]}; name it, or set {hide}")
-    given = {column: text.replace("<|", "< |") for column, text in given.items()}
+    given = {column: re.sub(r"<(?=\|\w+\|>)", "< ", text) for column, text in given.items()}
     given["fence"] = fence(given.values())
     try:
         return (

@@ -55,7 +55,8 @@ class Summary(TypedDict):
     decided_accuracy: float | None  # of the pairs with neither a tie nor an invalid verdict; None without any
     decided_interval: list[float] | None
     kappa: float | None  # Cohen's, both-orders verdict against the label (agreement)
-    brier: float | None  # of the order-averaged probabilities of the valid verdicts, as the next two; None without any
+    brier: float | None  # of the order-averaged probabilities of the valid verdicts, as the next two; None without any:
+    # a letter alone (log-odds of 1, 0 or -1) has none, nor what is no log-odds of a pair (summarise)
     calibration_error: float | None
     selective_accuracy: list[float]  # of the surest tenth, the surest two tenths, ... all of the valid verdicts
     subsets: NotRequired[dict[str, "Summary"]]
@@ -299,13 +300,13 @@ def minimum_detectable_difference(differences: Sequence[float] | Floats, groups:
 # ---- what results.json says
 
 
-def _figures(verdicts: Sequence[Verdict], seed: int) -> Summary:
+def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
     n = len(verdicts)
     first_R, second_R = log_odds(verdicts)
     outcome_R, score_R = outcomes(verdicts), averaged_scores(verdicts)
     wins, losses, ties, invalid = (int((outcome_R == name).sum()) for name in ("win", "loss", "tie", "invalid"))
     decided = wins + losses
-    chosen_R = chosen_probabilities(verdicts)
+    chosen_R = chosen_probabilities(verdicts if odds else [])
     curve_R = selective_accuracy(chosen_R)
     return Summary(
         n=n,
@@ -333,11 +334,16 @@ def _figures(verdicts: Sequence[Verdict], seed: int) -> Summary:
     )
 
 
-def summarise(verdicts: Sequence[Verdict], seed: int = 0) -> Summary:
-    """One judge's figures over all pairs (at least one) and by subset; the seed is the bootstrap's."""
+def summarise(verdicts: Sequence[Verdict], seed: int = 0, *, odds: bool = True) -> Summary:
+    """One judge's figures over all pairs (at least one) and by subset; the seed is the bootstrap's.
+
+    `odds`: whether its log-odds are those of a pair, and not leads over three others or differences of ratings.
+    """
+    sides = np.abs(log_odds(verdicts))
+    odds = odds and not np.isin(sides[~np.isnan(sides)], [0.0, 1.0]).all()
     names = sorted({verdict.subset for verdict in verdicts})
-    subsets = {name: _figures([v for v in verdicts if v.subset == name], seed) for name in names}
-    return {**_figures(verdicts, seed), "subsets": subsets}
+    subsets = {name: _figures([v for v in verdicts if v.subset == name], seed, odds) for name in names}
+    return {**_figures(verdicts, seed, odds), "subsets": subsets}
 
 
 def _paired_test(score_a_R: Floats, score_b_R: Floats, groups: Sequence[str], seed: int) -> PairedTest:

@@ -1,0 +1,96 @@
+"""The README.md of an exported judge: what it is, how to ask it, how well it judges, on what, and where it fails.
+
+    a trained run and its report's page -> model card, in the Hub's form
+
+No dimension letters. Read next: dpo/report.py, which writes it beside the weights.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dpo.inputs import cache_folder, judge_settings
+from dpo.judged import Run
+from dpo.page import Block, Page, Plot, Text, to_markdown
+from dpo.report_run import percent, summary
+from dpo.results import widest_interval
+from models.errors import UserError
+from models.gguf_import import SMOLLM2, resolve_model_path
+from models.hub import is_hub_id
+
+KEPT = ("Verdicts", "By subset", "Position and looks", "Attacks", "Data", "Again")  # of the report's sections
+KNOWN = {SMOLLM2: ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+FRONT = re.compile(r"\A---\n(.*?)\n---", re.S)
+
+
+def base_model(run: Run) -> tuple[str, str]:
+    """Hub id and licence of the model that was trained, as far as its path and its own README.md tell; else ""."""
+    path = run.config.model.path
+    if path in KNOWN:
+        return KNOWN[path]
+    try:
+        readme = resolve_model_path(path, cache_folder(run.config)) / "README.md"
+        front = FRONT.match(readme.read_text(encoding="utf-8")) if readme.is_file() else None
+    except (UserError, OSError, UnicodeDecodeError):
+        front = None
+    said = re.search(r"^license: *([\w.-]+) *$", front[1], re.M) if front else None
+    return path.partition("@")[0] if is_hub_id(path) else "", said[1] if said else ""
+
+
+def limits(run: Run) -> list[Text]:
+    """What its figures say against it, and what they cannot say."""
+    judge = run.results["judge"]
+    trained = judge["trained"]
+    subsets = {name: widest_interval(of) for name, of in trained["subsets"].items()}
+    chance = [f"{name} [{100 * low:.0f}, {100 * high:.0f}]" for name, (low, high) in subsets.items() if low <= 0.5]
+    told = [
+        f"It is {judge['conclusion']}.",
+        f"It says A in {percent(trained['raw_a_rate'])} of its verdicts and gives the same verdict in both orders for "
+        f"{percent(trained['position_consistency'])} of the pairs: ask both orders and average the log-odds.",
+        f"Not shown to be above chance, order-averaged, in per cent: {', '.join(chance)}." if chance else "",
+        f"{trained['n']:,} pairs show differences of "
+        f"{100 * judge['comparison']['averaged']['minimum_detectable']:.1f} points or more; other rows, languages and "
+        "lengths were not measured."
+        + ("" if run.results.get("attacks") else " Nor was what an answer written to win does to it."),
+        "A text that spells a special token of its chat template is read as that token.",
+    ]
+    return [Text("paragraph", line) for line in told if line]
+
+
+def how_to_ask(run: Run) -> list[Text]:
+    """Commands, and the template of its question."""
+    settings = judge_settings(run.config, sighted=run.config.judge.sighted)
+    template = settings.template
+    flags = "" if settings.sighted else " judge.sighted=false"
+    flags += f" judge.template={run.config.judge.template}" if run.config.judge.template else ""
+    commands = (
+        f"python -m dpo.judge model.path=THIS_FOLDER data.path=rows.jsonl{flags}\n"
+        "vllm serve THIS_FOLDER --served-model-name judge\n"
+        f"python -m dpo.judge endpoint.url=http://localhost:8000/v1 endpoint.model=judge data.path=rows.jsonl{flags}"
+    )
+    text = (
+        f"Its reply's first token is its verdict, {' or '.join(template.labels)}; it was asked in these words "
+        "(system, then user, in Jinja's notation), with the answers in both orders:"
+    )
+    asked = f"{template.system.strip()}\n\n{template.user.strip()}"
+    return [Text("command", commands), Text("paragraph", text), Text("command", asked)]
+
+
+def model_card(run: Run, sections: Mapping[str, Sequence[Block]], folder: Path) -> str:
+    """The card of what the run exported to `folder`, from its report's sections."""
+    base, licence = base_model(run)
+    files = sorted(path.name for pattern in ("LICENSE*", "NOTICE*") for path in folder.glob(pattern))
+    front = {"license": licence, "base_model": base, "library_name": "transformers"}
+    lines = [f"{key}: {value}" for key, value in front.items() if value]
+    origin = f"Trained from {run.config.model.path}" + (f" ({base})" if base not in ("", run.config.model.path) else "")
+    terms = licence or "not said in its folder: ask who published it"
+    terms += f"; see {', '.join(files)}" if files else ""
+    kept = {
+        name: [block for block in sections[name] if not isinstance(block, Plot)] for name in KEPT if name in sections
+    }
+    page = Page(
+        f"A judge of answers: {run.config.exp}",
+        [*summary(run), Text("paragraph", f"{origin}; its licence, which goes for this model too: {terms}.")],
+        {"How to ask it": how_to_ask(run), "Limits": limits(run), **kept},
+    )
+    return "\n".join(["---", *lines, "tags: [llm-as-a-judge, dpo]", "---", "", to_markdown(page)])

@@ -1,0 +1,223 @@
+"""Judging speed: a local judge's verdicts against transformers', and what asking an endpoint costs.
+
+    python experiments/bench_judge.py [--rows 300] [--rounds 3] [--packs 1024 2048 4096] [--batches 1 2 4 8 16]
+    python experiments/bench_judge.py --client [--rows 1000]
+
+Verdicts: rows of about 500 tokens in each order (a request of 90, two answers of 160, the judge's words), SmolLM2-135M,
+a judgment being one order of one row; tokens are made beforehand on both sides. transformers runs the orders sorted by
+length, in padded batches with logits_to_keep=1; of both sides the fastest size, found on the first rows, is raced over
+all of them, in turn. Client: python -m dpo.judge against a server on the loopback that answers at once; then 5 % of its
+replies are faults; then the client is killed in the middle. Nothing else may run meanwhile.
+Read next: dpo/judge/local.py, dpo/judge/endpoint.py.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from judge_server import Reply, Script, completion, fault, serving  # type: ignore[import-not-found]  # noqa: E402
+
+from dpo.config import Config, PackConfig  # noqa: E402  (the project need not be installed)
+from dpo.distributed import Ranks  # noqa: E402
+from dpo.inputs import judge_settings  # noqa: E402
+from dpo.judge.local import replies  # noqa: E402
+from dpo.judge.prompts import COMPARE, judge_messages  # noqa: E402
+from dpo.logprobs import score_trees  # noqa: E402
+from dpo.rows import Row, write_rows  # noqa: E402
+from dpo.tokens import token_trees  # noqa: E402
+from models.decoder import load_decoder  # noqa: E402
+from models.gguf_import import resolve_model_path  # noqa: E402
+from models.tokenizer import load_tokenizer  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WORDS = (
+    "a the of and to in letter weather harvest road house year page guest winter storm bread torn long short old new "
+    "one two three came went said wrote found lost made kept under over before after while since because but so"
+)
+Judge = Callable[[int, int], list[float]]
+"""Pack or batch size, and how many rows, to the log-odds of A of each order."""
+
+
+def made_rows(n: int) -> list[Row]:
+    """Rows that share no more than chance."""
+
+    def text(name: str, words: int) -> str:
+        draw = random.Random(name)
+        return " ".join(draw.choices(WORDS.split(), k=words))
+
+    return [
+        Row(
+            f"row-{i}",
+            "made",
+            ({"role": "user", "content": text(f"request {i}", 85)},),
+            (text(f"chosen {i}", 145),),
+            (text(f"rejected {i}", 145),),
+            f"{i}",
+        )
+        for i in range(n)
+    ]
+
+
+def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -> tuple[dict[str, Judge], float]:
+    """Both sides, and the mean number of tokens of a judgment."""
+    tokenizer = load_tokenizer(folder)
+    config = Config(exp="bench", pack=PackConfig(tokens=4096))
+    trees = token_trees(rows, tokenizer, judge_settings(config, sighted=True), cache)
+    ours = load_decoder(folder, weight_dtype=dtype, compute_dtype=dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    orders = [
+        tokenizer.prompt_ids(judge_messages(row.prompt, answers, COMPARE))
+        for row in rows
+        for answers in ((row.chosen[0], row.rejected[0]), (row.rejected[0], row.chosen[0]))
+    ]
+    a, b = (completion.targets[0] for completion in trees[0].completions[:2])
+
+    def of_ours(pack: int, n: int) -> list[float]:
+        some = [trees[i] for i in range(n)]
+        said = replies(some, score_trees(ours, some, PackConfig(tokens=pack), ranks, "ours"))
+        return [float(odds) for reply_QL in said for odds in reply_QL[:, 0] - reply_QL[:, 1]]
+
+    @torch.inference_mode()
+    def of_theirs(batch: int, n: int) -> list[float]:
+        odds = [0.0] * (2 * n)
+        by_length = sorted(range(2 * n), key=lambda i: len(orders[i]))
+        for begin in range(0, 2 * n, batch):
+            some = by_length[begin : begin + batch]
+            width = max(len(orders[i]) for i in some)
+            pad = [width - len(orders[i]) for i in some]
+            ids = torch.tensor([[0] * more + list(orders[i]) for i, more in zip(some, pad, strict=True)])
+            mask = torch.tensor([[0] * more + [1] * (width - more) for more in pad])
+            logits = theirs(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+            for i, value in zip(some, (logits[:, a] - logits[:, b]).tolist(), strict=True):
+                odds[i] = value
+        return odds
+
+    return {"ours": of_ours, "transformers": of_theirs}, statistics.fmean(map(len, orders))
+
+
+def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
+    """A line of the table."""
+    folder = resolve_model_path(asked.model, cache)
+    with tempfile.TemporaryDirectory() as scratch:
+        both, tokens = judges(folder, dtype, made_rows(asked.rows), Path(scratch))
+    few = min(asked.rows, 16)
+
+    def timed(judge: Judge, size: int, n: int) -> float:
+        begin = time.perf_counter()
+        judge(size, n)
+        return time.perf_counter() - begin
+
+    sizes = {}
+    for (side, judge), tried in zip(both.items(), (asked.packs, asked.batches), strict=True):
+        judge(tried[0], 2)  # warms up
+        times_s = {size: timed(judge, size, few) for size in tried}
+        sizes[side] = min(times_s, key=times_s.__getitem__)
+    one, other = (both[side](sizes[side], few) for side in both)
+    gap = max(abs(x - y) for x, y in zip(one, other, strict=True))
+    times: dict[str, list[float]] = {side: [] for side in both}
+    for _ in range(asked.rounds):
+        for side, judge in both.items():
+            times[side].append(timed(judge, sizes[side], asked.rows))
+    mine, their = (2 * asked.rows / statistics.median(times[side]) for side in both)
+    return (
+        f"| {dtype} | {tokens:.0f} | {mine:.2f} ({sizes['ours']}) | {their:.2f} ({sizes['transformers']}) | "
+        f"**{mine / their:.2f}** | {gap:.2g} |"
+    )
+
+
+# ---- the client of an endpoint
+
+
+def instant(body: dict[str, object], before: int) -> Reply:
+    return completion("A", {"A": -0.1, "B": -2.5, "The": -5.0})
+
+
+def faulty() -> Script:
+    """One reply of twenty is none."""
+    draw = random.Random(0)
+    faults = [fault(500), fault(503), fault(429, retry_after_ms="5"), Reply(b"{"), Reply(instant({}, 0).body, cut=50)]
+    return lambda body, before: draw.choice(faults) if draw.random() < 0.05 else instant(body, before)
+
+
+def client(rows: int) -> int:
+    """Prints what each of the three runs did; 1 where an answer was lost, doubled or asked for again, else 0."""
+    wrong = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "rows.jsonl"
+        write_rows(data, made_rows(rows))
+        for name, script in (("instant", instant), ("5 % faults", faulty()), ("killed", instant)):
+            home = Path(scratch) / name.replace(" ", "_")
+            kept_file = home / "cache" / "answers"
+
+            def kept(folder: Path = kept_file) -> list[str]:
+                return [json.loads(line)["key"] for path in folder.glob("*.jsonl") for line in path.open("rb")]
+
+            with serving(script) as served:
+                settings = [f"data.path={data}", f"run.root={home}", f"run.cache={home / 'cache'}"]
+                settings += [f"endpoint.url={served.url}", "endpoint.model=judge-1"]
+                command = [sys.executable, "-m", "dpo.judge", *settings]
+                if name == "killed":
+                    begun = subprocess.Popen(command, cwd=ROOT)
+                    while served.answered.total() < rows and begun.poll() is None:
+                        time.sleep(0.01)
+                    begun.send_signal(signal.SIGKILL)
+                    begun.wait()
+                found, before = len(kept()), served.asked.total()
+                subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+                asked = served.asked.total() - before
+            results = json.loads((home / "judge" / "latest" / "results.json").read_text())
+            usage, judged = results["endpoint"], results["judge"]["judge-1"]
+            sound = len(kept()) == len(set(kept())) == 2 * rows and judged["invalid"] == 0
+            sound = sound and asked == 2 * rows - found + usage["failed_tries"] and usage["found"] == found
+            wrong += not sound
+            print(
+                f"{name}: {2 * rows:,} judgments, {found:,} kept from before, {asked:,} requests, "
+                f"{usage['failed_tries']:,} of them failed, {(asked / usage['time_s']):.0f} requests/s; "
+                f"{'each answered once' if sound else 'WRONG'}",
+                flush=True,
+            )
+    return int(wrong > 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--client", action="store_true")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--packs", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    asked = parser.parse_args()
+    if asked.client:
+        return client(asked.rows or 1000)
+    asked.rows = asked.rows or 300
+    print(
+        f"{asked.rows} rows, {torch.get_num_threads()} threads, medians of {asked.rounds} in turn; judgments/s (size)\n"
+    )
+    print("| dtype | tokens | ours (pack) | transformers (batch) | ratio | largest difference of log-odds |")
+    print("|---|" + "---:|" * 5)
+    cache = Path(os.environ.get("DPO_CACHE", "~/.cache/dpo-judges")).expanduser()
+    for dtype in asked.dtype:
+        print(race(asked, DTYPES[dtype], cache), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
