@@ -14,8 +14,10 @@ import time
 from typing import TypedDict
 
 import safetensors.torch
+import torch._dynamo
 import torch.distributed
-from torch.distributed import checkpoint, fsdp  # noqa: F401  imported once, before the ranks are forked
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -13,10 +13,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 import torch.multiprocessing as mp
-from torch.distributed import checkpoint as dcp
-from torch.distributed import fsdp  # noqa: F401  imported once, before the ranks are forked
 
 import models.checkpoint
 from dpo.adamw import AdamW
@@ -108,4 +109,3 @@ if __name__ == "__main__":
             shard.write_bytes(data)
         (place / "meeting").unlink(missing_ok=True)
         mp.start_processes(one_rank, (world, part, place, argv), nprocs=world, start_method="fork")
-    print(dcp.__name__, "all done")
