@@ -47,21 +47,16 @@ def new_folder(config: Config) -> Path:
             except FileExistsError:
                 folder = home / f"{stamp}-{config.seed}.{number}"
         write_json(folder / "env.json", environment())
-        write_json(folder / "config.json", config_dict(config))  # with it the run counts as begun
-        _point_latest(folder)
+        link = home / f".latest-{folder.name}"
+        link.symlink_to(folder.name)
+        link.replace(home / "latest")
+        write_json(folder / "config.json", config_dict(config))  # last: with it the run counts as begun
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
             f"run.root={config.run.root}: cannot make {folder} ({error.strerror}); free space or choose another place"
         ) from error
     return folder
-
-
-def _point_latest(folder: Path) -> None:
-    link = folder.parent / f".latest-{folder.name}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.name)
-    link.replace(folder.parent / "latest")
 
 
 def resumed_folder(config: Config) -> Path | None:
@@ -74,9 +69,7 @@ def resumed_folder(config: Config) -> Path | None:
     if name == "auto":
         begun = sorted((path.parent for path in home.glob("[0-9]*/config.json")), reverse=True)
         open_ones = (one for one in begun if not (one / "report.html").exists() and not _changed(one, config)[0])
-        if found := next(open_ones, None):
-            _point_latest(found)
-        return found
+        return next(open_ones, None)
     folder = home / "latest" if name == "latest" else Path(name)
     if not (folder / "config.json").is_file():
         raise UserError(f"run.resume={name}: {folder} is no run folder (it has no config.json)")
