@@ -18,18 +18,8 @@ from models.errors import UserError
 from models.files import atomic_write_text, read_json_object
 
 MAY_DIFFER = (
-    *(
-        "run.resume",
-        "run.root",
-        "run.hang_s",
-        "run.cache",
-        "reference.store",
-        "show",
-        "log.wandb",
-        "log.project",
-        "log.plots",
-    ),
-    *("train.checkpoint_every_steps", "train.n_checkpoints", "train.keep_checkpoints"),
+    *("run.resume", "run.root", "run.cache", "reference.store", "show", "log.wandb", "log.project", "log.plots"),
+    *("run.hang_s", "train.checkpoint_every_steps", "train.n_checkpoints", "train.keep_checkpoints"),
 )
 """Keys that a resumed run may change: none of them touches a number."""
 
