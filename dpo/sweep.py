@@ -146,14 +146,17 @@ def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places_of(jobs, pick_device(arms[0].config)):
         free.put(place)
-    leaders: dict[str, tuple[Arm, Event]] = {}
+    leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that read the same, and whether it is over
+    for arm in arms:
+        if not finished_folder(arm):
+            leaders.setdefault(what_is_read(arm), (arm, Event()))
 
     def turn(number: int, arm: Arm) -> int:
         told = f"arm {number} of {len(arms)}, {name_of(arm)}"
         if finished_folder(arm):
             print(f"{told}: finished", flush=True)
             return 0
-        leader, over = leaders.setdefault(what_is_read(arm), (arm, Event()))
+        leader, over = leaders[what_is_read(arm)]
         trains = Path(leader.config.run.root) / leader.config.exp / "latest" / "metrics.jsonl"
         while arm is not leader and not trains.exists() and not over.wait(0.1):
             pass  # it stores the log-probs that all of them need
