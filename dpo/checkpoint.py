@@ -1,33 +1,35 @@
 """What a run keeps of its weights: resumable checkpoints, the best weights so far, and the export others can open.
 
-A checkpoint is a folder of safetensors and one JSON file, written beside its place and renamed into it: the last good
-one stays whole whatever happens. Data order needs no state, it follows from seed and step.
+A checkpoint is a folder of safetensors shards (torch.distributed.checkpoint's: each rank writes what it holds, any
+number of ranks reads them), one JSON file and their SHA-256, written beside its place and renamed into it: the last
+good one stays whole whatever happens. Data order needs no state, it follows from seed and step.
 Read next: models/checkpoint.py, models/lora.py.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo.adamw import AdamW
 from dpo.config import Config
-from dpo.distributed import Ranks, full_parameters
+from dpo.distributed import Ranks, broadcast_first, full_parameters, gather, own_share
 from dpo.policy import adapter_of
 from models.checkpoint import save_folder
 from models.decoder import Decoder
 from models.errors import UserError
-from models.files import atomic_folder, read_json_object
+from models.files import atomic_folder, file_digest, read_json_object, read_text
 from models.lora import merged_weights, save_adapter
-from models.sharded import copy_into, full_tensor
+from models.sharded import full_tensor
 
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+STATE, SUMS = "state.json", "SHA256SUMS"  # `sha256sum -c` reads the latter
+FILE_BYTES = 2**28  # of a rank's shards about: torch holds one of them a second time while it writes
 
 
 def trained_parameters(model: Decoder) -> dict[str, torch.nn.Parameter]:
@@ -44,61 +46,92 @@ def trained_digest(model: Decoder, base: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(folder: Path, files: Mapping[str, dict[str, Tensor]], state: dict[str, object]) -> None:
+def _line(path: Path) -> str:
+    return f"{file_digest(path)}  {path.name}\n"
+
+
+def save(folder: Path, model: Decoder, state: dict[str, object], ranks: Ranks, optimizer: AdamW | None = None) -> None:
+    """The trained parameters, an optimizer's moments, and a few words of state; every rank must call."""
+    from torch.distributed import checkpoint as dcp  # a second: now, not at every start
+
+    parameters = trained_parameters(model)
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        moments = optimizer.state[parameter] if optimizer else {}
+        tensors |= {f"{name}|{key}": value for key, value in moments.items()}
+    ends = list(accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+    files = {name: 1 + end // (FILE_BYTES * ranks.world) for name, end in zip(tensors, ends, strict=True)}
+    failure: BaseException
     try:
-        with atomic_folder(folder) as temporary:
-            for name, tensors in files.items():
-                save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary / name)
-            (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
-    except Exception as error:  # safetensors reports a full disk as its own exception type
-        needed = sum(t.numel() * t.element_size() for tensors in files.values() for t in tensors.values())
-        raise UserError(
-            f"checkpoint {folder}: cannot write {needed / 2**20:.1f} MiB ({error}); earlier checkpoints are whole. "
-            f"Free space ({shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB left), then run.resume=latest goes on"
-        ) from error
+        with atomic_folder(folder) if ranks.first else nullcontext(folder) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # that one process is enough
+            place = broadcast_first(temporary, ranks)
+            writer = dcp.HuggingFaceStorageWriter(str(place), files, save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
+            sums = gather([_line(path) for path in sorted(place.glob(f"shard-{ranks.rank + 1:05d}-*"))], ranks)
+            if ranks.first:
+                (place / STATE).write_text(json.dumps(state, indent=2) + "\n")
+                (place / SUMS).write_text("".join([*sums, _line(place / STATE)]))
+        return
+    except dcp.CheckpointException as error:
+        failure = next(iter(error.failures.values()))[0]
+    except OSError as error:
+        failure = error
+    if not isinstance(failure, Exception):  # a second Ctrl-C
+        raise failure
+    raise UserError(
+        f"checkpoint {folder}: cannot write {ends[-1] / 2**20:.1f} MiB ({failure}); earlier checkpoints are whole. "
+        f"Free space ({shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB left), then run.resume=latest goes on"
+    ) from failure
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _damaged(folder: Path, line: str) -> str:
+    """What is wrong with the file that a line of SUMS names, if anything."""
+    name = line[66:].removesuffix("\n")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); remove {path.parent} and resume from what was saved before it"
-        ) from error
-
-
-def save_weights(folder: Path, model: Decoder, state: dict[str, object], ranks: Ranks) -> None:
-    """The trained parameters whole, with a few words of state; every rank must call, the first writes."""
-    tensors = {name: full_tensor(p.detach()) for name, p in trained_parameters(model).items()}
-    if ranks.first:
-        _write(folder, {WEIGHTS: tensors}, state)
+        return "" if name and _line(folder / name) == line else f"{name or SUMS} is not what was written"
+    except OSError as error:
+        return str(error)
 
 
 @torch.no_grad()
-def load_weights_into(folder: Path, model: Decoder) -> dict[str, object]:
-    """Put saved trained parameters back, bit for bit; the state saved with them."""
-    tensors, parameters = _read(folder / WEIGHTS), trained_parameters(model)
-    if {name: value.shape for name, value in tensors.items()} != {name: p.shape for name, p in parameters.items()}:
-        raise UserError(f"{folder / WEIGHTS}: these are not the tensors that this model trains; give it its own base")
-    for name, parameter in parameters.items():
-        copy_into(parameter, tensors[name])
+def load(folder: Path, model: Decoder, ranks: Ranks, optimizer: AdamW | None = None) -> dict[str, object]:
+    """Put saved parameters, and an optimizer's moments, back, bit for bit; the state saved with them.
+
+    Every rank must call; the number of ranks need not be that which saved.
+    """
+    from torch.distributed import checkpoint as dcp
+
+    lines = read_text(folder / SUMS).splitlines(keepends=True)
+    damages = [damage for line in own_share(lines, ranks) if (damage := _damaged(folder, line))]
+    if damages := gather(damages, ranks):
+        raise UserError(f"{folder}: damaged: {damages[0]}; remove the folder, and resume from what was saved before it")
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    entries = reader.read_metadata().state_dict_metadata.items()
+    saved = {name: entry.size for name, entry in entries if isinstance(entry, dcp.TensorStorageMetadata)}
+    parameters = trained_parameters(model)
+    if {name: size for name, size in saved.items() if "|" not in name} != {n: p.shape for n, p in parameters.items()}:
+        raise UserError(f"{folder}: these are not the tensors that this model trains; give it its own base")
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, size in saved.items():
+        owner, bar, key = name.partition("|")
+        if optimizer and bar:  # AdamW's step is a scalar, its moments are laid out as their parameter is
+            parameter = parameters[owner]
+            tensors[name] = torch.empty_like(parameter) if size == parameter.shape else parameter.new_empty(size)
+            optimizer.state[parameter][key] = tensors[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")
+        dcp.load(tensors, storage_reader=reader, no_dist=ranks.world == 1)
     return read_json_object(folder / STATE)
 
 
 def save_checkpoint(
     folder: Path, model: Decoder, optimizer: AdamW, state: dict[str, object], ranks: Ranks, keep: int
 ) -> None:
-    """A resumable checkpoint `folder/step-N` (N = state["step"]): weights, optimizer moments, state; the oldest go."""
-    weights = {name: full_tensor(p.detach()) for name, p in trained_parameters(model).items()}
-    moments = {
-        f"{name}|{key}": full_tensor(value)
-        for name, p in trained_parameters(model).items()
-        for key, value in optimizer.state[p].items()
-    }
-    if ranks.first:
-        _write(folder / f"step-{state['step']:06d}", {WEIGHTS: weights, OPTIMIZER: moments}, state)
-        for old in sorted(folder.glob("step-*"), key=_step_of)[:-keep]:
-            shutil.rmtree(old)
+    """A resumable checkpoint `folder/step-N` (N = state["step"]); the oldest beyond `keep` go. Every rank must call."""
+    save(folder / f"step-{state['step']:06d}", model, state, ranks, optimizer)
+    for old in sorted(folder.glob("step-*"), key=_step_of)[:-keep] if ranks.first else ():
+        shutil.rmtree(old)
 
 
 def _step_of(folder: Path) -> int:
@@ -111,33 +144,27 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=_step_of, default=None)
 
 
-@torch.no_grad()
-def load_checkpoint(folder: Path, model: Decoder, optimizer: AdamW) -> dict[str, object]:
-    """Put weights and optimizer moments back, bit for bit; the state saved with them."""
-    state = load_weights_into(folder, model)
-    moments = _read(folder / OPTIMIZER)
-    for name, parameter in trained_parameters(model).items():
-        slot = optimizer.state[parameter]
-        for full_name, value in moments.items():
-            owner, _, key = full_name.partition("|")
-            if owner == name:
-                # Scalars (AdamW's step) are kept as they are; moments are laid out as their parameter is.
-                slot[key] = torch.empty_like(parameter) if value.shape == parameter.shape else value
-                if value.shape == parameter.shape:
-                    copy_into(slot[key], value)
-    return state
-
-
 def export(folder: Path, model: Decoder, source: Path, config: Config, ranks: Ranks) -> None:
     """Write what others open: `model/` (a Hugging Face folder, updates merged) and, for LoRA, peft's `adapter/`.
 
-    Weights are written in the dtype of `source`'s config. Every rank must call, the first writes.
+    Weights are written in the dtype of `source`'s config. Every rank must call; each writes its own files of the model.
     """
     tensors = full_parameters(model)
-    if not ranks.first:
-        return
     if config.lora.rank:
-        adapter, architecture = adapter_of(config.lora), model.config.architecture
-        save_adapter(folder / "adapter", tensors, adapter, base=str(source), architecture=architecture)
-    dtype = getattr(torch, model.config.dtype)
-    save_folder(folder / "model", merged_weights(model, tensors), source, dtype=dtype)
+        save_adapter(
+            folder / "adapter",
+            tensors,
+            adapter_of(config.lora),
+            base=str(source),
+            architecture=model.config.architecture,
+            write=ranks.first,
+        )
+    save_folder(
+        folder / "model",
+        merged_weights(model, tensors),
+        source,
+        dtype=getattr(torch, model.config.dtype),
+        rank=ranks.rank,
+        world=ranks.world,
+        of_first=lambda place: broadcast_first(place, ranks),
+    )

@@ -291,6 +291,7 @@ class RunConfig(Section):
 
     root: Place = Field("runs", min_length=1, description="runs go to ROOT/NAME/TIME-SEED")
     resume: Place = Field("", description="run folder to go on with, latest, or auto: what was begun, if not done")
+    hang_s: float = Field(540.0, gt=0, description="seconds that one rank may keep others waiting; then all end")
     cache: Place = Field("", description='folder of imports and log-probs; "" = $DPO_CACHE or ~/.cache/dpo-judges')
 
 

@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from dpo.checkpoint import load_weights_into, trained_digest
+from dpo.checkpoint import load, trained_digest
 from dpo.config import Config, config_dict
 from dpo.distributed import Ranks
 from dpo.inputs import Inputs, critique_settings
@@ -197,7 +197,7 @@ def train_rounds(
     last = config.train.select == "last" or not inputs.splits.validation
     best = len(ends) - 1 if last else max(range(len(ends)), key=lambda i: ends[i].best)
     if best < len(ends) - 1:
-        load_weights_into(folder / f"round-{best + 1}" / "checkpoints" / "best", policy)
+        load(folder / f"round-{best + 1}" / "checkpoints" / "best", policy, ranks)
     before = sum(done.step for done in ends[:best])
     whole = {key: sum(asdict(done)[key] for done in ends) for key in ("step", "pairs", "tokens", "time_s")}
     return replace(ends[0], **whole, best_step=before + ends[best].best_step), told

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpo.config import FsdpConfig
+from dpo.hang import watch
+from models.checkpoint import Made
 from models.decoder import Decoder
 from models.errors import UserError
 from models.moe import Experts
@@ -41,14 +44,32 @@ class Ranks:
         return self.rank == 0
 
 
-def join_ranks(device: str) -> Ranks:
-    """Join torchrun's process group (gloo on the CPU, nccl on CUDA); alone without torchrun."""
+def join_ranks(device: str, hang_s: float) -> Ranks:
+    """Join torchrun's process group (gloo on the CPU, nccl on CUDA); alone without torchrun.
+
+    `hang_s`: how long one rank may keep the others waiting.
+    """
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, torch.device(device))
     local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     if local.type == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo")  # objects go through gloo
+    # torchrun hands ranks that it starts again the store with the addresses of the dead ones (pytorch#135712).
+    restarts, shared = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+    if several and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(shared) != "1":
+        raise UserError(f"torchrun --max-restarts on several nodes: set {shared}=1 before it, or ranks may not meet")
+    prefix = "" if several else restarts  # nodes count their own restarts
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo",  # objects go through gloo
+        store=dist.PrefixStore(prefix, store),
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=hang_s + 60),
+    )
+    client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    watch(dist.PrefixStore(prefix, client), rank, world, hang_s)
     return Ranks(dist.get_rank(), dist.get_world_size(), local)
 
 
@@ -163,9 +184,11 @@ def broadcast_first(item: Item, ranks: Ranks) -> Item:
     return gather([item], ranks)[0]
 
 
-def full_parameters(model: Decoder) -> dict[str, Tensor]:
-    """Every parameter whole, by its published name."""
-    return {name: full_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
+def full_parameters(model: Decoder) -> Made:
+    """Every parameter whole, by its published name, gathered when it is asked for: all ranks ask in the same order."""
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return Made(shapes, lambda name: full_tensor(parameters[name].detach()))
 
 
 def without_gradient(parameters: Mapping[str, Tensor], ranks: Ranks) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dpo.checkpoint import load_weights_into
+from dpo.checkpoint import load
 from dpo.config import Config
 from dpo.distributed import Ranks, full_parameters
 from dpo.inputs import DTYPES, cache_folder
@@ -79,9 +79,10 @@ def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch
     folder = resolve_model_path(config.model.path, cache_folder(config), "--base")
 
     exact = torch.float32 if dtype is torch.bfloat16 else torch.float64
-    unmerged = load_policy(config, folder, exact, Ranks(0, 1, torch.device("cpu")))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    unmerged = load_policy(config, folder, exact, alone)
     if best is not None:
-        load_weights_into(best, unmerged)
+        load(best, unmerged, alone)
     truth, merged = fixed_logits(unmerged), merged_weights(unmerged, full_parameters(unmerged))
 
     def published(folder: Path) -> Decoder:

@@ -16,16 +16,9 @@ import torch
 
 from dpo.adamw import AdamW
 from dpo.alarms import DIFFERENCE, Watch, told
-from dpo.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights_into,
-    save_checkpoint,
-    save_weights,
-    trained_parameters,
-)
+from dpo.checkpoint import last_checkpoint, load, save, save_checkpoint, trained_parameters
 from dpo.config import Config
-from dpo.distributed import Ranks, clip_gradients, gather, without_gradient
+from dpo.distributed import Ranks, broadcast_first, clip_gradients, gather, without_gradient
 from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
 from dpo.pairs import TreeSums
@@ -88,11 +81,13 @@ def train(
     done = TrainState(data, reference, without_gradient=list(named))
     checkpoints, best = folder / "checkpoints", folder / "checkpoints" / "best"
     finished = checkpoints / "finished.json"
-    if config.run.resume and finished.is_file():  # stopped while it judged or exported: there is nothing left to train
-        load_weights_into(best, policy)
+    last, over = broadcast_first((last_checkpoint(checkpoints), finished.is_file()), ranks)
+    if config.run.resume and over:  # stopped while it judged or exported: there is nothing left to train
+        with sole_process(folder) if ranks.first else nullcontext():
+            load(best, policy, ranks)
         return _same_run(read_json_object(finished), done, finished)
-    if config.run.resume and (last := last_checkpoint(checkpoints)):
-        done = _same_run(load_checkpoint(last, policy, optimizer), done, last)
+    if config.run.resume and last:
+        done = _same_run(load(last, policy, ranks, optimizer), done, last)
 
     # Go!
     with (
@@ -167,7 +162,7 @@ def train(
                 log.write(done.step, figures)
                 if (score := selection_score(figures, config.train.select, done.step)) > done.best:
                     done.best, done.best_step, done.stale = score, done.step, 0
-                    save_weights(best, policy, asdict(done), ranks)
+                    save(best, policy, asdict(done), ranks)
                 else:
                     done.stale += 1
             stop = any(gather([interrupted()], ranks))
@@ -178,7 +173,7 @@ def train(
             if stop:
                 raise KeyboardInterrupt("a checkpoint is written; the same command with run.resume=latest goes on")
     if done.best_step != done.step:
-        load_weights_into(best, policy)
+        load(best, policy, ranks)
     if ranks.first:
         write_json(finished, asdict(done))
     return done

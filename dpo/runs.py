@@ -19,7 +19,7 @@ from models.files import atomic_write_text, read_json_object
 
 MAY_DIFFER = (
     *("run.resume", "run.root", "run.cache", "reference.store", "show", "log.wandb", "log.project", "log.plots"),
-    *("train.checkpoint_every_steps", "train.n_checkpoints", "train.keep_checkpoints"),
+    *("run.hang_s", "train.checkpoint_every_steps", "train.n_checkpoints", "train.keep_checkpoints"),
 )
 """Keys that a resumed run may change: none of them touches a number."""
 
@@ -36,11 +36,11 @@ def new_folder(config: Config) -> Path:
                 break
             except FileExistsError:
                 folder = home / f"{stamp}-{config.seed}.{number}"
-        write_json(folder / "config.json", config_dict(config))
         write_json(folder / "env.json", environment())
         link = home / f".latest-{folder.name}"
         link.symlink_to(folder.name)
         link.replace(home / "latest")
+        write_json(folder / "config.json", config_dict(config))  # last: with it the run counts as begun
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(

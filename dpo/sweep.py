@@ -9,18 +9,23 @@ Read next: dpo/settings.py, where arms come from; dpo/judge/statistics.py, where
 
 import fcntl
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean, stdev
-from typing import cast
+from threading import Event
+from typing import IO, cast
 
 import numpy as np
+import torch
 
 from dpo.inputs import pick_device, read_inputs
 from dpo.judge.local import read_verdicts
@@ -45,10 +50,11 @@ from models.errors import UserError
 from models.files import atomic_write_text, read_json_object
 
 USAGE = """\
-usage: python -m dpo.sweep exp=NAME [key=value ...] [sweep.key=value,value ...]
+usage: python -m dpo.sweep exp=NAME [key=value ...] [sweep.key=value,value ...] [jobs=N]
   python -m dpo.sweep exp=losses
   python -m dpo.sweep exp=quickstart sweep.loss.beta=0.1,0.5 sweep.seed=0,1,2
 
+jobs=N: so many arms at once, each on a GPU of its own, or on its share of the cores.
 In a file: [sweep], then key = [values] a line. All other keys: python -m dpo.train --help"""
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t of 2, 3, ... 10 seeds; for more seeds the last, which is a little wide."""
@@ -64,13 +70,18 @@ def check_arms(arms: Sequence[Arm]) -> None:
         try:
             if finished_folder(arm):
                 continue
-            read = arm.config.model_dump_json(exclude={"loss", "lora", "train", "log", "run"})
+            read = what_is_read(arm)
             if read not in columns:
                 splits = read_inputs(arm.config, pick_device(arm.config)).splits
                 columns[read] = columns_of(chain(splits.train, splits.validation))
             check_loss(arm.config.loss, columns[read])
         except UserError as error:
             raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None
+
+
+def what_is_read(arm: Arm) -> str:
+    """What rows and reference an arm's configuration asks for: the same for arms that share all stored log-probs."""
+    return arm.config.model_dump_json(exclude={"loss", "lora", "train", "log", "run"})
 
 
 def name_of(arm: Arm) -> str:
@@ -96,10 +107,24 @@ def finished_folder(arm: Arm) -> Path | None:
     return folder if folder and (folder / "report.html").is_file() else None
 
 
-def run_arm(arm: Arm, lock: int) -> int:
+def run_arm(arm: Arm, lock: int, place: Mapping[str, str], log: IO[bytes] | None) -> int:
     """Run or resume an arm; the exit code of its process, which holds the sweep's lock as long as it lives."""
-    resume = ["run.resume=latest"] if begun_folder(arm) else []
-    return subprocess.run([sys.executable, "-m", "dpo.train", *arm.argv, *resume], pass_fds=[lock]).returncode
+    command = [sys.executable, "-m", "dpo.train", *arm.argv, *(["run.resume=latest"] if begun_folder(arm) else [])]
+    environment = os.environ | place
+    return subprocess.run(command, pass_fds=[lock], env=environment, stdout=log, stderr=log).returncode
+
+
+def places_of(jobs: int, device: str) -> list[dict[str, str]]:
+    """What each of the arms that run at once finds in its environment: a GPU of its own, or its share of the cores."""
+    if jobs == 1:
+        return [{}]
+    if device == "cuda":
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+        if jobs > len(devices):
+            raise UserError(f"jobs={jobs}: an arm takes a GPU, and {len(devices)} can be seen; give at most as many")
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in devices[:jobs]]
+    return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}] * jobs
 
 
 @contextmanager
@@ -114,26 +139,50 @@ def locked(home: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def sweep(arms: Sequence[Arm]) -> int:
-    """Run what is not finished, in order, then write the table; 1 where an arm failed, else 0."""
+def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
+    """Run what is not finished, `jobs` arms at once, then write the table; 1 where an arm failed, else 0."""
     home = Path(arms[0].config.run.root).parent
     check_arms(arms)
-    failed: dict[str, int] = {}
-    with locked(home) as lock, interruptible() as interrupted:
+    free: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for place in places_of(jobs, pick_device(arms[0].config)):
+        free.put(place)
+    leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that read the same, and whether it is over
+    for arm in arms:
+        if not finished_folder(arm):
+            leaders.setdefault(what_is_read(arm), (arm, Event()))
+
+    def turn(number: int, arm: Arm) -> int:
+        told = f"arm {number} of {len(arms)}, {name_of(arm)}"
+        if finished_folder(arm):
+            print(f"{told}: finished", flush=True)
+            return 0
+        leader, over = leaders[what_is_read(arm)]
+        trains = Path(leader.config.run.root) / leader.config.exp / "latest" / "metrics.jsonl"
+        while arm is not leader and not trains.exists() and not over.wait(0.1):
+            pass  # it stores the log-probs that all of them need
+        place, folder = free.get(), Path(arm.config.run.root)
+        try:
+            if interrupted():
+                return 130
+            print(f"{told}: {'goes on' if begun_folder(arm) else 'begins'}", flush=True)
+            folder.mkdir(exist_ok=True)
+            with open(folder / "log.txt", "ab") if jobs > 1 else nullcontext() as log:
+                code = run_arm(arm, lock, place, log)
+        finally:
+            free.put(place)
+            over.set()
+        if code not in (0, 130):
+            print(f"arm {name_of(arm)}: failed with exit code {code}; going on", file=sys.stderr)
+        return code
+
+    with locked(home) as lock, interruptible() as interrupted, ThreadPoolExecutor(jobs) as pool:
         others = {folder.name for folder in home.iterdir() if folder.is_dir()} - {name_of(arm) for arm in arms}
         if others:
             print(f"not in this sweep, nor in its table: {', '.join(sorted(others))}")
-        for number, arm in enumerate(arms, 1):
-            state = "finished" if finished_folder(arm) else "goes on" if begun_folder(arm) else "begins"
-            print(f"arm {number} of {len(arms)}, {name_of(arm)}: {state}", flush=True)
-            if state == "finished":
-                continue
-            code = run_arm(arm, lock)
-            if code == 130 or interrupted():
-                raise KeyboardInterrupt("the same command goes on from here")
-            if code:
-                failed[name_of(arm)] = code
-                print(f"arm {name_of(arm)}: failed with exit code {code}; going on", file=sys.stderr)
+        codes = list(pool.map(turn, range(1, len(arms) + 1), arms))
+        if 130 in codes or interrupted():
+            raise KeyboardInterrupt("the same command goes on from here")
+    failed = {name_of(arm): code for arm, code in zip(arms, codes, strict=True) if code}
     write_table(home, arms, failed)
     return 1 if failed else 0
 
@@ -268,7 +317,10 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0
     try:
-        return sweep(load_sweep(argv))
+        jobs = [argument.removeprefix("jobs=") for argument in argv if argument.startswith("jobs=")] or ["1"]
+        if not jobs[-1].isdecimal() or jobs[-1] == "0":
+            raise UserError(f"jobs={jobs[-1]}: must be a number of arms, 1 or more")
+        return sweep(load_sweep([argument for argument in argv if not argument.startswith("jobs=")]), int(jobs[-1]))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

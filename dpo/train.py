@@ -5,6 +5,7 @@
 No dimension letters. Read next: dpo/loop.py, the training loop.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from dpo.alarms import alarms_of
 from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
 from dpo.critiques import train_rounds
-from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
+from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs
 from dpo.judge.attacks import Success, biases, successes
 from dpo.judge.calibration import Floats
@@ -108,9 +109,12 @@ def run(config: Config) -> Path:
     times: dict[str, float] = {}
     config = with_adapter(config)
     torch.set_flush_denormal(True)  # peaked softmaxes make denormals, which slow the CPU thirty-fold
-    ranks = join_ranks(pick_device(config))
+    ranks = join_ranks(pick_device(config), config.run.hang_s)
     if ranks.world > 1 and (config.objective == "critiques" or config.judge.critique != "off"):
         raise UserError("objective=critiques, judge.critique: a judge writes in one process; run without torchrun")
+    restarts = gather([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")], ranks)
+    if not config.run.resume and any(count != "0" for count in restarts):  # torchrun started us again
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
     resumed = broadcast_first(resumed_folder(config) if config.run.resume and ranks.first else None, ranks)
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)
@@ -269,6 +273,11 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         print(f"error: {error}; a full disk or a missing permission? What was there is whole", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "by peer" not in str(error):
+            raise
+        print(f"error: rank {os.environ['RANK']} stops: another one ended, and says why", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"
         print(f"interrupted: {str(stop) or outside}", file=sys.stderr)

@@ -107,7 +107,7 @@ def labelled(label: str, function: Callable[..., object]) -> Callable[..., objec
 
 def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     """The table, as markdown."""
-    ranks = join_ranks("cpu")
+    ranks = join_ranks("cpu", config.run.hang_s)
     policy = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, config.train)

@@ -9,8 +9,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from kernels import dequantise
 from models.errors import UserError
 from models.families import FAMILIES, llama4, read_model_config
-from models.files import atomic_folder, atomic_write_text, read_json_object, write_json
+from models.files import atomic_folder, atomic_write_text, file_digest, read_json_object, write_json
 from models.layouts import IGNORED, Layout, Piece, plain
 from models.sharded import Part, own_part
 
@@ -161,19 +162,57 @@ def _digest(path: Path, memo: Path | None) -> str:
     stat = path.stat()
     key = f"{path} {stat.st_size} {stat.st_mtime_ns}"
     if key not in known:
-        with open(path, "rb") as handle:
-            known[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+        known[key] = file_digest(path)
         # A file this young could change again within one tick of its clock and look the same: hash it again next time.
         if memo and time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
             atomic_write_text(memo, json.dumps(known, indent=1))
     return str(known[key])
 
 
-def save_folder(folder: Path, tensors: Mapping[str, torch.Tensor], source_folder: Path, *, dtype: torch.dtype) -> None:
+@dataclass(frozen=True)
+class Made(Mapping[str, torch.Tensor]):
+    """Tensors by name, each made anew when it is asked for, so that few are held at once; shapes are at hand."""
+
+    shapes: Mapping[str, Sequence[int]]
+    make: Callable[[str], torch.Tensor]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Sequence[int]]:
+    """Their shapes by name; none of Made is made for it."""
+    return tensors.shapes if isinstance(tensors, Made) else {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _alone(place: Path) -> Path:
+    return place
+
+
+def save_folder(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    source_folder: Path,
+    *,
+    dtype: torch.dtype,
+    rank: int = 0,
+    world: int = 1,
+    of_first: Callable[[Path], Path] = _alone,
+) -> None:
     """Write a Hugging Face model folder, whole or not at all: weights in `dtype`, the rest from `source_folder`.
 
     Never quantised, and of a Llama 4 with pictures the text model alone, as Llama4ForCausalLM.
     An older folder at `folder` is replaced once the new one is complete.
+    Several processes write it together, each its own files: `of_first(place)` is the first one's place, once all ask.
     """
     fields = read_json_object(source_folder / "config.json")
     if "text_config" in fields:
@@ -181,13 +220,16 @@ def save_folder(folder: Path, tensors: Mapping[str, torch.Tensor], source_folder
     spelling = "dtype" if "dtype" in fields else "torch_dtype"  # the older one is read by every version
     fields = {key: value for key, value in fields.items() if key not in ("quantization_config", "dtype", "torch_dtype")}
     try:
-        with atomic_folder(folder) as temporary:
-            write_json(temporary / "config.json", fields | {spelling: str(dtype).removeprefix("torch.")})
-            for path in (path for pattern in COPIED for path in source_folder.glob(pattern)):
-                shutil.copyfile(path, temporary / path.name)
-            write_weights(temporary, tensors, dtype)
+        with atomic_folder(folder) if rank == 0 else nullcontext(folder) as temporary:
+            if rank == 0:
+                write_json(temporary / "config.json", fields | {spelling: str(dtype).removeprefix("torch.")})
+                for path in (path for pattern in COPIED for path in source_folder.glob(pattern)):
+                    shutil.copyfile(path, temporary / path.name)
+            place = of_first(temporary)
+            write_weights(place, tensors, dtype, rank=rank, world=world)
+            of_first(place)  # all have written
     except (OSError, SafetensorError) as error:
-        needed = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        needed = sum(map(math.prod, shapes_of(tensors).values())) * dtype.itemsize
         raise UserError(
             f"{folder}: cannot write the model ({error}); it needs at least {needed} bytes: free space. "
             "Nothing half-written is left, and what stood there before is whole"
@@ -202,19 +244,26 @@ def whole_tensor(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor
 
 
 def write_weights(
-    folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, max_shard_bytes: int = 5_000_000_000
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int = 5_000_000_000,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> None:
     """Write model.safetensors beside config.json, as the family is published, in `dtype`.
 
     Beyond `max_shard_bytes`: shards with their index. Experts that are packed in memory are unpacked.
+    Of `world` processes each writes every world-th file and holds one at a time; all ask `tensors` in the same order.
     """
     layout = FAMILIES[read_model_config(folder).architecture].layout
     shapes: dict[str, Sequence[int]] = {}
-    for name, tensor in tensors.items():
+    for name, shape in shapes_of(tensors).items():
         if name.endswith("_blocks"):
-            shapes[name.removesuffix("_blocks")] = (*tensor.shape[:-2], 32 * tensor.shape[-2])
+            shapes[name.removesuffix("_blocks")] = (*shape[:-2], 32 * shape[-2])
         elif not name.endswith("_scales"):
-            shapes[name] = tensor.shape
+            shapes[name] = shape
     pieces = {
         stored: (name, piece)
         for name, shape in shapes.items()
@@ -230,15 +279,22 @@ def write_weights(
             room = max_shard_bytes
         shards[-1].append(name)
         room -= size
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [SINGLE]
+    held, whole = "", torch.empty(0)
+    for begin in range(0, len(shards), world):
         shard = {}
-        for name in names:
-            owner, piece = pieces[name]
-            shard[name] = piece.decode(whole_tensor(tensors, owner)[piece.place]).to("cpu", dtype).contiguous()
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # the library makes it readable to the owner alone
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
+        for number, names in enumerate(shards[begin : begin + world]):
+            for name in names:
+                owner, piece = pieces[name]
+                if owner != held:
+                    held, whole = owner, whole_tensor(tensors, owner)
+                if number == rank:
+                    shard[name] = piece.decode(whole[piece.place]).to("cpu", dtype).contiguous()
+        if shard:
+            file = folder / files[begin + rank]
+            save_file(shard, file, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", file)  # the library makes it readable to the owner alone
+    if len(shards) > 1 and rank == 0:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})

@@ -5,6 +5,7 @@ synced, then renamed: a full disk, Ctrl-C or a kill leaves what stood there as i
 Read next: models/checkpoint.py, which writes model folders with these.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -88,6 +89,12 @@ def read_json_object(path: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold one JSON object {{...}}, holds a {type(value).__name__}")
     return value
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _beside(path: Path, ending: str) -> Path:

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kernels import dequantise
-from models.checkpoint import ADAPTER, ADAPTER_CONFIG, load_weights, stored_tensors
+from models.checkpoint import ADAPTER, ADAPTER_CONFIG, Made, load_weights, shapes_of, stored_tensors, whole_tensor
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import atomic_folder, read_json_object, write_json
@@ -170,28 +169,39 @@ def _kind(name: str) -> str:
     return ".".join(name.split(".")[-2 if _of_experts(name) else -1 :])
 
 
-@torch.no_grad()
-def merged_weights(model: Decoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published names and tensors with every update folded in, computed in fp32 (fp64 in fp64).
+def merged_weights(model: Decoder, tensors: Mapping[str, Tensor]) -> Made:
+    """Published names and tensors with every update folded in, computed in fp32 (fp64 in fp64) when asked for.
 
     `tensors`: the model's full (unsharded) parameters by name, the updates' `...lora.A`, `.B` and `.M` among them.
     Packed experts come out unpacked where they have an update.
     """
-    merged = {name: tensor for name, tensor in tensors.items() if ".lora." not in name}
-    for name, linear in _linears(model).items():
-        if isinstance(linear.lora, LowRank):
-            weight, a, b = (tensors[f"{name}.{part}"] for part in ("weight", "lora.A", "lora.B"))
+    linears = {f"{name}.weight": linear for name, linear in _linears(model).items()}
+    experts = {
+        name: (module.shapes[kind], kind, update)
+        for name, (module, kind) in _experts(model).items()
+        if (update := module.update(kind)) is not None
+    }
+    gone = {f"{name}_{part}" for name in experts for part in ("blocks", "scales")}
+    shapes = {name: shape for name, shape in shapes_of(tensors).items() if ".lora." not in name and name not in gone}
+    shapes |= {name: shape for name, (shape, *_) in experts.items()}
+
+    @torch.no_grad()
+    def make(name: str) -> Tensor:
+        linear = linears.get(name)
+        if linear is not None and isinstance(linear.lora, LowRank):
+            stem = name.removesuffix("weight")
+            weight, a, b = (tensors[f"{stem}{part}"] for part in ("weight", "lora.A", "lora.B"))
             whole = weight.to(a.dtype) + linear.lora.scale * (b @ a)
             if linear.lora.M is not None:
-                whole *= _stretch(weight, a, b, tensors[f"{name}.lora.M"], linear.lora.scale)[:, None]
-            merged[f"{name}.weight"] = whole
-    for name, (module, kind) in _experts(model).items():
-        if (update := module.update(kind)) is not None:
-            if module.packed:
-                merged[name] = dequantise(merged.pop(f"{name}_blocks"), merged.pop(f"{name}_scales"))
-            a, b = (tensors[f"{name.removesuffix(kind)}lora.{kind}.{part}"] for part in "AB")
-            merged[name] = torch.baddbmm(merged[name].to(a.dtype), b, a, alpha=update.scale)
-    return merged
+                whole *= _stretch(weight, a, b, tensors[f"{stem}lora.M"], linear.lora.scale)[:, None]
+            return whole
+        if name not in experts:
+            return tensors[name]
+        _, kind, update = experts[name]
+        a, b = (tensors[f"{name.removesuffix(kind)}lora.{kind}.{part}"] for part in "AB")
+        return torch.baddbmm(whole_tensor(tensors, name).to(a.dtype), b, a, alpha=update.scale)
+
+    return Made(shapes, make)
 
 
 # --- as peft stores it ----------------------------------------------------------------------------------------------
@@ -305,13 +315,24 @@ def load_adapter(folder: Path, model: Decoder) -> None:
 
 
 def save_adapter(
-    folder: Path, tensors: dict[str, Tensor], adapter: Adapter, *, base: str, architecture: str = ""
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    adapter: Adapter,
+    *,
+    base: str,
+    architecture: str = "",
+    write: bool = True,
 ) -> None:
-    """Write peft's adapter_model.safetensors and adapter_config.json from full parameters by name, atomically."""
-    values = {name: tensor for name, tensor in tensors.items() if ".lora." in name}
+    """Write peft's adapter_model.safetensors and adapter_config.json from full parameters by name, atomically.
+
+    Where several processes make the tensors together, all call and one writes.
+    """
+    values = {name: tensors[name] for name in tensors if ".lora." in name}
     for name in values:
         if name.endswith(".M"):
             values[name] = values[name] + _norms(tensors[name.replace(".lora.M", ".weight")].to(values[name].dtype))
+    if not write:
+        return
     parts = [name.rpartition(".lora.") for name in values]
     linears = {stem.rpartition(".")[2] for stem, _, part in parts if part in PEFT_NAMES}
     named = {experts: sorted(t for t in adapter.targets if _of_experts(t) == experts) for experts in (False, True)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from saved import saved_tensors
 from test_reference import Runs, write_small_rows
 
 import dpo.train
@@ -58,7 +59,7 @@ def run_folder(runs: Runs, root: str) -> Path:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / "best" / "weights.safetensors")
+    return saved_tensors(folder / "checkpoints" / "best")
 
 
 def close(one: object, many: object, path: str) -> None:

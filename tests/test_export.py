@@ -60,7 +60,7 @@ def test_a_merge_that_is_wrong_is_refused_and_removed(runs, capsys, monkeypatch)
 
     def wrong(model, tensors):
         layer = "model.layers.1.mlp.down_proj"
-        return right(model, tensors) | {f"{layer}.weight": tensors[f"{layer}.weight"]}  # without its update
+        return dict(right(model, tensors)) | {f"{layer}.weight": tensors[f"{layer}.weight"]}  # without its update
 
     monkeypatch.setattr(export, "merged_weights", wrong)
     assert export.main([str(folder)]) == 2

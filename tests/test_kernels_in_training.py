@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from saved import saved_tensors
 from test_exactness import random_tree
 
 from dpo.config import Config, LossConfig
@@ -43,7 +43,7 @@ def outcome(place: Path) -> tuple[dict[str, dict[str, str]], list[float], torch.
     folder = place / "runs" / "smoke" / "latest"
     results = json.loads((folder / "results.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    weights = load_file(folder / "checkpoints" / "best" / "weights.safetensors")
+    weights = saved_tensors(folder / "checkpoints" / "best")
     losses = [line["loss"] for line in lines if "loss" in line]
     return results["kernels"], losses, torch.cat([weights[name].double().flatten() for name in sorted(weights)])
 

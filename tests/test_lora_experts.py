@@ -141,7 +141,7 @@ def test_merged_weights_give_the_logits_of_the_unmerged_model_and_nothing_packed
 def test_packed_experts_are_merged_into_the_bf16_that_they_mean_and_stay_packed_without_an_update():
     model, plain = (decoder("gpt_oss", torch.bfloat16, **how) for how in ({"packed": True}, {"unpack": True}))
     add_lora(model, Adapter(4, 8.0, ("q_proj", "experts.down_proj")), seed=0)
-    merged, exact = merged_weights(model, dict(model.named_parameters())), dict(plain.named_parameters())
+    merged, exact = dict(merged_weights(model, dict(model.named_parameters()))), dict(plain.named_parameters())
     for name, weight in exact.items():
         if name in merged:
             assert torch.equal(merged.pop(name).bfloat16(), weight)

@@ -59,7 +59,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from saved import saved_tensors
 from test_exactness import ALONE, CONFIG, model, one_at_a_time, random_tree
 from test_reference import Runs, write_small_rows
 
@@ -238,7 +238,7 @@ def test_a_resumed_run_keeps_its_reference_and_refuses_another(runs, capsys):
     argv = ("dtype=fp32", "train.checkpoint_every_steps=1", "train.lr=0.01", f"reference.path={other}")
     runs.results(*argv)
     folder = latest(runs)
-    whole = load_file(folder / "checkpoints" / "step-000002" / "weights.safetensors")
+    whole = saved_tensors(folder / "checkpoints" / "step-000002")
     figures = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     def forget() -> None:
@@ -248,7 +248,7 @@ def test_a_resumed_run_keeps_its_reference_and_refuses_another(runs, capsys):
 
     forget()
     assert runs.results(*argv, "run.resume=latest")["reference"]["misses"] > 0
-    again = load_file(folder / "checkpoints" / "step-000002" / "weights.safetensors")
+    again = saved_tensors(folder / "checkpoints" / "step-000002")
     assert all(torch.equal(again[name], value) for name, value in whole.items())
     resumed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line.get("loss") for line in resumed] == [line.get("loss") for line in figures]

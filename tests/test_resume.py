@@ -31,6 +31,7 @@ FULL: tuple[str, ...] = ()
 LORA = ("lora.rank=2", "train.lr=1e-2", "lora.dora=true", "lora.dropout=0.3", "train.activation_checkpointing=true")
 Unstopped = Callable[[tuple[str, ...]], dict[str, object]]
 CtrlC = Callable[[int], None]
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 CHECKPOINT_BYTES = 1_000_000  # of the tiny model: fp32 weights and two moments, of 76,000 parameters
 
 
@@ -225,6 +226,7 @@ def test_killed_at_a_random_step_the_same_command_again_ends_with_the_same_bits(
 
 KILLED = """
 import os, signal, sys
+import safetensors.torch
 from dpo import checkpoint, loop, train
 
 def dies_at(owner, name, call):
@@ -238,7 +240,7 @@ def dies_at(owner, name, call):
 
     setattr(owner, name, counting)
 
-owners = {"learning_rate": loop, "save_file": checkpoint, "rename": os, "rmtree": checkpoint.shutil}
+owners = {"learning_rate": loop, "save": safetensors.torch, "rename": os, "rmtree": checkpoint.shutil}
 for moment in sys.argv[1].split(","):
     name, call = moment.split(":")
     child = os.fork()
@@ -253,10 +255,10 @@ for moment in sys.argv[1].split(","):
 @pytest.mark.parametrize(
     ("more", "moments"),
     [
-        (FULL, "save_file:2,learning_rate:2,rename:3"),
+        (FULL, "save:2,learning_rate:2,rename:3"),
         (LORA, "rename:4"),
-        pytest.param(FULL, "rmtree:1,rename:1,rmtree:2,save_file:1,rename:2", marks=pytest.mark.long),
-        pytest.param(LORA, "save_file:1,rename:1,save_file:5,rmtree:2,rmtree:3,rename:2", marks=pytest.mark.long),
+        pytest.param(FULL, "rmtree:1,rename:1,rmtree:2,save:1,rename:2", marks=pytest.mark.long),
+        pytest.param(LORA, "save:1,rename:1,save:5,rmtree:2,rmtree:3,rename:2", marks=pytest.mark.long),
     ],
 )
 def test_killed_within_steps_and_while_checkpoints_are_written_it_ends_with_the_same_bits(
@@ -438,13 +440,11 @@ def test_resuming_on_rows_that_have_changed_since_is_refused(
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [
-        ("weights.safetensors", lambda data: data[:1000], "cannot be read"),
-        ("state.json", lambda data: data[:40], "broken JSON"),
-        (
-            "state.json",
-            lambda data: data.replace(b'"best_step"', b'"best_at"'),
-            "does not hold what this version saves",
-        ),
+        (SHARD, lambda data: data[:1000], "is not what was written"),
+        (SHARD, lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], "is not what was written"),
+        (SHARD, None, "No such file"),
+        ("state.json", lambda data: data[:40], "is not what was written"),
+        ("SHA256SUMS", lambda data: data[:40], "SHA256SUMS is not what was written"),
     ],
 )
 def test_a_checkpoint_that_was_damaged_is_named(
@@ -452,13 +452,13 @@ def test_a_checkpoint_that_was_damaged_is_named(
     ctrl_c_in_step: CtrlC,
     capsys: pytest.CaptureFixture[str],
     name: str,
-    damage: Callable[[bytes], bytes],
+    damage: Callable[[bytes], bytes] | None,
     said: str,
 ) -> None:
     ctrl_c_in_step(0)
     assert train.main(arguments(place)) == 130
     file = run_folder(place) / "checkpoints" / "step-000001" / name
-    file.write_bytes(damage(file.read_bytes()))
+    file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
     capsys.readouterr()
     assert train.main(arguments(place, "run.resume=latest")) == 2
     err = capsys.readouterr().err

@@ -113,7 +113,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> lis
     (place / "rows.jsonl").write_text("\n".join(lines) + "\n")
     arguments = ["exp=smoke", f"data.path={place / 'rows.jsonl'}", f"run.root={place / 'runs'}", "train.max_steps=2"]
     arguments += [f"run.cache={place / 'cache'}", f"model.path={tiny_folder}", "train.lr=1e-2", "log.plots=false"]
-    assert sweep.main([*arguments, *SWEPT]) == 0
+    assert sweep.main([*arguments, *SWEPT, "jobs=2"]) == 0
     return arguments
 
 
@@ -190,6 +190,22 @@ def test_a_changed_sweep_is_named_and_a_larger_one_keeps_what_is_finished(
     assert written["failed"] == {"loss.beta=0.9,seed=0": -9, "loss.beta=0.9,seed=1": -9}
     monkeypatch.setattr(subprocess, "run", forbid)
     assert sweep.main([*finished, *SWEPT]) == 0
+
+
+def test_arms_that_run_at_once_have_a_gpu_or_a_share_of_the_cores(
+    finished: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fixture ran two at once, and yet the first alone asked the reference."""
+    logs = [path.read_text() for path in home_of(finished).glob("*/log.txt")]
+    assert len(logs) == 4 and all("report: " in log for log in logs)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert sweep.places_of(3, "cpu") == [{"OMP_NUM_THREADS": "2"}] * 3 and sweep.places_of(1, "cuda") == [{}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert sweep.places_of(2, "cuda") == [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+    with pytest.raises(UserError, match="jobs=4: an arm takes a GPU, and 3 can be seen"):
+        sweep.places_of(4, "cuda")
+    assert sweep.main([*finished, *SWEPT, "jobs=0"]) == 2 and "jobs=0: must be" in capsys.readouterr().err
 
 
 def test_two_sweeps_never_share_a_folder(finished: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from saved import saved_tensors
 from test_exactness import ALONE, CONFIG, model, one_at_a_time, random_tree
 from test_reference import Runs, read_store, write_small_rows
 
@@ -271,7 +272,8 @@ def test_two_runs_of_one_configuration_end_in_the_same_bits(runs):
     for settings in ((), (), ("train.lr=2e-3",)):
         runs.results("dtype=bf16", "train.max_steps=3", *settings)
         folder = latest(runs)
-        weights.append((folder / "checkpoints" / "best" / "weights.safetensors").read_bytes())
+        best = saved_tensors(folder / "checkpoints" / "best")
+        weights.append({name: tensor.numpy().tobytes() for name, tensor in best.items()})
         lines = metrics(folder)
         figures.append([{k: v for k, v in line.items() if k not in ("time_s", "tokens_per_s")} for line in lines])
     assert weights[0] == weights[1] != weights[2]
@@ -295,7 +297,7 @@ def test_the_export_opens_in_transformers_and_judges_as_the_run_did(runs, rank):
     exported = load_file(folder / "export" / "model" / "model.safetensors")
     config = load_config(runs.argv("dtype=fp32"))
     start = load_file(read_inputs(config, "cpu").model_folder / "model.safetensors")
-    trained = load_file(folder / "checkpoints" / "best" / "weights.safetensors")
+    trained = saved_tensors(folder / "checkpoints" / "best")
     assert exported.keys() == start.keys()
     assert sum(not torch.equal(exported[name], start[name]) for name in start) >= 14  # 7 linears of 2 layers, or more
     for name, tensor in exported.items():
@@ -398,7 +400,7 @@ def test_the_weights_of_the_best_validation_are_the_ones_judged_and_exported(run
     best = losses.index(min(losses)) + 1
     assert best < len(losses) == 6 and results["train"]["best_step"] == best
     exported = load_file(latest(runs) / "export" / "model" / "model.safetensors")
-    kept = load_file(latest(runs) / "checkpoints" / "best" / "weights.safetensors")
+    kept = saved_tensors(latest(runs) / "checkpoints" / "best")
     assert all(torch.equal(exported[name], kept[name].to(exported[name].dtype)) for name in exported)
     last = runs.results(*settings[:3], "train.select=last", "dtype=fp32")
     assert last["train"]["best_step"] == 6

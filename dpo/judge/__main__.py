@@ -13,10 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from dpo.config import Config
-from dpo.distributed import Ranks
+from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
 from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs
 from dpo.judge.asked import ask_rows
 from dpo.judge.attacks import Success, attacked_rows, biases, successes
@@ -45,6 +43,7 @@ usage: python -m dpo.judge [exp=NAME] [key=value ...]      (exp=judge where none
   python -m dpo.judge model.path=path/to/model data.path=rows.jsonl
   python -m dpo.judge endpoint.url=https://api.openai.com/v1 endpoint.model=gpt-5.2 data.path=rows.jsonl
   python -m dpo.judge exp=quickstart judge.split=test model.path=path/to/model    (what that training judged)
+  torchrun --nproc-per-node=8 -m dpo.judge model.path=path/to/model data.path=rows.jsonl    (one model over 8 GPUs)
 """
 
 
@@ -61,10 +60,12 @@ class Judged(NamedTuple):
     reply: Callable[[Rows], list[Floats]]  # of other rows
 
 
-def by_model(config: Config) -> Judged:
-    """By `model.path` with `model.adapter`: the log-probs of the labels, behind a critique with judge.critique."""
+def by_model(config: Config, ranks: Ranks) -> Judged:
+    """By `model.path` with `model.adapter`: the log-probs of the labels, behind a critique with judge.critique.
+
+    All ranks share the work and get all of it.
+    """
     config = with_adapter(config)
-    ranks = Ranks(0, 1, torch.device(pick_device(config)))
     inputs = read_inputs(config, ranks.device.type, judging=True)
     model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
@@ -120,8 +121,11 @@ def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config)
 def run(config: Config) -> Path:
     """Judge, and write the run folder: config.json, env.json, verdicts.jsonl, results.json, and answers.jsonl."""
     times: dict[str, float] = {}
+    ranks = join_ranks(pick_device(config), config.run.hang_s)
+    if ranks.world > 1 and (config.endpoint.url or config.judge.critique != "off"):
+        raise UserError("endpoint.url, judge.critique: one process asks or writes; run without torchrun")
     with stage("judge", times):
-        judged = by_endpoint(config) if config.endpoint.url else by_model(config)
+        judged = by_endpoint(config) if config.endpoint.url else by_model(config, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
     verdicts = read_verdicts(judged.rows, judged.replies, settings)
     summary = summarise(verdicts, config.seed, odds=config.judge.protocol == "compare")
@@ -136,7 +140,10 @@ def run(config: Config) -> Path:
                 lambda rows: read_verdicts(rows, judged.reply(rows), settings),
                 config,
             )
-    folder = new_folder(config)
+    folder = broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
+    leave_ranks(ranks)
+    if not ranks.first:
+        return folder
     write_verdicts(folder / "verdicts.jsonl", {judged.judge: verdicts})
     if judged.answers:
         write_answers(folder / "answers.jsonl", judged)
@@ -212,4 +219,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

@@ -1,0 +1,105 @@
+"""Runs under torchrun's own agent, over ranks that are forked from one process which has imported everything.
+
+python tests/elastic_runs.py '[{"ranks": 2, "restarts": 1, "argv": [...], "kills": [[RESTART, RANK, MOMENT], ...]}]'
+A MOMENT is NAME:N, before the N-th call of a function, or a time in seconds after the rank's start. Then comes SIGKILL,
+or after "stop " SIGSTOP, or after "sleep " a very long sleep. Prints a line for each run: ended well, or not.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import TypedDict
+
+import safetensors.torch
+import torch._dynamo
+import torch.distributed
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import dpo.checkpoint
+import dpo.judge.__main__
+import dpo.loop
+import dpo.reference
+import dpo.train
+import models.checkpoint
+
+OWNERS = {
+    "learning_rate": dpo.loop,
+    "save": safetensors.torch,
+    "rename": os,
+    "replace": os,
+    "rmtree": shutil,
+    "write_part": dpo.reference,
+    "save_file": models.checkpoint,
+    "all_gather_object": torch.distributed,
+}
+
+
+class Run(TypedDict):
+    ranks: int
+    restarts: int
+    argv: list[str]
+    kills: list[tuple[int, int, str]]
+
+
+DEEDS = {
+    "": lambda victim: os.kill(victim, signal.SIGKILL),
+    "stop": lambda victim: os.kill(victim, signal.SIGSTOP),
+    "sleep": lambda victim: time.sleep(1e6),
+}
+
+
+def come_to_harm(moment: str) -> None:
+    deed, _, when = moment.rpartition(" ")
+    name, _, call = when.partition(":")
+    victim = os.getpid()
+    if not call:
+        if not os.fork():
+            time.sleep(float(when))
+            if os.getppid() == victim:
+                DEEDS[deed](victim)
+            os._exit(0)
+        return
+    real, calls = OWNERS[name].__dict__[name], []
+
+    def counting(*given: object, **named: object) -> object:
+        calls.append(name)
+        if len(calls) == int(call):
+            DEEDS[deed](victim)
+        return real(*given, **named)
+
+    setattr(OWNERS[name], name, counting)
+
+
+def one_rank(argv: list[str], kills: list[tuple[int, int, str]]) -> None:
+    for restart, rank, moment in kills:
+        if (restart, rank) == (int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])):
+            come_to_harm(moment)
+    code = dpo.judge.__main__.main(argv[1:]) if argv[0] == "dpo.judge" else dpo.train.main(argv)
+    if code:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    for run in json.loads(sys.argv[1]):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=run["ranks"],
+            max_restarts=run["restarts"],
+            start_method="fork",
+            monitor_interval=0.02,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            run_id="test",
+        )
+        try:
+            elastic_launch(config, one_rank)(run["argv"], run["kills"])
+            print("ended well", flush=True)
+        except ChildFailedError as error:
+            print("failed", error.failures, flush=True)
