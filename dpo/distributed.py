@@ -132,7 +132,8 @@ def shard(model: Decoder, ranks: Ranks, config: FsdpConfig) -> None:
             offload_policy=offload,
             ignored_params=apart,
         )
-        module.set_gradient_divide_factor(1.0)
+        if ranks.world > 1:  # else there is nothing to divide by, and a factor of 1 would cost a pass all the same
+            module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else fp32 is reduced by an operation that gloo does not have
 
 
