@@ -35,6 +35,7 @@ NODE = 8  # GPUs
 LINK_SHARE = 0.8  # assumed: what collectives reach of a link
 RESERVED = 0.08  # assumed: CUDA's context, NCCL's buffers, holes
 SAMPLED_STEPS = 16  # whose packs are counted
+HOST_BANDWIDTH = 3e10  # assumed: bytes a second of the host's memory for each GPU's optimizer, where it is offloaded
 MOST = 512  # GPUs that are tried
 TABLE = ("gpt-oss-20b", "gpt-oss-120b", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "Llama-4-Scout", "Llama-4-Maverick")
 EXPERTS = "lora.targets=all-linear,experts.gate_up_proj,experts.down_proj"
@@ -49,19 +50,20 @@ rows and tokens of a published model's run. All other keys: python -m dpo.train 
 
 
 class Place(NamedTuple):
-    """Of a GPU: memory, GiB (as torch reports it), and links, GB/s each way a GPU: in its node, to others."""
+    """Of a GPU: memory, GiB (as torch reports it); links, GB/s each way: in its node, to others, to the host."""
 
     memory_gib: float
     node: float
     across: float
+    host: float
 
 
-PLACES = {  # data sheets (HGX boards with NVLink 3, 4, 5; Infinity Fabric), a network card a GPU: HDR, NDR
-    "A100": Place(79.2, 300, 25),
-    "H100": Place(79.1, 450, 50),
-    "H200": Place(139.8, 450, 50),
-    "B200": Place(178.4, 900, 50),
-    "MI300X": Place(191.5, 448, 50),
+PLACES = {  # data sheets (HGX boards with NVLink 3, 4, 5; Infinity Fabric), a network card a GPU (HDR, NDR), PCIe 4, 5
+    "A100": Place(79.2, 300, 25, 32),
+    "H100": Place(79.1, 450, 50, 64),
+    "H200": Place(139.8, 450, 50, 64),
+    "B200": Place(178.4, 900, 50, 64),
+    "MI300X": Place(191.5, 448, 50, 64),
 }
 
 
@@ -191,6 +193,19 @@ def work_of(trees: Sequence[Tree], pairs: Sequence[int], config: Config, world: 
 # --- what comes of it -------------------------------------------------------------------------------------------------
 
 
+class Moved(NamedTuple):
+    """Bytes that a GPU receives over each of its links."""
+
+    node: float
+    across: float
+    host: float
+
+    def time_s(self, kind: str) -> float:
+        """Seconds, all links at once."""
+        place = PLACES[kind]
+        return max(self.node / place.node, self.across / place.across, self.host / place.host) / 1e9 / LINK_SHARE
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run on a cluster: bytes of a GPU, seconds of a step."""
@@ -199,17 +214,16 @@ class Plan:
     state: State
     trial: Trial
     work: Work
+    offload: bool = False
 
     @property
     def memory(self) -> dict[str, float]:
-        """Bytes by part at the peak: while the head runs, or while the last layers are differentiated."""
+        """Bytes by part at the peak: while the head runs, or while layers are differentiated."""
         state, trial = self.state, self.trial
-        kept = {
-            "parameters": float(state.parameters),
-            "gradients": float(state.gradients),
-            "optimizer": float(state.optimizer),
-            "activations": trial.kept * self.work.together,
-        }
+        own = (state.parameters, state.gradients, state.optimizer)
+        kept = dict(zip(("parameters", "gradients", "optimizer"), map(float, own), strict=True))
+        kept = {} if self.offload else kept
+        kept["activations"] = trial.kept * self.work.together
         head = {"head's logits": trial.head, "gathered": float(state.root)}
         backward = {
             "recomputed, temporary, gradients of a layer": max(trial.last, trial.backward) - trial.kept,
@@ -226,33 +240,43 @@ class Plan:
     def fits(self) -> bool:
         return self.peak_gib <= self.cluster.usable_gib
 
-    def moved(self) -> tuple[float, float]:
-        """Bytes that a GPU sends in a pack's forward and backward: whole units, twice gathered, their gradients."""
-        gathered = sum(unit.gathered for unit in self.state.units)
-        return float(gathered), float(gathered + sum(unit.reduced for unit in self.state.units))
+    def forward(self) -> Moved:
+        """Of a pack's forward: every unit is gathered."""
+        return self._moved(sum(unit.gathered for unit in self.state.units), 0)
 
-    def by_link(self, moved: float) -> tuple[float, float]:
-        """Of that, what each GPU's link in the node carries, and its network card (a ring a card, along its rail)."""
-        world, node = self.cluster.gpus, min(self.cluster.gpus, NODE)
-        return moved * (world - 1) / world, moved * (world - node) / world / node
+    def backward(self) -> Moved:
+        """Of its backward: gathered again, and gradients summed."""
+        units = self.state.units
+        return self._moved(sum(unit.gathered * unit.backward for unit in units), sum(unit.reduced for unit in units))
 
-    def link_s(self, moved: float) -> float:
-        """Seconds that moving takes."""
-        place = PLACES[self.cluster.kind]
-        inside, across = self.by_link(moved)
-        return max(inside / place.node, across / place.across) / 1e9 / LINK_SHARE
+    def _moved(self, gathered: int, reduced: int) -> Moved:
+        """Parts lie in one node, or fill nodes (a ring a network card, along its rail); copies in other nodes."""
+        parts, copies = self.state.parts, self.cluster.gpus // self.state.parts
+        node = min(parts, NODE)
+        whole = gathered + reduced
+        summed = 2 * reduced / parts * (copies - 1) / copies  # over the copies: there and back
+        inside = whole * (parts - 1) / parts
+        across = whole * (parts - node) / parts / node
+        if self.cluster.gpus > NODE:
+            across += summed
+        else:
+            inside += summed
+        return Moved(inside, across, whole / parts if self.offload else 0.0)
 
     @property
     def step_s(self) -> float:
-        forward, backward = (self.link_s(moved) for moved in self.moved())
-        pack = max(self.trial.forward_s, forward) + max(self.trial.backward_s, backward)
-        optimizer = self.state.gradients / 4 * ADAM_BYTES / GPUS[self.cluster.kind].memory_tbps / 1e12
-        return self.work.packs * pack + optimizer
+        kind = self.cluster.kind
+        pack = max(self.trial.forward_s, self.forward().time_s(kind))
+        pack += max(self.trial.backward_s, self.backward().time_s(kind))
+        bandwidth = HOST_BANDWIDTH if self.offload else GPUS[kind].memory_tbps * 1e12
+        return self.work.packs * pack + self.state.gradients / 4 * ADAM_BYTES / bandwidth
 
     @property
     def hours(self) -> float:
         """Of training and, once, the reference's forwards; not of loading, judging and saving."""
-        reference = self.work.packs * max(self.trial.forward_s, self.link_s(self.moved()[0])) / self.work.epochs
+        reference = (
+            self.work.packs * max(self.trial.forward_s, self.forward().time_s(self.cluster.kind)) / self.work.epochs
+        )
         return self.work.steps * (self.step_s + reference) / 3600
 
     @property
@@ -283,7 +307,7 @@ def planner(config: Config, lengths: Lengths) -> tuple[str, Callable[[Cluster], 
         if (cluster.kind, world > 1) not in trials:
             trials[cluster.kind, world > 1] = try_pack(shape, config, dtype, world, work.pack, cluster.kind)
         state = state_of(shape, config, dtype, world)
-        return Plan(cluster, state, trials[cluster.kind, world > 1], work)
+        return Plan(cluster, state, trials[cluster.kind, world > 1], work, config.fsdp.offload and world > 1)
 
     return rows, plan
 
@@ -296,7 +320,7 @@ def smallest(plan: Callable[[Cluster], Plan], kind: str) -> Plan | None:
             found = plan(Cluster(count, kind))
             if found.fits:
                 return found
-            whole = whole or found.state.kept / 2**30
+            whole = 0.0 if found.offload else whole or found.state.kept / 2**30
     return None
 
 
@@ -306,10 +330,10 @@ def smallest(plan: Callable[[Cluster], Plan], kind: str) -> Plan | None:
 def told(plan: Plan, price: float) -> list[str]:
     """The plan in lines; `price` is of a GPU and hour, 0 = not known."""
     cluster, work = plan.cluster, plan.work
-    forward, both = plan.moved()
-    inside, across = (work.packs * moved / 2**30 for moved in plan.by_link(both))
-    links, computing = (plan.link_s(forward), plan.link_s(both)), (plan.trial.forward_s, plan.trial.backward_s)
-    bound = "links" if sum(links) > sum(computing) else "computing"
+    ways = plan.forward(), plan.backward()
+    node, across, host = (work.packs * sum(bytes_) / 2**30 for bytes_ in zip(*ways, strict=True))
+    links, computing = sum(way.time_s(cluster.kind) for way in ways), plan.trial.forward_s + plan.trial.backward_s
+    bound = "links" if links > computing else "computing"
     fits = "fits" if plan.fits else "DOES NOT FIT"
     cost = f", {plan.hours * cluster.gpus * price:,.0f} at {price:g} a GPU-hour" if price else ""
     idle = f"; {1 - work.busy:.0%} of the GPUs idle: raise train.batch_pairs" if work.busy < 1 else ""
@@ -319,18 +343,18 @@ def told(plan: Plan, price: float) -> list[str]:
         *(f"  {size / 2**30:8.2f}  {part}" for part, size in plan.memory.items()),
         f"step: {plan.step_s:.2f} s, {work.packs:.1f} packs a GPU ({work.tokens:,.0f} tokens in all{idle}), "
         f"MFU {plan.mfu:.1%}",
-        f"  a pack computes {sum(computing):.2f} s, moves {sum(links):.2f} s; bound by {bound}",
-        f"  a GPU moves {inside:.1f} GiB in its node, {across:.1f} GiB to others",
+        f"  a pack computes {computing:.2f} s, moves {links:.2f} s; bound by {bound}",
+        f"  a GPU receives {node:.1f} GiB in its node, {across:.1f} GiB from others"
+        + (f", {host:.1f} GiB from its host" if plan.offload else ""),
         f"run: {work.steps} steps, {work.steps * work.tokens:,.0f} tokens, {plan.hours:.1f} h{cost}",
     ]
 
 
-ROWS = {  # what the table asks of each model
-    "full": ["lora.rank=0"],
-    "LoRA": ["model.experts=plain"],
+ROWS = {  # what the table asks of each model; MXFP4 of those that are published so
     "LoRA, MXFP4": ["model.experts=packed"],
-    "LoRA + experts": ["model.experts=plain", EXPERTS],
-    "LoRA + experts, MXFP4": ["model.experts=packed", EXPERTS],
+    "LoRA and experts, MXFP4": ["model.experts=packed", EXPERTS],
+    "LoRA": ["model.experts=plain"],
+    "all": ["lora.rank=0"],
 }
 
 

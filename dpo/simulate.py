@@ -10,9 +10,10 @@ kernels than what meta tensors could run.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -38,8 +38,10 @@ from models.attention import Span
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.lora import add_lora
+from models.moe import Experts
 from models.parts import Attend
 from models.routing import Routing
+from models.sharded import own_part
 
 LAUNCH_S = 5e-6  # assumed: eager PyTorch starts no kernel faster than one in so long
 GATHERS = ("embedding", "index", "index_select", "gather")  # they read what they return, not all of their first input
@@ -74,20 +76,23 @@ def meta_policy(shape: ModelConfig, config: Config, dtype: torch.dtype) -> Decod
 
 
 class Unit(NamedTuple):
-    """Parameters that FSDP gathers together; bytes of all ranks' shards, as they are computed with."""
+    """Parameters that are gathered together; bytes of all parts, as they are computed with."""
 
     name: str  # of its module; "" is the root
     gathered: int
     reduced: int  # of its gradients, as they are summed
+    backward: int = 1  # times that it is gathered there
+    fsdp: bool = True  # else experts that are put together a few at a time: Trial has their memory
 
 
 class State(NamedTuple):
-    """Bytes that rank 0 keeps, and the units."""
+    """Bytes that rank 0 keeps, and the units, each cut into `parts`."""
 
     parameters: int
     gradients: int
     optimizer: int
-    units: tuple[Unit, ...]  # none in one process
+    parts: int = 1
+    units: tuple[Unit, ...] = ()  # none in one process
 
     @property
     def kept(self) -> int:
@@ -102,44 +107,50 @@ class State(NamedTuple):
     @property
     def largest(self) -> int:
         """Bytes of the largest layer, gathered: with one, the next is on its way."""
-        return max((unit.gathered for unit in self.units if unit.name), default=0)
+        return max((unit.gathered for unit in self.units if unit.name and unit.fsdp), default=0)
 
     @property
     def reducing(self) -> int:
         """Bytes of the largest layer's gradients on their way."""
-        return max((unit.reduced for unit in self.units if unit.name), default=0)
+        return max((unit.reduced for unit in self.units if unit.name and unit.fsdp), default=0)
 
 
 def state_of(shape: ModelConfig, config: Config, dtype: torch.dtype, world: int) -> State:
-    """The whole policy, sharded over `world` ranks."""
+    """The whole policy, cut over `world` ranks."""
     policy = meta_policy(shape, config, dtype)
     with fake_world(world) as ranks:
-        shard(policy, ranks)
-        own = {p: p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()}
-        trained = [local for p, local in own.items() if p.requires_grad]
-        units = tuple(_units(policy, dtype, world)) if world > 1 else ()
-    gradients = _bytes(trained)
-    return State(_bytes(own.values()), gradients, 2 * gradients, units)
+        if world > 1:
+            shard(policy, ranks, config.fsdp)
+        own = {parameter: own_part(parameter).values for parameter in policy.parameters()}
+        parts = world // config.fsdp.replicas if world > 1 else 1
+        units = tuple(_units(policy, own, parts)) if world > 1 else ()
+    gradients = _bytes(values for parameter, values in own.items() if parameter.requires_grad)
+    return State(_bytes(own.values()), gradients, 2 * gradients, parts, units)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _units(model: nn.Module, dtype: torch.dtype, world: int) -> Iterator[Unit]:
+def _units(model: Decoder, own: Mapping[nn.Parameter, Tensor], parts: int) -> Iterator[Unit]:
     modules = {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
-    found: dict[str, list[nn.Parameter]] = {name: [] for name in modules}
+    few = {name: module for name, module in model.named_modules() if isinstance(module, Experts) and module.units}
+    apart = {parameter: name for name, module in few.items() for parameter in module.weights().values()}
+    found: dict[str, list[nn.Parameter]] = {name: [] for name in (*modules, *few)}
     for name, parameter in model.named_parameters():
-        owner = max((unit for unit in modules if not unit or name.startswith(f"{unit}.")), key=len)
-        found[owner].append(parameter)
-    exact = torch.promote_types(dtype, torch.float32)
+        owners = (unit for unit in modules if not unit or name.startswith(f"{unit}."))
+        found[apart.get(parameter) or max(owners, key=len)].append(parameter)
+    exact = torch.promote_types(model.compute_dtype, torch.float32)
     for name, parameters in found.items():
-        padded = {p: p.numel() // len(p) * -(-len(p) // world) * world for p in parameters}  # to equal shards of rows
-        widths = {p: (dtype if p.is_floating_point() else p.dtype).itemsize for p in parameters}
+        sizes = {p: own[p].numel() * parts for p in parameters}  # the first part is the largest; the rest is padded
+        masters = model.head.weight.requires_grad  # are gathered in the dtype of the arithmetic
+        widths = {p: (model.compute_dtype if masters and p.is_floating_point() else p.dtype).itemsize for p in sizes}
         yield Unit(
             name,
-            sum(padded[p] * widths[p] for p in parameters),
-            sum(padded[p] * exact.itemsize for p in parameters if p.requires_grad),
+            sum(size * widths[p] for p, size in sizes.items()),
+            sum(size * exact.itemsize for p, size in sizes.items() if p.requires_grad),
+            1 + (name in few and model.checkpoint_activations),
+            name in modules,
         )
 
 
@@ -184,13 +195,17 @@ class Meter(TorchDispatchMode):
         kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        if func.namespace == "c10d":  # a fake group's collective; it takes no meta tensors
+            args, kwargs = tree_map_only(Tensor, lambda x: torch.empty(0), (args, kwargs))
+            return func(*args, **kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if any(x.is_meta for x in given):
+        real = [x for x in given if not x.is_meta]
+        if real and len(real) < len(given):
             args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
         result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_meta]
-        name = func.name().partition("::")[2].partition(".")[0]
-        if made and not func.is_view and "empty" not in name and name != "detach":
+        name = _launched(func)
+        if made and name is not None:
             moved = 2 * _bytes(made) if name in GATHERS else _bytes([*given, *made])
             flop = 0
             if name.endswith("mm"):  # mm, bmm, addmm, _grouped_mm, baddbmm
@@ -210,6 +225,13 @@ class Meter(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+@cache
+def _launched(func: OpOverload) -> str | None:
+    """The operator's name, if it starts a kernel."""
+    name = func.name().partition("::")[2].partition(".")[0]
+    return None if func.is_view or "empty" in name or name == "detach" else name
 
 
 class _StandIn(torch.autograd.Function):
@@ -259,11 +281,12 @@ def stand_in_attention(pack: Pack, meter: Meter) -> Attend:
     return attend
 
 
-def head_cost(R: int, D: int, V: int, width: int, chunk: int, trained: bool, gpu: str, path: str) -> Cost:  # noqa: N803
+def head_cost(R: int, V: int, D: int, width: int, chunk: int, trained: bool, gpu: str, path: str) -> Cost:  # noqa: N803
     """linear_logprobs of R rows by a path: J in fp32, probabilities that a trained head keeps, its chunk's logits."""
     rows = {"torch": chunk, "chunked": CHUNKED_TOKENS, "fused": max(FUSED_CHUNK_BYTES // (width * V) // 128 * 128, 128)}
     exact = max(width, 4)
-    each = {"torch": exact, "chunked": 4 + width, "fused": width}[path]  # bytes of a logit
+    # Bytes of a logit: fp32 ones in their place; fp32 ones beside probabilities, and the last chunk's; those alone.
+    each = {"torch": exact, "chunked": 4 + 2 * width, "fused": 2 * width}[path]
     work = rows[path] * V * each
     kept = R * V * width if trained and R * V * width <= SAVED_PROBS_BYTES else 0
     product = 2 * R * V * D
@@ -286,7 +309,7 @@ class Trial:
     head: float  # beside them while the head runs
     last: float  # in all while the last layers are differentiated: then all activations are still kept
     backward: float  # in all at the backward's peak
-    flop: float  # without what is computed again
+    flop: float  # of the forward, and as much for every gradient: nothing that is computed again
     forward_s: float
     backward_s: float
 
@@ -295,9 +318,8 @@ def _run(
     shape: ModelConfig, config: Config, dtype: torch.dtype, world: int, pack: Pack, gpu: str, path: str, period: int
 ) -> Trial:
     policy = meta_policy(shape, config, dtype)
-    if world > 1:
+    if not config.lora.rank and world > 1:
         policy = policy.to(dtype)  # as FSDP gathers it
-    _free_gradients(policy, world)
     choice = {}
     if shape.experts is not None:  # every expert is asked alike
         K = shape.experts.per_token  # noqa: N806
@@ -305,22 +327,38 @@ def _run(
         choice = dict.fromkeys(range(len(shape.layers)), choice_TK)
     head, R = policy.head.weight, len(pack.rows_R)  # noqa: N806
     routing = Routing(pack.layout.tokens, choice, replay=True)
-    with Meter(gpu, policy.parameters()) as meter:
-        tokens_T, positions_T = pack.tokens_T.to("meta"), pack.positions_T.to("meta")
-        hidden_TD = policy.hidden(tokens_T, positions_T, stand_in_attention(pack, meter), routing)
-        layers_flop, kept = meter.flop, meter.live
-        V, D = head.shape  # noqa: N806
-        trained = head.requires_grad
-        cost = head_cost(R, D, V, dtype.itemsize, config.pack.head_chunk, trained, gpu, path)
-        meter.peak = 0
-        logp_R = _StandIn.apply(meter, cost, (R,), hidden_TD[pack.rows_R], head)
-        del hidden_TD
-        head_peak, kept = meter.peak, meter.live
-        forward_s, meter.peak = meter.time_s, 0
-        logp_R.backward(torch.empty_like(logp_R))
-        again = layers_flop if config.train.activation_checkpointing else 0
-        last = meter.until[max(len(shape.layers) - 1 - period, 0)]
-    return Trial(kept, head_peak - kept, last, meter.peak, meter.flop - again, forward_s, meter.time_s - forward_s)
+    with fake_world(world) as ranks:
+        if shape.experts is not None and world > 1:
+            _cut_experts(policy, config, ranks)
+        _free_gradients(policy, world)
+        with Meter(gpu, policy.parameters()) as meter:
+            tokens_T, positions_T = pack.tokens_T.to("meta"), pack.positions_T.to("meta")
+            hidden_TD = policy.hidden(tokens_T, positions_T, stand_in_attention(pack, meter), routing)
+            layers_flop, trained = meter.flop, head.requires_grad
+            V, D = head.shape  # noqa: N806
+            cost = head_cost(R, V, D, dtype.itemsize, config.pack.head_chunk, trained, gpu, path)
+            meter.peak = 0
+            logp_R = _StandIn.apply(meter, cost, (R,), hidden_TD[pack.rows_R], head)
+            del hidden_TD
+            head_peak, kept, forward_s = meter.peak, meter.live, meter.time_s
+            meter.peak = 0
+            logp_R.backward(torch.empty_like(logp_R))
+    flop = (3 if trained else 2) * layers_flop + sum(cost.flop)
+    last = meter.until[max(len(shape.layers) - 1 - period, 0)]
+    return Trial(kept, head_peak - kept, last, meter.peak, flop, forward_s, meter.time_s - forward_s)
+
+
+def _cut_experts(policy: Decoder, config: Config, ranks: Ranks) -> None:
+    """Leave of experts that are put together a few at a time what rank 0 holds of them."""
+    cut = meta_policy(policy.config, config, policy.compute_dtype)
+    shard(cut, ranks, config.fsdp)
+    for name, module in cut.named_modules():
+        if isinstance(module, Experts) and module.units is not None:
+            place = policy.get_submodule(name)
+            assert isinstance(place, Experts), "of the same shape"
+            place.units = module.units
+            for part, parameter in module.weights().items():
+                place.register_parameter(part, nn.Parameter(own_part(parameter).values, parameter.requires_grad))
 
 
 def _free_gradients(policy: Decoder, world: int) -> None:

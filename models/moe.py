@@ -167,8 +167,10 @@ class Experts(nn.Module):
 
 
 def grouped_is_legal(x: Tensor, experts: Experts) -> bool:
-    """Whether torch's grouped_mm takes these: on a GPU of compute capability 8 or more (meta tensors stand for one's),
-    bf16, rows of 16n bytes."""
+    """Whether torch's grouped_mm takes these: on a GPU of compute capability 8 or more, bf16, rows of 16n bytes.
+
+    Meta tensors stand for such a GPU's.
+    """
     if x.device.type not in ("cuda", "meta") or x.dtype != torch.bfloat16 or experts.packed:
         return False
     if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 8:

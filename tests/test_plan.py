@@ -29,16 +29,18 @@ from models.attention import Span
 from models.families import read_model_config
 from models.tiny import write_tiny_model
 
-PACK = empty_pack(64)
+TRIAL, WORK = Trial(*[0.0] * 7), Work(1, 1, 1, 1, 1, 1, empty_pack(64))
 LENGTHS = Lengths(pairs=8, prompt=60, answer=100)
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2048}
-CASES = [  # family, rank of the adapters, ranks
-    ("qwen3", 0, 1),
-    ("qwen3", 0, 2),
-    ("qwen3", 8, 2),
-    ("qwen3_moe", 8, 1),
-    ("qwen3_moe", 0, 2),
-    ("qwen3_moe", 8, 2),
+SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 2048}
+LORA, AGAIN = "lora.rank=8", "train.activation_checkpointing=true"
+CASES = [  # family, ranks, settings
+    ("qwen3", 1),
+    ("qwen3", 2),
+    ("qwen3", 2, LORA, AGAIN),
+    ("qwen3_moe", 1, LORA),
+    ("qwen3_moe", 2),
+    ("qwen3_moe", 2, AGAIN, "fsdp.expert_units=2"),
+    ("qwen3_moe", 2, LORA),
 ]
 
 
@@ -46,15 +48,17 @@ CASES = [  # family, rank of the adapters, ranks
 class Case:
     """A small configuration and its model's folder."""
 
-    family: str
-    rank: int
-    world: int
+    key: tuple[str | int, ...]
     folder: Path
 
     @property
+    def world(self):
+        return self.key[1]
+
+    @property
     def config(self):
-        settings = ["exp=smoke", "objective=responses", "pack.tokens=320", "train.batch_pairs=8"]
-        return load_config([*settings, f"lora.rank={self.rank}", f"model.path={self.folder}"])
+        settings = ["exp=smoke", "objective=responses", "pack.tokens=320", "train.batch_pairs=8", *self.key[2:]]
+        return load_config([*settings, f"model.path={self.folder}"])
 
     @property
     def trees(self):
@@ -123,12 +127,12 @@ def as_rank(rank: int, cases: list[Case], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> dict[tuple[str, int, int], tuple[Case, dict[str, int]]]:
+def measured(tmp_path_factory) -> dict[tuple[str | int, ...], tuple[Case, dict[str, int]]]:
     """Each case with what its first rank measured: those of two ranks in two processes, started once."""
     folder = tmp_path_factory.mktemp("plan")
-    for family in {family for family, _, _ in CASES}:
+    for family in {key[0] for key in CASES}:
         write_tiny_model(folder / family, family=family, changes=SIZES)
-    cases = [Case(family, rank, world, folder / family) for family, rank, world in CASES]
+    cases = [Case(key, folder / key[0]) for key in CASES]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (folder / "port").write_text(str(free.getsockname()[1]))
@@ -137,7 +141,7 @@ def measured(tmp_path_factory) -> dict[tuple[str, int, int], tuple[Case, dict[st
     figures = json.loads((folder / "measured.json").read_text())
     alone = [(case, measure(case, Ranks(0, 1, torch.device("cpu")))) for case in cases if case.world == 1]
     every = [*zip(together, figures, strict=True), *alone]
-    return {(case.family, case.rank, case.world): (case, held) for case, held in every}
+    return {case.key: (case, held) for case, held in every}
 
 
 @pytest.mark.parametrize("key", CASES)
@@ -189,10 +193,17 @@ def test_sixty_four_ranks_hold_a_sixty_fourth_and_gather_a_layer_at_a_time():
 
 
 def test_nodes_share_what_crosses_between_them():
-    units = (Unit("", 600, 0), Unit("model.layers.0", 1000, 400))
-    plan = Plan(Cluster(16, "H100"), State(0, 0, 0, units), Trial(*[0.0] * 7), Work(1, 1, 1, 1, 1, 1, PACK))
-    assert plan.moved() == (1600, 2000)  # there, and back with the gradients
-    assert plan.by_link(1600) == (1500, 100)  # 15/16 reach a GPU; half comes from the other node, by 8 cards
+    units = (Unit("", 640, 0), Unit("layer", 960, 160, backward=2))
+
+    def moved(parts, offload=False):
+        one = Plan(Cluster(16, "H100"), State(0, 0, 0, parts, units), TRIAL, WORK, offload)
+        return one.forward(), one.backward()
+
+    # 15/16 of 1600 reach a GPU, and half of them from the other node, by 8 cards; then 640 + 2 x 960 + 160.
+    assert moved(16) == ((1500, 100, 0), (2550, 170, 0))
+    # A whole model a node: only gradients cross, an eighth of them a card, there and back, of one of two copies.
+    assert moved(8) == ((1400, 0, 0), (2380, 20, 0))
+    assert moved(16, offload=True) == ((1500, 100, 100), (2550, 170, 170))
 
 
 @pytest.mark.parametrize("gpus", ["64", "xH100", "0xH100", "12xH100", "8xH900", "8 x H100"])
