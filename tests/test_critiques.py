@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import contents, outcome
+from test_resume import contents, outcome, start, wait_until
 
 import dpo.judge.__main__
 import dpo.judge.written
@@ -231,6 +231,23 @@ def test_a_run_killed_while_it_samples_writes_what_is_missing_and_ends_as_if_not
         one, other = (run_folder(of) / f"round-{number}" for of in (place, finished))
         assert contents(one / "trees") == contents(other / "trees")
         assert (one / "critiques.jsonl").read_bytes() == (other / "critiques.jsonl").read_bytes()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("files", [2, 4], ids=["round 1", "round 2"])
+def test_kill_9_of_the_real_command_in_a_rounds_second_batch_changes_nothing(finished, place, files):
+    """`files` of critiques are there then: the base's verdicts, a round's samples, validation, the next's samples."""
+    process = start(place, *arguments(place, {"train.epochs": "1", "train.eval_every_steps": "0"}))
+
+    def sampling() -> bool:
+        kept = sorted((place / "cache/answers").glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        return len(kept) == files and len(kept[-1].read_bytes().splitlines()) > 16
+
+    wait_until(process, sampling)
+    process.kill()
+    process.communicate()
+    assert train.main(arguments(place, {"run.resume": "latest"})) == 0
+    assert outcome(run_folder(place)) == outcome(run_folder(finished))
 
 
 def test_another_loss_samples_nothing_again_in_its_first_round(finished, monkeypatch, tmp_path):
