@@ -137,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     if "WORLD_SIZE" in os.environ:
         torch.set_flush_denormal(True)
-        ranks = join_ranks("cpu")
+        ranks = join_ranks("cpu", 60.0)
         told = PARTS[asked.parts[0]](asked.folder, ranks, asked.runs)
         if ranks.first:
             print(told, flush=True)
