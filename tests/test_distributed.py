@@ -142,7 +142,7 @@ def test_two_ranks_end_where_one_process_ends_with_experts_and_another_reference
     for seed, name in enumerate(("policy", "reference")):
         write_tiny_model(runs.folder / name, family="qwen3_moe", seed=seed)
     models = (f"model.path={runs.folder / 'policy'}", f"reference.path={runs.folder / 'reference'}")
-    check_same_end(runs, 2, *models, "fsdp.expert_units=2", "objective=responses")
+    check_same_end(runs, 2, *models, "fsdp.expert_units=2", "objective=responses", "train.batch_pairs=3")
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 4])
