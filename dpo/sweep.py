@@ -146,6 +146,7 @@ def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places_of(jobs, pick_device(arms[0].config)):
         free.put(place)
+    stopped = Event()
     leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that read the same, and whether it is over
     for arm in arms:
         if not finished_folder(arm):
@@ -162,7 +163,7 @@ def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
             pass  # it stores the log-probs that all of them need
         place, folder = free.get(), Path(arm.config.run.root)
         try:
-            if interrupted():
+            if stopped.is_set() or interrupted():
                 return 130
             print(f"{told}: {'goes on' if begun_folder(arm) else 'begins'}", flush=True)
             folder.mkdir(exist_ok=True)
@@ -171,7 +172,9 @@ def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
         finally:
             free.put(place)
             over.set()
-        if code not in (0, 130):
+        if code == 130:
+            stopped.set()
+        elif code:
             print(f"arm {name_of(arm)}: failed with exit code {code}; going on", file=sys.stderr)
         return code
 
