@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test test-long check format bench-trl bench-rows bench-moe bench-generate bench-judge clean
+.PHONY: help quickstart test test-long check format bench-trl bench-rows bench-moe bench-generate bench-judge bench-fsdp clean
 
 help:
 	@echo "make quickstart   fine-tune a 135M model into a judge and measure it (a quarter of an hour on 2 cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench-moe    a step with MXFP4 experts that stay packed, against bf16 (minutes; nothing else may run)"
 	@echo "make bench-generate   decoding speed against transformers, both in one process (minutes; nothing else may run)"
 	@echo "make bench-judge      verdicts a second against transformers, and an endpoint's client (as above)"
+	@echo "make bench-fsdp   FSDP2 on CPU ranks: overhead, memory, loading (minutes; nothing else may run)"
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 # Torch goes first: its plain version takes whichever build (CPU, CUDA) this machine's pip is set up for.
@@ -72,6 +73,9 @@ bench-generate: .venv/.installed
 bench-judge: .venv/.installed
 	$(BIN)/python experiments/bench_judge.py --dtype $(DTYPES)
 	$(BIN)/python experiments/bench_judge.py --client
+
+bench-fsdp: .venv/.installed
+	$(BIN)/python experiments/bench_fsdp.py
 
 clean:
 	rm -rf .venv .venv-trl build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -52,25 +52,32 @@ def limits(run: Run) -> list[Text]:
         f"{100 * judge['comparison']['averaged']['minimum_detectable']:.1f} points or more; other rows, languages and "
         "lengths were not measured."
         + ("" if run.results.get("attacks") else " Nor was what an answer written to win does to it."),
-        "A text that spells a special token of its chat template is read as that token.",
+        "Break up what spells a special token of its chat template in a text, as python -m dpo.judge does: it would be "
+        "read as that token.",
     ]
     return [Text("paragraph", line) for line in told if line]
 
 
 def how_to_ask(run: Run) -> list[Text]:
     """Commands, and the template of its question."""
-    settings = judge_settings(run.config, sighted=run.config.judge.sighted)
-    template = settings.template
-    flags = "" if settings.sighted else " judge.sighted=false"
-    flags += f" judge.template={run.config.judge.template}" if run.config.judge.template else ""
+    judge, critiques = run.config.judge, run.config.critiques
+    template = judge_settings(run.config, sighted=judge.sighted).template
+    sight = "" if judge.sighted else " judge.sighted=false"
+    here = there = f" judge.template={judge.template}" if judge.template else ""
+    how = f"Its reply's first token is its verdict, {' or '.join(template.labels)}"
+    if judge.critique != "off":
+        own = f" critiques.template={critiques.template}" if critiques.template else ""
+        here = f" judge.critique={judge.critique}{own} critiques.max_tokens={critiques.max_tokens}"
+        there = f" judge.template={critiques.template or template.name} endpoint.max_tokens={critiques.max_tokens}"
+        how = f"It writes a critique, then its verdict, {' or '.join(template.labels)}, on a line of its own"
     commands = (
-        f"python -m dpo.judge model.path=THIS_FOLDER data.path=rows.jsonl{flags}\n"
+        f"python -m dpo.judge model.path=THIS_FOLDER data.path=rows.jsonl{sight}{here}\n"
         "vllm serve THIS_FOLDER --served-model-name judge\n"
-        f"python -m dpo.judge endpoint.url=http://localhost:8000/v1 endpoint.model=judge data.path=rows.jsonl{flags}"
+        "python -m dpo.judge endpoint.url=http://localhost:8000/v1 endpoint.model=judge data.path=rows.jsonl"
+        f"{sight}{there}"
     )
     text = (
-        f"Its reply's first token is its verdict, {' or '.join(template.labels)}; it was asked in these words "
-        "(system, then user, in Jinja's notation), with the answers in both orders:"
+        f"{how}; it was asked in these words (system, then user, in Jinja's notation), with the answers in both orders:"
     )
     asked = f"{template.system.strip()}\n\n{template.user.strip()}"
     return [Text("command", commands), Text("paragraph", text), Text("command", asked)]

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from dpo.adamw import AdamW
 from dpo.config import Config
-from dpo.distributed import Ranks, broadcast_first, full_parameters, full_tensor, gather, own_share
+from dpo.distributed import Ranks, broadcast_first, full_parameters, gather, own_share
 from dpo.policy import adapter_of
 from models.checkpoint import save_folder
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import atomic_folder, file_digest, read_json_object, read_text
 from models.lora import merged_weights, save_adapter
+from models.sharded import full_tensor
 
 STATE, SUMS = "state.json", "SHA256SUMS"  # `sha256sum -c` reads the latter
 FILE_BYTES = 2**28  # of a rank's shards about: torch holds one of them a second time while it writes

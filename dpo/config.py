@@ -187,6 +187,16 @@ class TrainConfig(Section):
     )
 
 
+class FsdpConfig(Section):
+    """How torchrun's ranks share the model (FSDP2); of no effect on one process."""
+
+    replicas: int = Field(1, ge=1, description="whole models, each cut over ranks / replicas (HSDP: one a node)")
+    expert_units: int = Field(
+        0, ge=0, description="parts in which a layer's experts are put together; 0 = so many that one is within 8 GiB"
+    )
+    offload: bool = Field(False, description="keep parameters and moments in the CPU's memory")
+
+
 class ReferenceConfig(Section):
     """The reference policy and the store of its log-probs."""
 
@@ -305,6 +315,7 @@ class Config(Section):
     lora: LoraConfig = LoraConfig()
     moe: MoeConfig = MoeConfig()
     train: TrainConfig = TrainConfig()
+    fsdp: FsdpConfig = FsdpConfig()
     reference: ReferenceConfig = ReferenceConfig()
     judge: JudgeConfig = JudgeConfig()
     critiques: CritiquesConfig = CritiquesConfig()

@@ -79,7 +79,7 @@ def critique_trees(row: Row, asked: Tree, answers: Sequence[Answer], config: Con
             found += [(2 * place + order, values_of(row, i, j), of_order) for order, of_order in enumerate(kept)]
         else:
             none = [not any(of_both) for of_both in zip(*sides, strict=True)]
-            told["pairs all " + ("wrong" if none[0] else "right" if none[1] else "of one kind in one order")] += 1
+            told[f"pairs {'all wrong' if none[0] else 'all right' if none[1] else 'of one kind in one order'}"] += 1
     told["critique pairs"] = sum(len(of_order.right) * len(of_order.other) for _, _, of_order in found)
     weight = PAIR_WEIGHTS[config.train.pair_weight](told["critique pairs"] or 1)
     return [_tree(row.id, asked, branch, of_order, values, weight) for branch, values, of_order in found], told

@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from dpo.config import FsdpConfig
 from dpo.hang import watch
 from models.checkpoint import Made
 from models.decoder import Decoder
 from models.errors import UserError
+from models.moe import Experts
+from models.sharded import Units, full_tensor, own_part
 
 if TYPE_CHECKING:  # importing it takes longer than all of ours: only where there are several processes
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.device_mesh import DeviceMesh
+
+UNIT_BYTES = 2**33  # of a layer's experts, at most, that are put together at once: a tenth of the larger GPUs
 
 Item = TypeVar("Item")
 
@@ -57,7 +62,7 @@ def join_ranks(device: str, hang_s: float) -> Ranks:
     prefix = "" if several else restarts  # nodes count their own restarts
     store, rank, world = next(dist.rendezvous("env://"))
     dist.init_process_group(
-        "nccl" if local.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo",  # objects go through gloo
         store=dist.PrefixStore(prefix, store),
         rank=rank,
         world_size=world,
@@ -84,24 +89,74 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def shard(model: Decoder, ranks: Ranks) -> Decoder:
-    """Shard parameters over the ranks, a unit a layer; gradients are summed (the loss is divided by all pairs)."""
-    if ranks.world == 1:
-        return model
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def shard(model: Decoder, ranks: Ranks, config: FsdpConfig) -> None:
+    """Cut parameters over the ranks, a unit a layer; gradients are summed (the loss is divided by all pairs).
 
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    exact = torch.promote_types(model.compute_dtype, torch.float32)
-    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=exact, cast_forward_inputs=False)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    The model is an empty one (on the meta device), the process group may be a fake one. Weights that train are put
+    together in the dtype of the arithmetic; frozen ones are in it, and the adapters beside them keep theirs.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
+    if ranks.world % config.replicas:
+        raise UserError(
+            f"fsdp.replicas = {config.replicas}: {ranks.world} ranks cannot hold so many whole models, each cut over "
+            "equally many; give a divisor of their number"
+        )
+    parts = ranks.world // config.replicas
+    # A dimension of one copy would cost a collective of its own.
+    shape = (config.replicas, parts)[config.replicas == 1 :]
+    mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
+
+    def along(parameter: nn.Parameter) -> Shard | None:
+        """Experts that the ranks do not divide are cut along their outputs, where they divide those."""
+        outputs = parameter.dim() > 2 and parameter.shape[0] % parts and parameter.shape[1] % parts == 0
+        return Shard(1) if outputs else None
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype if model.head.weight.requires_grad else None,
+        reduce_dtype=torch.promote_types(model.compute_dtype, torch.float32),
+        cast_forward_inputs=False,
+    )
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if config.offload else OffloadPolicy()
+    apart = {parameter for module in model.modules() for parameter in _cut_experts(module, model, mesh, config)}
     # The root too, unlike FSDP's default: between forwards every parameter is the sharded one that an optimizer keeps.
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in (*model.model.layers, model):
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=True,
+            shard_placement_fn=along,
+            mp_policy=policy,
+            offload_policy=offload,
+            ignored_params=apart,
+        )
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # else fp32 is reduced by an operation that gloo does not have
-    return model
+
+
+def _cut_experts(module: nn.Module, model: Decoder, mesh: "DeviceMesh", config: FsdpConfig) -> list[nn.Parameter]:
+    """Where a layer's experts are to be put together in several units: the parameters, which are cut here."""
+    if not isinstance(module, Experts):
+        return []
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    whole = module.weights()
+    width = model.compute_dtype.itemsize
+    size = sum(p.numel() * (width if p.is_floating_point() else 1) for p in whole.values())
+    units = config.expert_units or math.ceil(size / UNIT_BYTES)
+    if units == 1:
+        return []
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(1)]
+    for name, parameter in whole.items():
+        cut = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(cut, parameter.requires_grad))
+    copies = mesh.get_group("copies") if mesh.ndim > 1 else None
+    experts = math.ceil(len(next(iter(whole.values()))) / units)
+    outputs = {name: parameter.shape[1] for name, parameter in whole.items()}
+    module.units = Units(experts, outputs, mesh.get_group("parts"), copies)
+    return list(module.weights().values())
 
 
 def own_share(items: Sequence[Item], ranks: Ranks) -> list[Item]:
@@ -129,43 +184,6 @@ def broadcast_first(item: Item, ranks: Ranks) -> Item:
     return gather([item], ranks)[0]
 
 
-def _sharded(tensor: Tensor) -> "DTensor | None":
-    """The tensor, if this process holds a shard of it."""
-    if not dist.is_initialized():
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return tensor if isinstance(tensor, DTensor) else None
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """What of the tensor this process holds: a shard, or all of it."""
-    return tensor if (shard := _sharded(tensor)) is None else shard.to_local()
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a parameter, gathered if it is sharded (a collective: all ranks must call)."""
-    if (shard := _sharded(tensor)) is None:
-        return tensor
-    local, ranks = shard.to_local(), shard.device_mesh.size()
-    rows = math.ceil(tensor.shape[0] / ranks)  # of every rank's shard; the last ones may hold fewer, or none
-    padded = local.new_zeros(rows, *tensor.shape[1:])
-    padded[: local.shape[0]] = local
-    whole = local.new_empty(rows * ranks, *tensor.shape[1:])
-    dist.all_gather_into_tensor(whole, padded)
-    return whole[: tensor.shape[0]]
-
-
-@torch.no_grad()
-def copy_into(parameter: Tensor, value: Tensor) -> None:
-    """Set a parameter, of which this process may hold a shard, to a whole value."""
-    if (shard := _sharded(parameter)) is not None:
-        rows = math.ceil(value.shape[0] / shard.device_mesh.size())
-        begin = shard.device_mesh.get_local_rank() * rows
-        parameter, value = shard.to_local(), value[begin : begin + rows]
-    parameter.copy_(value)
-
-
 def full_parameters(model: Decoder) -> Made:
     """Every parameter whole, by its published name, gathered when it is asked for: all ranks ask in the same order."""
     parameters = dict(model.named_parameters())
@@ -176,7 +194,7 @@ def full_parameters(model: Decoder) -> Made:
 def without_gradient(parameters: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
     """Names of those whose gradient is absent or zero, on every rank."""
     gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-    moved = set(gather([name for name, gradient in gradients.items() if bool(_own(gradient).any())], ranks))
+    moved = set(gather([name for name, gradient in gradients.items() if bool(own_part(gradient).values.any())], ranks))
     return [name for name in parameters if name not in moved]
 
 
@@ -184,9 +202,11 @@ def without_gradient(parameters: Mapping[str, Tensor], ranks: Ranks) -> list[str
 def clip_gradients(parameters: Sequence[Tensor], limit: float, ranks: Ranks) -> float:
     """Scale gradients so that their global L2 norm is at most `limit` (0: leave them); the norm before."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [_own(gradient) for gradient in gradients]
+    parts = [own_part(gradient) for gradient in gradients]
+    local = [part.values for part in parts]
     norms = torch._foreach_norm(local, dtype=torch.float64)
-    norm = math.sqrt(total({"square": float(torch.stack(norms).square().sum())}, ranks)["square"])
+    square = float(torch.stack(norms).square().sum()) / max(part.copies for part in parts)
+    norm = math.sqrt(total({"square": square}, ranks)["square"])
     if limit and norm > limit:
         torch._foreach_mul_(local, limit / norm)
     return norm

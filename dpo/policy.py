@@ -10,10 +10,10 @@ import torch
 
 from dpo.config import Config, LoraConfig, MoeConfig
 from dpo.distributed import Ranks, shard
-from models.decoder import Decoder, load_decoder
+from models.decoder import Decoder, empty_decoder, fill
 from models.errors import UserError
 from models.families import read_model_config
-from models.lora import Adapter, add_lora, load_adapter, read_adapter
+from models.lora import Adapter, add_lora, load_adapter, read_adapter, start_lora
 
 
 def adapter_of(config: LoraConfig) -> Adapter:
@@ -56,21 +56,34 @@ def keeps_packed(config: Config, folder: Path) -> bool:
 
 def load_policy(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> Decoder:
     """The policy: all of it trainable in fp32 masters, or frozen in `dtype` (the arithmetic's) beside an adapter."""
-    weight_dtype = dtype if config.lora.rank else torch.promote_types(dtype, torch.float32)
-    backend = config.kernels.backend
-    policy = load_decoder(
+    policy = empty_decoder(
         folder,
-        weight_dtype=weight_dtype,
+        weight_dtype=dtype if config.lora.rank else torch.promote_types(dtype, torch.float32),
         compute_dtype=dtype,
-        device=ranks.device,
-        backend=backend,
+        backend=config.kernels.backend,
         packed=keeps_packed(config, folder),
     )
     if config.lora.rank:
         add_lora(policy, adapter_of(config.lora), seed=config.seed)
     else:
         policy.requires_grad_(True)
+    policy.checkpoint_activations = config.train.activation_checkpointing
+    _fill_own_part(policy, folder, config, ranks)
+    start_lora(policy, config.seed)
     if config.model.adapter:
         load_adapter(Path(config.model.adapter), policy)
-    policy.checkpoint_activations = config.train.activation_checkpointing
-    return shard(policy, ranks)
+    return policy
+
+
+def load_reference(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> Decoder:
+    """Another model than the policy's, frozen."""
+    packed, backend = config.model.experts != "plain", config.kernels.backend
+    reference = empty_decoder(folder, weight_dtype=dtype, compute_dtype=dtype, backend=backend, packed=packed)
+    _fill_own_part(reference, folder, config, ranks)
+    return reference
+
+
+def _fill_own_part(model: Decoder, folder: Path, config: Config, ranks: Ranks) -> None:
+    if ranks.world > 1:
+        shard(model, ranks, config.fsdp)
+    fill(model, folder, "cpu" if config.fsdp.offload and ranks.world > 1 else ranks.device)

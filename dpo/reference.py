@@ -29,8 +29,8 @@ from dpo.trees import Tree
 WRITE_EVERY_TREES = 1024  # a killed run loses at most this much of its reference pass
 FORWARD = (  # what computes a log-prob from tokens
     *("dpo/packing.py", "dpo/logprobs.py", "models/decoder.py", "models/parts.py", "models/attention.py"),
-    *("models/rope.py", "models/moe.py", "models/routing.py", "models/lora.py", "models/families/*.py"),
-    *("kernels/linear_*.py", "kernels/tiles.py", "kernels/mxfp4*.py"),
+    *("models/rope.py", "models/moe.py", "models/routing.py", "models/sharded.py", "models/lora.py"),
+    *("models/families/*.py", "kernels/linear_*.py", "kernels/tiles.py", "kernels/mxfp4*.py"),
 )
 
 

@@ -39,7 +39,7 @@ from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
 from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
 from dpo.pairs import TreeSums, reference_sums, tree_sums
-from dpo.policy import load_policy, with_adapter
+from dpo.policy import load_policy, load_reference, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
 from dpo.results import read_metrics
@@ -54,7 +54,7 @@ from dpo.tokens import token_trees
 from dpo.trees import Tree, TreeSettings
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
-from models.decoder import Decoder, load_decoder
+from models.decoder import Decoder
 from models.errors import UserError
 
 
@@ -170,19 +170,7 @@ def run(config: Config) -> Path:
             return successes(name, judged[name], inputs.attacked, lambda rows: judge(rows, reply), config)
 
     with stage("reference", times):
-        dtype = inputs.dtype
-        reference = (
-            policy
-            if same
-            else load_decoder(
-                inputs.reference_folder,
-                weight_dtype=dtype,
-                compute_dtype=dtype,
-                device=ranks.device,
-                backend=config.kernels.backend,
-                packed=config.model.experts != "plain",
-            )
-        )
+        reference = policy if same else load_reference(config, inputs.reference_folder, inputs.dtype, ranks)
         score = stored(reference, reference_fingerprint, "reference")
         kept = None
         if config.objective != "critiques" and keeps_routes(config, policy.config, reference.config):

@@ -24,6 +24,7 @@ from models.errors import UserError
 from models.families import FAMILIES, llama4, read_model_config
 from models.files import atomic_folder, atomic_write_text, file_digest, read_json_object, write_json
 from models.layouts import IGNORED, Layout, Piece, plain
+from models.sharded import Part, own_part
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's, in a folder of their own
@@ -75,9 +76,10 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor], layout: Layout = plain) -> None:
+def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor], layout: Layout = plain) -> int:
     """Copy the folder's weights into `parameters`, cast to each one's dtype; names and shapes must match exactly.
 
+    Of a parameter that is cut over ranks only this one's part is read. Returns the bytes read.
     All checks come before the first copy. A stored lm_head.weight is ignored where the model has none (tied), as is
     all else in IGNORED. Never more than a part of one stored tensor is held beside the parameters.
     """
@@ -106,21 +108,37 @@ def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor], layout: L
     if any(faults.values()):
         named = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
         raise UserError(f"{folder}: the weights do not fit the model's config.json; {named}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            for piece in pieces[name]:
-                _read(piece, stored, parameter[piece.place])
+    return sum(
+        _read(piece, stored, part)
+        for part, its_pieces in ((own_part(parameter), pieces[name]) for name, parameter in parameters.items())
+        for piece in its_pieces
+    )
 
 
-def _read(piece: Piece, stored: Mapping[str, Stored], target: torch.Tensor) -> None:
-    step = max(1, STEP_VALUES * len(target) // target.numel())
+def _read(piece: Piece, stored: Mapping[str, Stored], part: Part) -> int:
+    """Fill what `part` has of the piece; the bytes read."""
+    inside, index = [], []  # where that is, in the part and in the piece
+    for i, own in enumerate(part.place):
+        place = piece.place[i] if i < len(piece.place) else slice(0, own.stop)
+        first, end = (place, place + 1) if isinstance(place, int) else (place.start, place.stop)
+        both = range(max(first, own.start), min(end, own.stop))
+        if not both:
+            return 0
+        inside.append(slice(both.start - own.start, both.stop - own.start))
+        if not isinstance(place, int):
+            index.append(slice(both.start - first, both.stop - first))
+    target = part.values[tuple(inside)].view([one.stop - one.start for one in index])
+    step, read = max(1, STEP_VALUES * len(target) // target.numel()), 0
     for begin in range(0, len(target), step):
+        rows = slice(index[0].start + begin, min(index[0].start + begin + step, index[0].stop))
         parts = []
         for name in piece.stored:
             # Opened for this part alone: mapped pages count as our memory as long as a file is open.
             with safe_open(stored[name].path, framework="pt") as handle:
-                parts.append(handle.get_slice(name)[begin : begin + step])
+                parts.append(handle.get_slice(name)[piece.where((rows, *index[1:]))])
         target[begin : begin + step].copy_(piece.decode(*parts))
+        read += sum(one.nbytes for one in parts)
+    return read
 
 
 def _listed(names: list[str], most: int = 5) -> str:

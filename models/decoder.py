@@ -47,7 +47,7 @@ class Decoder(nn.Module):
     """A causal language model that answers one question: the log-prob of given tokens at given rows of a pack.
 
     `weight_dtype` is how weights are kept, `compute_dtype` how they are multiplied, `backend` that of linear_logprobs.
-    Weights are uninitialised until `load_weights`. A tied model has no lm_head parameter: its head is the embedding.
+    Weights are uninitialised until `fill`. A tied model has no lm_head parameter: its head is the embedding.
     """
 
     def __init__(
@@ -92,26 +92,40 @@ class Decoder(nn.Module):
         return linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
 
 
-def load_decoder(
-    folder: Path,
-    *,
-    weight_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    backend: str = "auto",
-    packed: bool = False,
+def empty_decoder(
+    folder: Path, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype, backend: str = "auto", packed: bool = False
 ) -> Decoder:
-    """A decoder with a Hugging Face folder's weights, frozen (nothing requires a gradient), in eval mode.
+    """A decoder of a Hugging Face folder's config in no memory (torch's meta device), frozen, in eval mode.
 
     `packed`: experts that are MXFP4 in the files stay so in memory.
     """
     config = read_model_config(folder)
     if config.experts is not None and not packed:
         config = replace(config, experts=replace(config.experts, packed=False))
-    with torch.device(device):
+    with torch.device("meta"):
         model = Decoder(config, weight_dtype=weight_dtype, compute_dtype=compute_dtype, backend=backend)
-    load_weights(folder, dict(model.named_parameters()), FAMILIES[config.architecture].layout)
     return model.requires_grad_(False).eval()
+
+
+def fill(model: Decoder, folder: Path, device: torch.device | str) -> int:
+    """Give an empty decoder, which may be cut over ranks, its memory and the folder's weights; the bytes read.
+
+    Low-rank updates get memory alone: models.lora.start_lora sets them.
+    """
+    model.to_empty(device=device)
+    base = {name: parameter for name, parameter in model.named_parameters() if ".lora." not in name}
+    return load_weights(folder, base, FAMILIES[model.config.architecture].layout)
+
+
+def load_decoder(
+    folder: Path, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype, backend: str = "auto", packed: bool = False
+) -> Decoder:
+    """empty_decoder, filled on the CPU."""
+    model = empty_decoder(
+        folder, weight_dtype=weight_dtype, compute_dtype=compute_dtype, backend=backend, packed=packed
+    )
+    fill(model, folder, "cpu")
+    return model
 
 
 def next_token_logits(model: Decoder, tokens: Sequence[int]) -> Tensor:

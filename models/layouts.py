@@ -33,7 +33,13 @@ class Piece(NamedTuple):
 
     stored: dict[str, tuple[int, ...]]  # name: shape
     place: tuple[int | slice, ...] = ()  # of the parameter; () is all of it
-    decode: Callable[..., Tensor] = as_is  # from the same rows (first dimension) of each stored tensor
+    decode: Callable[..., Tensor] = as_is  # from the same part of each stored tensor
+
+    def where(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """The part of each stored tensor that holds a part of this one; MXFP4 is not divided along its inputs."""
+        if self.decode is turned:
+            return (*index[:-2], index[-1], index[-2])
+        return index[:-1] if self.decode is dequantise else index
 
 
 # (parameter's name, its shape, names in the files) -> what it is made of. Names decide between a family's layouts;

@@ -26,6 +26,7 @@ from models.errors import UserError
 from models.files import atomic_folder, read_json_object, write_json
 from models.moe import Experts, LowRankExperts
 from models.parts import Linear
+from models.sharded import copy_into, own_part
 
 ALL_LINEAR = "all-linear"  # as peft's: no experts among them, which are parameters and no layers
 PROJECTIONS = ("gate_up_proj", "down_proj")  # of experts, in the order in which peft wraps them
@@ -69,17 +70,17 @@ def _kaiming(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 class LowRank(nn.Module):
     """The update of one Linear: from y = x W^T (+ b), x [T, in], to the adapted y [T, out], in their dtype.
 
-    M is the magnitude less the weight's own: small, so that FSDP's bf16 copy of it loses nothing that matters.
+    M is the magnitude less the weight's own: 0 at first, as B is, whatever the weight.
     Dropout (in train mode, of torch's global generator) is of the low-rank path's input alone.
     """
 
-    def __init__(self, weight: Tensor, adapter: Adapter, generator: torch.Generator) -> None:
+    def __init__(self, weight: Tensor, adapter: Adapter) -> None:
         super().__init__()
         outputs, inputs = weight.shape
-        master = torch.promote_types(weight.dtype, torch.float32)
-        self.A = nn.Parameter(_kaiming((adapter.rank, inputs), generator).to(weight.device, master))
-        self.B = nn.Parameter(torch.zeros(outputs, adapter.rank, dtype=master, device=weight.device))
-        self.M = nn.Parameter(torch.zeros(outputs, dtype=master, device=weight.device)) if adapter.dora else None
+        like = weight.new_empty((), dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.A = nn.Parameter(like.new_empty(adapter.rank, inputs))
+        self.B = nn.Parameter(like.new_empty(outputs, adapter.rank))
+        self.M = nn.Parameter(like.new_empty(outputs)) if adapter.dora else None
         self.scale, self.dropout = adapter.scale, adapter.dropout
 
     def forward(self, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,7 +119,10 @@ def _experts(model: Decoder) -> dict[str, tuple[Experts, str]]:
 
 
 def add_lora(model: Decoder, adapter: Adapter, *, seed: int) -> None:
-    """Attach trainable low-rank updates to what the targets name ("all-linear": all Linears but the head)."""
+    """Attach trainable low-rank updates to what the targets name ("all-linear": all Linears but the head).
+
+    An empty model's have no values: start_lora, once it is filled.
+    """
     linears, experts = _linears(model), _experts(model)
     kinds = sorted({_kind(name) for name in [*linears, *experts]})
     for target in adapter.targets:
@@ -135,17 +139,29 @@ def add_lora(model: Decoder, adapter: Adapter, *, seed: int) -> None:
                     f"lora.{key} = {asked}: updates of experts have none, as in peft; set it to {none}, or leave "
                     f"{target} out of lora.targets"
                 )
-    generator = torch.Generator().manual_seed(seed)
     for name, linear in linears.items():
         if adapter.adapts(name):
-            linear.lora = LowRank(linear.weight, adapter, generator).train(model.training)
+            linear.lora = LowRank(linear.weight, adapter).train(model.training)
     head = model.head.weight
     like = head.new_empty((), dtype=torch.promote_types(model.compute_dtype, torch.float32))
     for name, (module, kind) in experts.items():
         if adapter.adapts(name):
             count, outputs, inputs = module.shapes[kind]
-            a = _kaiming((count, adapter.rank, inputs), generator).to(like)
-            module.lora[kind] = LowRankExperts(a, like.new_zeros(count, outputs, adapter.rank), adapter.scale)
+            a, b = like.new_empty(count, adapter.rank, inputs), like.new_empty(count, outputs, adapter.rank)
+            module.lora[kind] = LowRankExperts(a, b, adapter.scale)
+    start_lora(model, seed)
+
+
+def start_lora(model: nn.Module, seed: int) -> None:
+    """Set all updates to their start, the same one however the model is cut: A drawn by the seed, B and M 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or ".lora." not in name:
+            continue
+        if name.endswith(".A"):
+            copy_into(parameter, _kaiming(parameter.shape, generator))
+        else:
+            own_part(parameter).values.zero_()
 
 
 def _kind(name: str) -> str:
@@ -285,15 +301,17 @@ def load_adapter(folder: Path, model: Decoder) -> None:
     places = {name: torch.arange(p.numel()).view(p.shape) for name, p in parameters.items()}
     order = _to_peft(places, model.config.architecture)  # by peft's names, which of our values stands where
     values = {
-        name: parameter.new_empty(place.shape)
+        name: torch.empty(place.shape, dtype=parameter.dtype)
         for (name, place), parameter in zip(order.items(), parameters.values(), strict=True)
     }
     load_weights(folder, values)
     for (name, parameter), place, value in zip(parameters.items(), order.values(), values.values(), strict=True):
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        whole.view(-1)[place] = value
+        copy_into(parameter, whole)
         if name.endswith(".M"):  # stored as a whole, and put together again to the same bits
-            weight = model.get_parameter(name.replace(".lora.M", ".weight"))
-            value -= _norms(weight.to(parameter.dtype))
-        parameter.view(-1)[place] = value
+            weight = own_part(model.get_parameter(name.replace(".lora.M", ".weight")))  # cut as M is
+            own_part(parameter).values.sub_(_norms(weight.values.to(parameter.dtype)))
 
 
 def save_adapter(

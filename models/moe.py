@@ -9,7 +9,7 @@ an expert takes its rows in blocks of ROWS, the last one filled up, so that a to
 others chose the same. Read next: models/routing.py, kernels/mxfp4.py, models/families/gpt_oss.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from kernels import Packed, rows_linear
 from models.config import ExpertsConfig
 from models.parts import Context
 from models.routing import asked
+from models.sharded import Units, answer_by_units, local_tensor
 
 ROWS = 64  # a matrix product of fewer is slower a row, more are more often padding
 
@@ -55,7 +56,10 @@ def swiglu(gate_up: Tensor, limit: float) -> Tensor:
 
 
 class RouterLogits(nn.Module):
-    """x W^T (+ b) [T, E], in fp32 (fp64 in fp64): a rounded logit would flip near ties."""
+    """x W^T (+ b) [T, E], in fp32 (fp64 in fp64): a rounded logit would flip near ties.
+
+    W and b are rounded to x's dtype all the same, as on ranks that send them in it.
+    """
 
     def __init__(self, hidden: int, experts: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -64,7 +68,8 @@ class RouterLogits(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         exact = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(exact), self.weight.to(exact), None if self.bias is None else self.bias.to(exact))
+        bias_E = None if self.bias is None else self.bias.to(x_TD.dtype).to(exact)
+        return F.linear(x_TD.to(exact), self.weight.to(x_TD.dtype).to(exact), bias_E)
 
 
 class LowRankExperts(nn.Module):
@@ -87,6 +92,7 @@ class Experts(nn.Module):
             "down_proj": (config.count, hidden, config.ffn),
         }
         self.lora = nn.ModuleDict()  # by projection, where models/lora.py has attached an update
+        self.units: Units | None = None  # where dpo/distributed.py has cut the weights along their outputs
         for name, (count, outputs, inputs) in self.shapes.items():
             if config.packed:
                 assert inputs % 32 == 0, f"{name}: {inputs} inputs are no whole number of MXFP4 blocks"
@@ -102,8 +108,15 @@ class Experts(nn.Module):
     def forward(self, x_MD: Tensor, rows_E: Tensor, activation: Activation, grouped: bool) -> Tensor:
         """Each row answered by its expert; the rows lie one expert's after another's, rows_E of each."""
         project = self._grouped if grouped else self._looped
-        inner_MF = activation(project("gate_up_proj", x_MD, rows_E), self.limit)
-        return project("down_proj", inner_MF, rows_E)
+        own = {name: local_tensor(parameter) for name, parameter in self.named_parameters()}
+
+        def answer(x_MD: Tensor, rows_E: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+            inner_MF = activation(project("gate_up_proj", x_MD, rows_E, weights), self.limit)
+            return project("down_proj", inner_MF, rows_E, weights)
+
+        if self.units is None:
+            return answer(x_MD, rows_E, own)
+        return answer_by_units(answer, self.units, x_MD, rows_E, own)
 
     def update(self, name: str) -> LowRankExperts | None:
         """The low-rank update of a projection, if it has one."""
@@ -111,20 +124,23 @@ class Experts(nn.Module):
         assert update is None or isinstance(update, LowRankExperts)
         return update
 
-    def _biases(self, name: str) -> Tensor | None:
-        return self._parameters[f"{name}_bias"]
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The weights [E, out, ...] as they are stored, without biases and updates."""
+        endings = ("_blocks", "_scales") if self.packed else ("",)
+        return {name + ending: self.get_parameter(name + ending) for name in self.shapes for ending in endings}
 
-    def _looped(self, name: str, x_MI: Tensor, rows_E: Tensor) -> Tensor:
+    def _looped(self, name: str, x_MI: Tensor, rows_E: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         weights: Sequence[Tensor | Packed]
         if self.packed:
-            stored = (self.get_parameter(f"{name}_{part}").unbind() for part in ("blocks", "scales"))
+            stored = (own[f"{name}_{part}"].unbind() for part in ("blocks", "scales"))
             weights = [Packed(*one) for one in zip(*stored, strict=True)]
         else:
-            weights = self.get_parameter(name).unbind()  # its backward is one stack: no gradient of all for each
-        biases = self._biases(name)
+            weights = own[name].unbind()  # its backward is one stack: no gradient of all for each
+        biases = own.get(f"{name}_bias")
         biases_E = [None] * len(weights) if biases is None else biases.unbind()
         update = self.update(name)
-        low_E = [] if update is None else list(zip(update.A.unbind(), update.B.unbind(), strict=True))
+        low = [] if update is None else [own[f"lora.{name}.{part}"].unbind() for part in "AB"]
+        low_E = list(zip(*low, strict=True))
         parts = []
         for expert, x in enumerate(x_MI.split(rows_E.tolist())):
             if len(x):
@@ -135,17 +151,18 @@ class Experts(nn.Module):
                 parts.append(y)
         return torch.cat(parts)
 
-    def _grouped(self, name: str, x_MI: Tensor, rows_E: Tensor) -> Tensor:
+    def _grouped(self, name: str, x_MI: Tensor, rows_E: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         ends_E = rows_E.cumsum(0).int()
 
         def product(x: Tensor, weight_EOI: Tensor) -> Tensor:
             return F.grouped_mm(x, weight_EOI.to(x.dtype).transpose(1, 2), offs=ends_E)
 
-        y_MO = product(x_MI, self.get_parameter(name))
-        if (biases := self._biases(name)) is not None:
+        y_MO = product(x_MI, own[name])
+        if (biases := own.get(f"{name}_bias")) is not None:
             y_MO = y_MO + biases.to(x_MI.dtype).repeat_interleave(rows_E, 0, output_size=len(x_MI))
         if (update := self.update(name)) is not None:
-            y_MO = y_MO + update.scale * product(product(x_MI, update.A), update.B)
+            a, b = own[f"lora.{name}.A"], own[f"lora.{name}.B"]
+            y_MO = y_MO + update.scale * product(product(x_MI, a), b)
         return y_MO
 
 

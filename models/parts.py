@@ -81,8 +81,7 @@ class ExactRMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(width, dtype=dtype)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normal = rms_normal(x, self.eps)
-        return (normal * self.weight.to(normal.dtype)).to(x.dtype)
+        return (rms_normal(x, self.eps) * self.weight.to(x.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -107,7 +106,8 @@ class Attention(nn.Module):
             project(x_TD).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q_TNH, k_TGH = self.prepare(q_TNH, k_TGH, context)
-        return self.o_proj(context.attend(self.index, q_TNH, k_TGH, v_TGH, self.kind.span, self.sinks).flatten(1))
+        sinks_N = None if self.sinks is None else self.sinks.to(x_TD.dtype)
+        return self.o_proj(context.attend(self.index, q_TNH, k_TGH, v_TGH, self.kind.span, sinks_N).flatten(1))
 
 
 class MLP(nn.Module):

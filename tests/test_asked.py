@@ -3,6 +3,10 @@
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +189,23 @@ def test_a_refused_run_leaves_no_folder_and_the_same_command_goes_on(
         credit[0] = 13
         code, results, _ = judge(data, *arguments)
     assert (code, credit[0]) == (0, 0) and (results["endpoint"]["found"], results["judge"]["judge-1"]["wins"]) == (7, 8)
+
+
+def test_ctrl_c_keeps_what_is_answered_and_the_same_command_goes_on(data: Path) -> None:
+    with serving(lambda body, before: Reply(longer(body, before).body, delay_s=0.3)) as served:
+        arguments = [f"data.path={data}", f"run.root={data.parent / 'runs'}", "endpoint.concurrency=2"]
+        arguments += [f"endpoint.url={served.url}", "endpoint.model=judge-1"]
+        command = [sys.executable, "-m", "dpo.judge", *arguments]
+        client = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while served.answered.total() < 4 and client.poll() is None:
+            time.sleep(0.01)
+        client.send_signal(signal.SIGINT)
+        told = client.communicate()[1]
+        kept = served.answered.total()
+        assert client.returncode == 130 and 4 <= kept < 20
+        assert f"interrupted: {kept} of 20 answers are kept in " in told and "the same command goes on" in told
+        assert not (data.parent / "runs").exists()
+        assert main(arguments) == 0 and served.asked.total() == 20
 
 
 def test_an_endpoint_that_serves_the_model_gives_its_verdicts(data: Path) -> None:

@@ -51,6 +51,14 @@ def test_the_licence_is_what_the_base_models_own_card_says(
     assert "base_model" not in card and "data.path=rows.jsonl judge.sighted=false" in card
 
 
+def test_a_judge_that_writes_is_asked_to_write(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", judge={"critique": "greedy"}, critiques={"max_tokens": 40})
+    card = card_of(run)
+    assert "rows.jsonl judge.critique=greedy critiques.max_tokens=40\n" in card
+    assert "rows.jsonl judge.template=compare_critique endpoint.max_tokens=40\n" in card
+    assert "It writes a critique" in card and "Compare the two answers briefly" in card
+
+
 def test_a_run_whose_export_is_gone_or_one_of_several_has_no_card(tmp_path: Path) -> None:
     one, two = (write_run(tmp_path / name) for name in ("one", "two"))
     (two / "export" / "model").mkdir(parents=True)

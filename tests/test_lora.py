@@ -13,7 +13,7 @@ from dpo.config import Config
 from dpo.distributed import Ranks
 from models.decoder import Decoder, load_decoder, next_token_logits
 from models.errors import UserError
-from models.lora import Adapter, LowRank, add_lora, load_adapter, merged_weights, read_adapter, save_adapter
+from models.lora import Adapter, LowRank, add_lora, load_adapter, merged_weights, read_adapter, save_adapter, start_lora
 from models.parts import Linear
 from models.tiny import write_tiny_model
 
@@ -282,7 +282,8 @@ def test_dora_stretches_the_product_and_not_the_bias(dtype):
     plain = Linear(32, 24, True, dtype)
     plain.weight.data, plain.bias.data = weight, bias
     start = plain(x)
-    plain.lora = LowRank(weight, KINDS["dora"], generator)
+    plain.lora = LowRank(weight, KINDS["dora"])
+    start_lora(torch.nn.ModuleDict({"plain": plain}), seed=0)
     assert torch.equal(plain(x), start)  # at the start it is the base's output, bit for bit
     with torch.no_grad():
         plain.lora.B += torch.randn(24, RANK, generator=generator) * 0.3

@@ -1,0 +1,158 @@
+"""FSDP2 measured on CPU ranks: what it costs one rank, what each of several holds, how they load a folder.
+
+    python experiments/bench_fsdp.py [--gib 2] [--runs 5] [--parts overhead memory load]
+
+overhead: a training step of one rank whose parameters are cut against the plain model's, in turn, medians.
+memory: bytes of parameters, gradients and moments on the fullest of 2 and of 4 ranks, against 1/N of the whole.
+load: 2 ranks read a folder of so many GiB: bytes read in all, and most memory beside what a rank holds at the end.
+Nothing else may run.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpo.adamw import AdamW
+from dpo.config import Config, FsdpConfig
+from dpo.distributed import Ranks, gather, join_ranks, leave_ranks, shard
+from models.attention import Layout
+from models.checkpoint import weight_files
+from models.decoder import Decoder, empty_decoder, fill
+from models.sharded import own_part
+from models.tiny import write_tiny_model
+
+TOKENS = 2048  # of a pack, by default
+WIDE = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+LARGE = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 8192}  # 97 MiB a layer
+LAYER_MIB = 97
+WORLDS = {"overhead": (1,), "memory": (2, 4), "load": (2,)}
+MAX_OVERHEAD, MAX_SHARE = 1.03, 1.15
+
+
+def build(folder: Path, ranks: Ranks, cut: bool) -> Decoder:
+    """The folder's model, all of it trainable."""
+    model = empty_decoder(folder, weight_dtype=torch.float32, compute_dtype=torch.float32).requires_grad_(True)
+    if cut:
+        shard(model, ranks, FsdpConfig())
+    fill(model, folder, "cpu")
+    return model
+
+
+def backward(model: Decoder) -> None:
+    """Gradients of one full pack."""
+    tokens_T = torch.randint(256, (TOKENS,), generator=torch.Generator().manual_seed(0))
+    rows_R, layout = torch.arange(TOKENS - 1), Layout(0, ((TOKENS, ()),))
+    model(tokens_T, torch.arange(TOKENS), layout, rows_R, tokens_T[1:], 128).mean().backward()
+
+
+def overhead(folder: Path, ranks: Ranks, runs: int) -> bool:
+    """One rank, plain and cut, in turn."""
+    models = {cut: build(folder, ranks, cut) for cut in (False, True)}
+    optimizers = {cut: AdamW(list(model.parameters()), Config(exp="bench").train) for cut, model in models.items()}
+    times: dict[bool, list[float]] = {cut: [] for cut in models}
+    for run in range(runs + 1):
+        for cut, model in models.items():
+            begin = time.perf_counter()
+            backward(model)
+            optimizers[cut].step(1e-4)
+            times[cut] += [time.perf_counter() - begin] * (run > 0)  # the first one warms up
+    plain, one_rank = (statistics.median(times[cut]) for cut in models)
+    print(f"overhead: plain {plain:.3f} s a step, one rank {one_rank:.3f} s: {one_rank / plain:.3f} ({MAX_OVERHEAD})")
+    return one_rank / plain <= MAX_OVERHEAD
+
+
+def held(tensors: Iterable[Tensor]) -> int:
+    """Bytes of this process's storage behind tensors, each once."""
+    storages = [own_part(tensor).values.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def memory(folder: Path, ranks: Ranks, runs: int) -> bool:
+    """What the fullest rank holds when the second step's gradients are there."""
+    model = build(folder, ranks, True)
+    parameters = list(model.parameters())
+    optimizer = AdamW(parameters, Config(exp="bench").train)
+    backward(model)
+    optimizer.step(1e-4)
+    backward(model)
+    sizes = {
+        "parameters": held(parameters),
+        "gradients": held(p.grad for p in parameters if p.grad is not None),
+        "moments": held(optimizer.state[p][name] for p in parameters for name in ("exp_avg", "exp_avg_sq")) // 2,
+    }
+    whole = sum(parameter.nbytes for parameter in parameters)  # of all ranks
+    shares = {name: max(gather([size], ranks)) * ranks.world / whole for name, size in sizes.items()}
+    if ranks.first:
+        told = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+        print(f"memory of {ranks.world} ranks, the fullest over 1/{ranks.world} of the whole: {told} ({MAX_SHARE})")
+    return max(shares.values()) <= MAX_SHARE
+
+
+def status_bytes(field: str) -> int:
+    """A figure of this process's memory, from the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def load(folder: Path, ranks: Ranks, runs: int) -> bool:
+    """Bytes that the ranks read, and the most that one held beside its parameters."""
+    model = empty_decoder(folder, weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
+    shard(model, ranks, FsdpConfig())
+    before, begin = status_bytes("VmRSS"), time.perf_counter()
+    read = sum(gather([fill(model, folder, "cpu")], ranks))
+    time_s = time.perf_counter() - begin
+    extra = max(gather([status_bytes("VmHWM") - before - held(model.parameters())], ranks))
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    stored = sum(parameter.nbytes for parameter in model.parameters())
+    if ranks.first:
+        print(
+            f"load: {sum(file.stat().st_size for file in weight_files(folder)) / 2**30:.2f} GiB on {ranks.world} ranks "
+            f"in {time_s:.1f} s: bytes read over bytes of tensors {read / stored:.6f} (1), most memory beside the "
+            f"parameters {extra / 2**20:.0f} MiB (largest tensor {largest / 2**20:.0f} MiB)"
+        )
+    return read == stored and extra <= largest
+
+
+PARTS = {"overhead": overhead, "memory": memory, "load": load}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Starts the ranks of every part, one part after the other; 1 where a bound is missed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--gib", type=float, default=2, help="size of the folder that is loaded")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
+    asked = parser.parse_args(arguments)
+    if "WORLD_SIZE" in os.environ:
+        torch.set_flush_denormal(True)
+        ranks = join_ranks("cpu", 540)
+        good = PARTS[asked.parts[0]](asked.folder, ranks, asked.runs)
+        leave_ranks(ranks)
+        return int(not good)
+    missed = 0
+    with tempfile.TemporaryDirectory() as root:
+        for part in asked.parts:
+            folder = Path(root) / part
+            layers = {"num_hidden_layers": max(1, round(1024 * asked.gib / LAYER_MIB))}
+            write_tiny_model(folder, family="qwen3", changes=LARGE | layers if part == "load" else WIDE, sharded=True)
+            for world in WORLDS[part]:
+                launch = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone", __file__]
+                options = ["--parts", part, "--runs", str(asked.runs), "--folder", str(folder)]
+                threads = str(max(1, (os.cpu_count() or 1) // world))
+                environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+                missed += subprocess.run([sys.executable, *launch, *options], env=environment).returncode != 0
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
