@@ -79,9 +79,9 @@ def check_arms(arms: Sequence[Arm]) -> None:
             raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None
 
 
-def what_is_read(arm: Arm) -> str:
-    """What rows and reference an arm's configuration asks for: the same for arms that share all stored log-probs."""
-    return arm.config.model_dump_json(exclude={"loss", "lora", "train", "log", "run"})
+def what_is_read(arm: Arm, *but: str) -> str:
+    """What of an arm's configuration picks its rows and its reference, `but` for some sections or keys."""
+    return arm.config.model_dump_json(exclude={"loss", "lora", "train", "log", "run", *but})
 
 
 def name_of(arm: Arm) -> str:
@@ -146,23 +146,24 @@ def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places_of(jobs, pick_device(arms[0].config)):
         free.put(place)
+    stopped = Event()
     leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that read the same, and whether it is over
     for arm in arms:
         if not finished_folder(arm):
-            leaders.setdefault(what_is_read(arm), (arm, Event()))
+            leaders.setdefault(what_is_read(arm, "seed"), (arm, Event()))  # rows of a file are the same for all seeds
 
     def turn(number: int, arm: Arm) -> int:
         told = f"arm {number} of {len(arms)}, {name_of(arm)}"
         if finished_folder(arm):
             print(f"{told}: finished", flush=True)
             return 0
-        leader, over = leaders[what_is_read(arm)]
+        leader, over = leaders[what_is_read(arm, "seed")]
         trains = Path(leader.config.run.root) / leader.config.exp / "latest" / "metrics.jsonl"
         while arm is not leader and not trains.exists() and not over.wait(0.1):
             pass  # it stores the log-probs that all of them need
         place, folder = free.get(), Path(arm.config.run.root)
         try:
-            if interrupted():
+            if stopped.is_set() or interrupted():
                 return 130
             print(f"{told}: {'goes on' if begun_folder(arm) else 'begins'}", flush=True)
             folder.mkdir(exist_ok=True)
@@ -171,7 +172,9 @@ def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
         finally:
             free.put(place)
             over.set()
-        if code not in (0, 130):
+        if code == 130:
+            stopped.set()
+        elif code:
             print(f"arm {name_of(arm)}: failed with exit code {code}; going on", file=sys.stderr)
         return code
 

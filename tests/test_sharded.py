@@ -74,7 +74,7 @@ def read_cut(ranks: Ranks, folders: dict[str, Path]) -> dict[str, tuple[int, int
             shard(model, ranks, cut)
             size = fill(model, folder, "cpu")
             held = sum(own_part(parameter).values.nbytes for parameter in model.parameters())
-            read[f"{name}, {cut.expert_units}"] = size, held, full_parameters(model)
+            read[f"{name}, {cut.expert_units}"] = size, held, dict(full_parameters(model))
     return read
 
 
