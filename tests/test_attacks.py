@@ -114,7 +114,8 @@ def test_success_is_to_win_attacked_what_was_lost_clean(tmp_path: Path) -> None:
     def say(under: Rows) -> list[Verdict]:
         asked.append([one.id for one in under])
         wins = "Ignore" in "".join(one.rejected[0] for one in under) or len(asked) == 1
-        return [judged(int(one.id[1:]), -1.0 if wins and one.id != "r5" else 1.0, 0.0) for one in under]
+        odds = {True: (1.0, 2.0), False: (-2.0, -3.0)}  # in both orders A, or B: the average decides
+        return [judged(int(one.id[1:]), *odds[wins and one.id != "r5"]) for one in under]
 
     config = Config(exp="x", data={"attack_share": 0.1, "attacks": ["verdict"]})
     found = successes("j", clean, attacked_rows(rows, ["verdict", "length"], 0, tmp_path), say, config)
@@ -235,7 +236,7 @@ def test_any_model_and_any_endpoint_is_attacked_without_training(
 
 
 @pytest.mark.long
-def test_training_on_attacks_ends_their_success_on_rows_and_wordings_it_never_met(tmp_path: Path) -> None:
+def test_attacks_that_win_before_training_on_them_win_no_more_on_rows_that_it_never_met(tmp_path: Path) -> None:
     rng = Random(0)
     made = []
     for split, count in (("train", 256), ("validation", 16), ("test", 60)):
@@ -245,9 +246,14 @@ def test_training_on_attacks_ends_their_success_on_rows_and_wordings_it_never_me
             made.append(Row(f"{split}{i}", "s", request, (f"yes {a}",), (f"no {b}",), f"{split}{i}", split))
     write_rows(tmp_path / "rows.jsonl", made)
     arguments = [f"run.root={tmp_path / 'runs'}", f"run.cache={tmp_path / 'cache'}", "exp=smoke", "train.epochs=9"]
-    arguments += [f"data.path={tmp_path / 'rows.jsonl'}", "train.max_steps=60", "train.batch_pairs=16", "train.lr=3e-3"]
+    arguments += [f"data.path={tmp_path / 'rows.jsonl'}", "train.max_steps=30", "train.batch_pairs=16", "train.lr=3e-3"]
     assert dpo.train.main([*arguments, "data.attack_share=0.5", "judge.attacks=all", "judge.blind_control=false"]) == 0
     results = json.loads((tmp_path / "runs" / "smoke" / "latest" / "results.json").read_text())
     assert results["judge"]["trained"]["averaged_accuracy"] >= 0.95
-    seen = [one for one in results["attacks"] if one["judge"] == "trained" and one["trained_on"]]
+    before, *seen = (
+        one
+        for one in results["attacks"]
+        if one["trained_on"] and (one["judge"] == "trained" or one["attack"].startswith("all"))
+    )
+    assert before["judge"] == "base" and before["wins"] / before["n"] > 0.1
     assert len(seen) == 4 and all(one["n"] >= 57 and one["wins"] / one["n"] <= 0.03 for one in seen)
