@@ -186,8 +186,9 @@ def _by_folder(judge: Judge, twins: Sequence[Run]) -> str:
 
 
 def shared_pairs(a: Judge, b: Judge) -> tuple[list[Verdict], list[Verdict]]:
-    """The verdicts of both on the pairs that both judged."""
-    keys = [key for key in a.verdicts if key in b.verdicts]
+    """The verdicts of both on the pairs that both judged; a best of four is no verdict on a pair."""
+    of_four = [judge.run.config.judge.protocol == "choose" for judge in (a, b)]
+    keys = [key for key in a.verdicts if key in b.verdicts and of_four[0] == of_four[1]]
     return [a.verdicts[key] for key in keys], [b.verdicts[key] for key in keys]
 
 

@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}; the same command goes on", file=sys.stderr)
+        print(f"interrupted: {stop}", file=sys.stderr)
         return 130
 
 

@@ -12,7 +12,7 @@ from dpo.config import Config, config_dict
 from dpo.inputs import load_splits
 from dpo.judge.local import write_verdicts
 from dpo.judge.statistics import Verdict, averaged_scores, compare, summarise
-from dpo.judged import MOST_CHARACTERS, judges_of, read_run
+from dpo.judged import MOST_CHARACTERS, judges_of, read_run, shared_pairs
 from dpo.page import SAYS, Page, Table, to_html, to_markdown
 from dpo.report import main, write_report
 from dpo.rows import read_rows
@@ -102,6 +102,15 @@ def test_two_runs_are_compared_on_the_rows_that_they_share(runs: list[Path], pag
     assert told == [{"judge": other.name, "against": one.name, "pairs": 8, **expected, **of_rows}]
     assert expected["averaged"]["difference"] == averaged_scores(of_other).mean() - averaged_scores(of_one).mean() != 0
     assert "on 8 shared pairs" in page.with_name("report.md").read_text()
+
+
+def test_a_best_of_four_is_not_compared_with_a_verdict_on_a_pair(runs: list[Path], tmp_path: Path) -> None:
+    for protocol, expected in (("rate", 10), ("choose", 0)):
+        other = write_judging(tmp_path / protocol, runs[0].parent / "rows.jsonl", "other", ODDS)
+        config = json.loads((other / "config.json").read_text())
+        config["judge"]["protocol"] = protocol
+        (other / "config.json").write_text(json.dumps(config))
+        assert len(shared_pairs(*judges_of([read_run(runs[0]), read_run(other)]))[0]) == expected
 
 
 def test_what_changed_is_told_row_by_row(runs: list[Path], page: Path) -> None:

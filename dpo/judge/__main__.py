@@ -213,7 +213,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"interrupted: {str(stop) or 'nothing is written'}; the same command goes on", file=sys.stderr)
+        print(f"interrupted: {str(stop) or 'nothing is written'}", file=sys.stderr)
         return 130
     return 0
 

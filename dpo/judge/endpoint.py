@@ -137,7 +137,7 @@ def endpoint(config: EndpointConfig, cache: Path, usage: Usage) -> Ask:
         if job.stop or job.invalid > MOST_INVALID * len(prompts):
             had = f"{job.answered} of {len(prompts)} answers are kept in {path}, not to be asked for again"
             if job.stop == INTERRUPTED:
-                raise KeyboardInterrupt(had)
+                raise KeyboardInterrupt(f"{had}; the same command goes on")
             raise UserError(f"{job.stop or job.not_in_form()}. {had}")
         return [answers[key] for key in keys]
 
