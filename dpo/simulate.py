@@ -4,8 +4,8 @@ Letters: `T` tokens of a pack, `R` scored tokens, `D` model width, `V` vocabular
 width. Read next: dpo/plan.py, which makes hours and costs of it.
 
 States are read off the whole model as dpo/distributed.py shards it. Activations are metered: forward and backward run
-with the last layers alone (one more than the period in which their kinds repeat), once more with a period more, and
-grow by as much with every further one. Only two operators are stood in for, attention and head: on a GPU they are other
+with the last layers alone (one more than the period of dense and sparse ones), once more with a period more, and grow
+by as much with every further one. Only two operators are stood in for, attention and head: on a GPU they are other
 kernels than what meta tensors could run.
 """
 
@@ -267,12 +267,12 @@ def seen_keys(pack: Pack, span: Span) -> int:
     return int(seen_T.sum())
 
 
-def stand_in_attention(pack: Pack, meter: Meter) -> Attend:
-    """Attention that keeps queries, keys, values, result and log-sum-exp, as flash and flex attention do."""
+def stand_in_attention(keys: float, meter: Meter) -> Attend:
+    """Attention to so many keys that keeps queries, keys, values, result and log-sum-exp, as flex attention does."""
 
     def attend(layer: int, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, span: Span, sinks_N: Tensor | None) -> Tensor:
         T, N, H = q_TNH.shape  # noqa: N806
-        product = 2 * N * H * seen_keys(pack, span)
+        product = 2 * N * H * keys
         flop = (2 * product, 5 * product)  # the backward makes the weights again
         cost = Cost(4 * T * N, (0, 0), flop, (flop[0] / meter.rate, flop[1] / meter.rate), layer)
         result: Tensor = _StandIn.apply(meter, cost, (T, N, H), q_TNH, k_TGH, v_TGH)
@@ -315,7 +315,15 @@ class Trial:
 
 
 def _run(
-    shape: ModelConfig, config: Config, dtype: torch.dtype, world: int, pack: Pack, gpu: str, path: str, period: int
+    shape: ModelConfig,
+    config: Config,
+    dtype: torch.dtype,
+    world: int,
+    pack: Pack,
+    gpu: str,
+    path: str,
+    period: int,
+    keys: float,
 ) -> Trial:
     policy = meta_policy(shape, config, dtype)
     if not config.lora.rank and world > 1:
@@ -333,7 +341,7 @@ def _run(
         _free_gradients(policy, world)
         with Meter(gpu, policy.parameters()) as meter:
             tokens_T, positions_T = pack.tokens_T.to("meta"), pack.positions_T.to("meta")
-            hidden_TD = policy.hidden(tokens_T, positions_T, stand_in_attention(pack, meter), routing)
+            hidden_TD = policy.hidden(tokens_T, positions_T, stand_in_attention(keys, meter), routing)
             layers_flop, trained = meter.flop, head.requires_grad
             V, D = head.shape  # noqa: N806
             cost = head_cost(R, V, D, dtype.itemsize, config.pack.head_chunk, trained, gpu, path)
@@ -383,12 +391,14 @@ def try_pack(
     shape: ModelConfig, config: Config, dtype: torch.dtype, world: int, pack: Pack, gpu: str, path: str = ""
 ) -> Trial:
     """What a pack takes, beside the state, of a GPU of `world`; `path` is linear_logprobs' ("": auto's)."""
-    count = len(shape.layers)
-    period = next(n for n in range(1, count + 1) if (shape.layers[:n] * count)[:count] == shape.layers)
+    layers, count = shape.layers, len(shape.layers)
+    sparse = [layer.sparse for layer in layers]  # spans differ too, but attention is stood in for: by the mean
+    period = next(n for n in range(1, count + 1) if (sparse[:n] * count)[:count] == sparse)
+    keys = sum(seen_keys(pack, layer.span) for layer in layers) / count
     path = path or choose(GPUS[gpu].arch, len(pack.rows_R), shape.hidden, shape.vocab, not config.lora.rank)
     sizes = [min(n, count) for n in (period + 1, 2 * period + 1)]
     one, two = (
-        _run(replace(shape, layers=shape.layers[-n:]), config, dtype, world, pack, gpu, path, period) for n in sizes
+        _run(replace(shape, layers=layers[-n:]), config, dtype, world, pack, gpu, path, period, keys) for n in sizes
     )
     further = (count - sizes[1]) / max(sizes[1] - sizes[0], 1)
     figures = {name: value + further * (value - getattr(one, name)) for name, value in vars(two).items()}

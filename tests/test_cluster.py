@@ -35,6 +35,7 @@ def is_free(port: int) -> bool:
         return place.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.long
 def test_a_slurm_job_of_two_nodes_with_two_ranks_each_makes_one_run(tmp_path: Path) -> None:
     for name, body in FAKES.items():
         (tmp_path / name).write_text(f"#!/bin/bash\nset -e\n{body}\n")

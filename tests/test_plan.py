@@ -30,7 +30,7 @@ from models.families import read_model_config
 from models.tiny import write_tiny_model
 
 TRIAL, WORK = Trial(*[0.0] * 7), Work(1, 1, 1, 1, 1, 1, empty_pack(64))
-LENGTHS = Lengths(pairs=8, prompt=60, answer=100)
+LENGTHS = Lengths(pairs=4, prompt=60, answer=100)
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 2048}
 LORA, AGAIN = "lora.rank=8", "train.activation_checkpointing=true"
 CASES = [  # family, ranks, settings
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def trees(self):
-        return [stated_tree(LENGTHS, "responses")] * LENGTHS.pairs  # a pack each
+        return [stated_tree(LENGTHS, "responses")] * LENGTHS.pairs  # a pack each: two or four a rank
 
 
 class Alive(TorchDispatchMode):
@@ -189,7 +189,17 @@ def test_sixty_four_ranks_hold_a_sixty_fourth_and_gather_a_layer_at_a_time():
     assert 1 <= state.parameters * 64 / (4 * PARAMETERS["gpt-oss-120b"]) < 1.01
     assert state.root == 2 * (2 * 201088 * 2880 + 2880)  # embedding, head and the last norm, in bf16
     layers = sum(unit.gathered for unit in state.units if unit.name)
-    assert len(state.units) == 37 and 1 <= layers + state.root <= 1.01 * 2 * PARAMETERS["gpt-oss-120b"] - state.root
+    assert len(state.units) == 37 and 1 <= (layers + state.root) / (2 * PARAMETERS["gpt-oss-120b"]) < 1.01
+
+
+def test_copies_of_a_model_hold_more_and_experts_in_units_are_gathered_apart():
+    config = load_config(["exp=study-large", "lora.rank=0", "model.path=gpt-oss-20b", "fsdp.replicas=8"])
+    state = state_of(read_shape(config)[0], config, torch.bfloat16, 64)
+    assert state.parts == 8 and 1 <= state.parameters * 8 / (4 * PARAMETERS["gpt-oss-20b"]) < 1.01
+    config = load_config(["exp=study-large", "lora.rank=0", "model.path=gpt-oss-20b", "fsdp.expert_units=4"])
+    apart = state_of(read_shape(config)[0], config, torch.bfloat16, 64)
+    assert len(apart.units) == 24 + 1 + 24 and apart.largest < state.largest / 10
+    assert sum(unit.gathered for unit in apart.units) <= 1.01 * sum(unit.gathered for unit in state.units)
 
 
 def test_nodes_share_what_crosses_between_them():

@@ -13,7 +13,8 @@
 # A task a node, which starts the ranks. Queued again, the job goes on.
 set -euo pipefail
 NODES=$SLURM_NNODES
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD=${hosts%%$'\n'*}
 JOB=$SLURM_JOB_ID
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 export NODES HEAD JOB PORT
