@@ -108,17 +108,18 @@ def load(folder: Path, model: Decoder, ranks: Ranks, optimizer: AdamW | None = N
         raise UserError(f"{folder}: damaged: {damages[0]}; remove the folder, and resume from what was saved before it")
     reader = dcp.HuggingFaceStorageReader(str(folder))
     entries = reader.read_metadata().state_dict_metadata.items()
-    saved = {name: entry.size for name, entry in entries if isinstance(entry, dcp.TensorStorageMetadata)}
+    saved = {name: entry for name, entry in entries if isinstance(entry, dcp.TensorStorageMetadata)}
     parameters = trained_parameters(model)
-    if {name: size for name, size in saved.items() if "|" not in name} != {n: p.shape for n, p in parameters.items()}:
+    shapes = {name: entry.size for name, entry in saved.items() if "|" not in name}
+    if shapes != {name: parameter.shape for name, parameter in parameters.items()}:
         raise UserError(f"{folder}: these are not the tensors that this model trains; give it its own base")
     tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
-    for name, size in saved.items():
+    for name, entry in saved.items():
         owner, bar, key = name.partition("|")
-        if optimizer and bar:  # AdamW's step is a scalar, its moments are laid out as their parameter is
-            parameter = parameters[owner]
-            tensors[name] = torch.empty_like(parameter) if size == parameter.shape else parameter.new_empty(size)
-            optimizer.state[parameter][key] = tensors[name]
+        if optimizer and bar:  # a moment, laid out as its parameter is, or a count of steps
+            like = parameters[owner]
+            scalar = torch.empty(entry.size, dtype=entry.properties.dtype, device=like.device)
+            tensors[name] = optimizer.state[like][key] = torch.empty_like(like) if entry.size == like.shape else scalar
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")
         dcp.load(tensors, storage_reader=reader, no_dist=ranks.world == 1)

@@ -41,7 +41,9 @@ def _watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float, main:
         store.set(f"hang {rank}", _told(main))
         time.sleep(2 * look_s + 1)  # until each that can has told
         told = {r: store.get(key).decode() for r in range(world) if store.check([key := f"hang {r}"])}
-    except dist.DistError:  # torchrun is gone
+    except dist.DistError:  # torchrun is gone, or all is done
+        if not dist.is_initialized():
+            return
         os._exit(1)
     if rank == min(told):
         blamed = {r: told.get(r, "does not answer: stopped, or its machine is gone") for r in range(world)}

@@ -385,7 +385,7 @@ def _check_together(config: Config, settings: Settings) -> None:
     for name, families in (("data.attacks", config.data.attacks), ("judge.attacks", config.judge.attacks)):
         allowed = [*ATTACKS, *["all"] * (name == "judge.attacks")]
         if not set(families) <= set(allowed):
-            raise UserError(f"{said(name)}: must be some of {', '.join(allowed)}")
+            raise UserError(f"{said(name)}: there is no such attack; allowed are {', '.join(allowed)}")
     if "data.format" in settings and config.data.path == "checkable":
         raise UserError(f"{said('data.format')}: checkable rows are made here; remove it, or set data.path to a file")
     for name in ("data.validation_fraction", "data.test_fraction"):

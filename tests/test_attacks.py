@@ -87,7 +87,8 @@ def test_training_rows_attack_and_those_that_are_held_out_do_not(tmp_path: Path)
 @pytest.mark.parametrize("setting", ["data.attacks=verdict,bribe", "judge.attacks=bribe", "data.attacks=all"])
 def test_an_unknown_attack_is_refused(setting: str) -> None:
     with pytest.raises(
-        UserError, match=rf"{setting.split('=')[0]} = .*\(command line\): must be some of verdict, ignor"
+        UserError,
+        match=rf"{setting.split('=')[0]} = .*\(command line\): there is no such attack; allowed are verdict, ignor",
     ):
         load_config(["exp=smoke", setting])
 
