@@ -1,7 +1,8 @@
 """Parameters that several processes share: what this one holds of them, and experts put together a few at a time.
 
-Letters: `E` experts, `O` outputs. FSDP2 keeps a parameter as a DTensor cut along one dimension into parts of equal
-length, the last ones shorter or empty. Read next: dpo/distributed.py, who cuts; models/checkpoint.py, who fills.
+Letters: `E` experts, `M` rows, `D` model width. FSDP2 keeps a parameter as a DTensor cut along one dimension into
+parts of equal length, the last ones shorter or empty.
+Read next: dpo/distributed.py, who cuts; models/checkpoint.py, who fills.
 """
 
 import math
