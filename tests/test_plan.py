@@ -119,7 +119,7 @@ def as_rank(rank: int, cases: list[Case], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
     torch.set_num_threads(1)
-    ranks = join_ranks("cpu")
+    ranks = join_ranks("cpu", 60.0)
     measured = [measure(case, ranks) for case in cases]
     if rank == 0:
         (folder / "measured.json").write_text(json.dumps(measured))

@@ -6,6 +6,7 @@
 #
 # A rank a GPU (RANKS: so many). When a rank dies all start again, RESTARTS times, and go on from what is whole.
 set -euo pipefail
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else ranks that start again look for the dead ones (pytorch#135712)
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "$NODES" --nproc-per-node "${RANKS:-gpu}" --max-restarts "${RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29500}" --rdzv-id "${JOB:-dpo}" \
