@@ -33,7 +33,9 @@ def test_a_reference_answer_is_shown_where_the_row_has_one() -> None:
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
 def test_every_preset_shows_all_that_its_protocol_has(preset: str) -> None:
-    protocol = {"study_blind": "compare", "fenced": "compare", "classify": "rate"}.get(preset, preset)
+    protocol = {"study_blind": "compare", "fenced": "compare", "classify": "rate"}.get(
+        preset, preset.removesuffix("_critique")
+    )
     template = read_template(preset, protocol)
     answers = [f"<{i}>" for i in range(SLOTS[protocol])]
     if preset == "study_blind":
@@ -88,7 +90,7 @@ def test_a_template_that_cannot_be_meant_is_refused(
 
 
 def test_a_template_that_is_not_there_names_the_presets() -> None:
-    with pytest.raises(UserError, match="no such file; presets are choose, classify, compare"):
+    with pytest.raises(UserError, match="no such file; presets are choose, choose_critique, classify, compare"):
         read_template("none", "compare")
 
 
