@@ -17,7 +17,7 @@ from dpo.judge.__main__ import run as judge_rows
 from dpo.judge.endpoint import request_of
 from dpo.report import write_report
 from dpo.settings import Arm, load_config, load_sweep
-from dpo.sweep import begun_folder, check_arms, finished_folder, sweep
+from dpo.sweep import begun_folder, finished_folder, sweep
 from models.errors import UserError
 
 USAGE = """\
@@ -60,7 +60,6 @@ def endpoint_arms(arms: Sequence[Arm]) -> list[Arm]:
 def study(arms: Sequence[Arm]) -> int:
     """Train, ask, report; 1 where an arm or an endpoint failed, else 0."""
     asked = endpoint_arms(arms)
-    check_arms(arms)
     failed = int(bool(sweep(arms)))
     folders = [folder for arm in arms if (folder := finished_folder(arm))]
     for arm in asked:

@@ -54,13 +54,17 @@ In a file: [sweep], then key = [values] a line; [[sweep.arm]], name and keys, fo
 [sweep.contrast] with a, b and readout names one comparison before. All other keys: python -m dpo.train --help"""
 
 
+FREE = {"loss", "lora", "train", "log", "run"}  # sections that neither rows nor log-probs before training depend on
+
+
 # --- running the arms -------------------------------------------------------------------------------------------------
 
 
-def check_arms(arms: Sequence[Arm], *, any_source: bool = True) -> None:
-    """UserError where an arm would be refused when its turn comes: its folder's config, what it reads, its loss.
+def check_arms(arms: Sequence[Arm], *, any_source: bool) -> dict[str, str]:
+    """By name, what each arm that is not finished asks of the reference: equal where all log-probs are shared.
 
-    So is one that another version of the product began, but for `any_source`.
+    UserError where an arm would be refused when its turn comes: its folder's config, what it reads, its loss; and, but
+    for `any_source`, where another version of the product began it.
     """
     now = source_digest()
     old = {name_of(arm): of for arm in arms if (run := begun_folder(arm)) and (of := source_of(run)) != now}
@@ -70,23 +74,28 @@ def check_arms(arms: Sequence[Arm], *, any_source: bool = True) -> None:
             f"so their figures may not be this one's; move their folders in {Path(arms[0].config.run.root).parent} "
             "away to run them again, or take them as they are with source=any"
         )
-    columns: dict[str, set[str]] = {}  # of the rows of all arms that read the same
+    known: dict[str, tuple[set[str], str]] = {}  # columns of the rows and digests of all that is read
+    asks = {}
     for arm in arms:
         try:
             if finished_folder(arm):
                 continue
-            read = what_is_read(arm)
-            if read not in columns:
-                splits = read_inputs(arm.config, pick_device(arm.config)).splits
-                columns[read] = columns_of(chain(splits.train, splits.validation))
-            check_loss(arm.config.loss, columns[read])
+            if (read := what_is_read(arm)) not in known:
+                inputs = read_inputs(arm.config, pick_device(arm.config))
+                splits, trees = inputs.splits, (inputs.train_trees.digest, inputs.validation_trees.digest)
+                asked = arm.config.model_dump_json(exclude={*FREE, "seed"})
+                columns = columns_of(chain(splits.train, splits.validation))
+                known[read] = columns, f"{asked} {trees} {splits.report['test_sha256']}"
+            columns, asks[name_of(arm)] = known[read]
+            check_loss(arm.config.loss, columns)
         except UserError as error:
             raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None
+    return asks
 
 
 def what_is_read(arm: Arm) -> str:
-    """What rows and reference an arm's configuration asks for: the same for arms that share all stored log-probs."""
-    return arm.config.model_dump_json(exclude={"loss", "lora", "train", "log", "run"})
+    """All of an arm's configuration that its inputs depend on."""
+    return arm.config.model_dump_json(exclude=FREE)
 
 
 def name_of(arm: Arm) -> str:
@@ -175,25 +184,26 @@ def locked(home: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def sweep(arms: Sequence[Arm], jobs: int = 1) -> dict[str, int]:
+def sweep(arms: Sequence[Arm], jobs: int = 1, *, any_source: bool = True) -> dict[str, int]:
     """Run what is not finished, `jobs` arms at once; the exit codes of those that failed."""
     home = Path(arms[0].config.run.root).parent
+    asks = check_arms(arms, any_source=any_source)
     todo = sum(not finished_folder(arm) for arm in arms)
     ended: list[float] = []  # times of the arms that ended here, s
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places_of(jobs, pick_device(arms[0].config)):
         free.put(place)
-    leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that read the same, and whether it is over
+    leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that ask the same, and whether it is over
     for arm in arms:
-        if not finished_folder(arm):
-            leaders.setdefault(what_is_read(arm), (arm, Event()))
+        if name_of(arm) in asks:
+            leaders.setdefault(asks[name_of(arm)], (arm, Event()))
 
     def turn(number: int, arm: Arm) -> int:
         told = f"arm {number} of {len(arms)}, {name_of(arm)}"
         if finished_folder(arm):
             print(f"{told}: finished", flush=True)
             return 0
-        leader, over = leaders[what_is_read(arm)]
+        leader, over = leaders[asks[name_of(arm)]]
         trains = Path(leader.config.run.root) / leader.config.exp / "latest" / "metrics.jsonl"
         while arm is not leader and not trains.exists() and not over.wait(0.1):
             pass  # it stores the log-probs that all of them need
@@ -297,11 +307,12 @@ def main(argv: list[str]) -> int:
         mine, given = _own_arguments(argv)
         arms = load_sweep(given)
         load_contrast(given, *choices_of(arms))
-        check_arms(arms, any_source=mine["source"] == "any")
+        any_source = mine["source"] == "any"
         if mine["--dry-run"]:
+            check_arms(arms, any_source=any_source)
             print(dry_run(arms, int(mine["jobs"])))
             return 0
-        failed = sweep(arms, int(mine["jobs"]))
+        failed = sweep(arms, int(mine["jobs"]), any_source=any_source)
         home = Path(arms[0].config.run.root).parent / "results"
         folder = Path(mine["results"]) / arms[0].config.exp if mine["results"] else home
         keep(folder, arms, failed, given)

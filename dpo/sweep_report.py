@@ -161,10 +161,6 @@ def _groups(verdicts: Sequence[Verdict]) -> list[str]:
     return [verdict.group for verdict in verdicts]
 
 
-def _pairs(verdicts: Sequence[Verdict]) -> list[tuple[str, tuple[int, int], str]]:
-    return [(verdict.id, verdict.pair, verdict.group) for verdict in verdicts]
-
-
 def standing(setting: str, by_seed: Mapping[int, Judged]) -> Standing:
     """One setting's figures, by every readout that all its runs have."""
     figures = {}
@@ -188,8 +184,9 @@ def difference(settings: Settings, a: str, b: str, readout: str) -> Difference |
     groups: list[list[str]] = []
     seeds = []
     for seed in (seed for seed in settings[a] if seed in settings[b]):
-        one, other = (settings[name][seed].get(role, []) for name in (a, b))
-        if one and _pairs(one) == _pairs(other):
+        by_pair, of_b = ({(v.id, v.pair, v.group): v for v in settings[name][seed].get(role, [])} for name in (a, b))
+        one, other = ([of[pair] for pair in by_pair if pair in of_b] for of in (by_pair, of_b))
+        if one:
             leads.append(score(other) - score(one))
             groups.append(_groups(one))
             seeds.append(seed)

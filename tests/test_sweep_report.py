@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,15 @@ def test_two_settings_are_compared_on_the_same_pairs_of_the_same_seeds_only() ->
     settings = {
         "first": {0: run([True] * 4 + [False] * 6), 1: run([True] * 5 + [False] * 5)},
         "better": {0: run([True] * 10), 1: run([True] * 10)},
-        "other rows": {0: run([True] * 9)},
+        "other rows": {0: {"trained": [replace(verdict, group="other") for verdict in judge([True] * 10)]}},
+        "fewer rows": {0: {"trained": judge([True] * 5)}},
         "one seed": {1: run([True] * 10)},
     }
     better, one = (difference(settings, "first", name, "averaged") for name in ("better", "one seed"))
     assert difference(settings, "first", "other rows", "averaged") is None
     assert difference(settings, "first", "better", "rewards") is None
+    fewer = difference(settings, "first", "fewer rows", "averaged")
+    assert fewer and (fewer.pairs, fewer.difference[0]) == (5, pytest.approx(0.2))
     assert better and better.difference[0] == pytest.approx(0.55) and better.by_seed == [0.6, 0.5]
     assert better.p == pytest.approx(student_p([0.6, 0.5])) and not better.resolved  # not corrected yet
     assert one and one.difference[0] == 0.5 and one.p == mcnemar_exact(5, 0) and one.seeds == [1]
