@@ -162,6 +162,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> lis
     return arguments
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "readouts"), [("q_a_objectives", {"rewards"}), ("q_b_sight", {"judged sighted"})])
+def test_a_question_goes_through_sweep_and_report_made_tiny(tmp_path: Path, name: str, readouts: set[str]) -> None:
+    given = [f"exp={name}", "sweep.seed=0,1", "model.path=tiny-random", "pack.tokens=2048", "train.max_steps=1"]
+    given += [
+        "checkable.train_rows=16",
+        "checkable.test_rows=16",
+        f"run.root={tmp_path}",
+        f"run.cache={tmp_path}/cache",
+    ]
+    assert sweep.main([*given, f"results={tmp_path / 'kept'}"]) == 0
+    figures = json.loads((tmp_path / "kept" / name / "report.json").read_text())
+    assert figures["contrast"]["seeds"] == [0, 1] and figures["contrast"]["p_seeds"] >= 0.5
+    assert all(readouts <= set(of["figures"]) for of in figures["settings"] if not of["setting"].startswith("base"))
+    assert f"python -m dpo.sweep exp={name}" in (tmp_path / "kept" / name / "report.md").read_text()
+
+
 def home_of(arguments: list[str]) -> Path:
     return Path(load_sweep([*arguments, "sweep.seed=0"])[0].config.run.root).parent
 
