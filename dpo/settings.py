@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import re
+import textwrap
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ def keys() -> dict[str, Key]:
 
 def help_text() -> str:
     """What `--help` prints: the usage, the experiments, and every key with type, default and one line."""
-    lines = [USAGE, _list_experiments(), "", "general"]
+    lines = [USAGE, textwrap.fill(_list_experiments(), 120), "", "general"]
     section = ""
     for name, key in keys().items():
         if (here := name.rpartition(".")[0]) != section:
