@@ -104,7 +104,13 @@ def test_two_settings_are_compared_on_the_same_pairs_of_the_same_seeds_only() ->
 
 
 def made(
-    folder: Path, *, gain: float = 0.2, seeds: int = 8, rows: int = 60, sighted: tuple[bool, bool] = (True, True)
+    folder: Path,
+    *,
+    gain: float = 0.2,
+    seeds: int = 8,
+    rows: int = 60,
+    sighted: tuple[bool, ...] = (True, True, True),
+    sizes: tuple[int, ...] = (100, 1600),
 ) -> None:
     """Results of the arms "few" and "many" on the same rows, the second right more often by `gain`."""
     rng = np.random.default_rng(1)
@@ -112,7 +118,7 @@ def made(
     folder.mkdir(parents=True)
     for seed in range(seeds):
         base = judge((rng.random(rows) < 0.5).tolist())
-        for place, (name, size) in enumerate((("few", 100), ("many", 1600))):
+        for place, (name, size) in enumerate(zip(("few", "many", "most"), sizes, strict=False)):
             other = judge((rng.random(rows) < 0.5).tolist())
             judged = {"base": base if sighted[place] == sighted[0] else other}
             judged["trained"] = judge((rng.random(rows) < 0.5 + gain * place).tolist())
@@ -159,9 +165,14 @@ def test_every_pair_is_corrected_and_what_is_not_resolved_says_so(tmp_path: Path
     assert text.count("not resolved") >= 3 and "rewards" in text
 
 
-def test_a_swept_number_has_its_plot(tmp_path: Path) -> None:
-    made(tmp_path / "q")
+def test_a_swept_number_has_its_plot_and_the_slope_of_its_means(tmp_path: Path) -> None:
+    made(tmp_path / "q", sizes=(100, 400, 1600))
     text = write_sweep_report(tmp_path / "q")
+    _, settings = read_kept(tmp_path / "q")
+    names = ("few", "many", "most")
+    means = [np.mean([averaged_scores(run["trained"]).mean() for run in settings[name].values()]) for name in names]
+    slope = 100 * (means[2] - means[0]) / 4  # of three even steps the ends' alone; 100 to 1,600 are four doublings
+    assert f"all: {slope:+.1f} [" in text and "points of averaged a doubling of data.rows." in text
     assert "plots/data-rows.svg" in text and (tmp_path / "q" / "plots" / "data-rows.svg").is_file()
     assert "plots/settings.svg" in text
 
