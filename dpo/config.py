@@ -61,6 +61,9 @@ class DataConfig(Section):
     ] = Field("auto", description="of the rows (dpo/formats.py); auto = by the keys of each file's first row")
     rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
     pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")
+    orders: Literal["both", "one"] = Field(
+        "both", description="in which verdicts on a training pair are trained: both, or one drawn by the seed"
+    )
     max_tokens: int = Field(0, ge=0, description="most tokens of a prompt with one answer; 0 = as many as pack.tokens")
     too_long: Literal["error", "drop", "cut_prompt"] = Field(
         "error", description="a row beyond that: stop, drop it, or cut its prompt from the left (else drop it)"
@@ -86,7 +89,9 @@ class CheckableConfig(Section):
         ["Focus", "Precise IF", "Math", "Grounding"], min_length=1, description="in equal shares"
     )
     label_noise: float = Field(0.0, ge=0, lt=1, description="share of the training rows whose answers are swapped")
-    length_confound: float = Field(0.0, ge=0, lt=1, description="share of the training rows with a padded right answer")
+    length_confound: float = Field(
+        0.0, ge=0, le=1, description="share of the training rows whose right answer is padded to be the longest"
+    )
     difficulty: int = Field(2, ge=1, le=3, description="1 = easy, 3 = hard")
     rejected_per_row: Literal[1, 3] = Field(1, description="wrong answers in a row")
 
@@ -213,6 +218,7 @@ class JudgeConfig(Section):
     rows: int = Field(0, ge=0, description="most test rows judged, whole groups drawn; 0 = all")
     pairs_per_row: int = Field(1, ge=0, description="first so many (chosen, rejected) pairs of a test row; 0 = all")
     blind_control: bool = Field(True, description="also judge blind, as one of the controls")
+    sighted_control: bool = Field(False, description="what is trained blind is also judged sighted")
     rewards: Literal["off", "sum", "mean"] = Field(
         "off",
         description="also compare the answers' implicit rewards after training: log(pi/pi_ref), summed or a token",

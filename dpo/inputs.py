@@ -188,7 +188,8 @@ def tree_settings(config: Config) -> TreeSettings:
         config.judge.protocol,
         read_template(config.judge.template, config.judge.protocol),
         config.judge.reference_answer,
-        config.seed if config.judge.protocol == "choose" else 0,
+        config.seed if config.judge.protocol == "choose" or data.orders == "one" else 0,
+        one_order=data.orders == "one",
     )
 
 
@@ -208,6 +209,7 @@ def judge_settings(config: Config, *, sighted: bool) -> TreeSettings:
         pair_weight="pair",
         max_tokens=0 if config.objective == "responses" else config.data.max_tokens,
         sighted=sighted,
+        one_order=False,
     )
 
 
@@ -274,11 +276,12 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     if not splits.test:
         raise UserError("no test rows: a run ends with judging held-out rows; set data.test_fraction above 0")
     objective, judge = tree_settings(config), judge_settings(config, sighted=config.judge.sighted)
-    validated = replace(objective, pairs_per_row=config.judge.pairs_per_row)
+    validated = replace(objective, pairs_per_row=config.judge.pairs_per_row, one_order=False)
     trained = [critique_settings(config)] * (config.objective == "critiques") + [objective]
     train = _fit("train", splits.train, trained, tokenizer, cache)
     validation = _fit("validation", splits.validation, [judge, validated], tokenizer, cache)
-    judged = [answer_settings(config)] * (config.judge.rewards != "off") + [judge]
+    judged = [answer_settings(config)] * (config.judge.rewards != "off")
+    judged += [judge_settings(config, sighted=True)] * config.judge.sighted_control + [judge]
     test = _fit("test", splits.test, judged, tokenizer, cache)
     under = attacked_rows(test.rows, config.judge.attacks, config.seed, cache)
     attacked = {name: _fit(f"test ({name})", rows, [judge], tokenizer, cache).rows for name, rows in under.items()}

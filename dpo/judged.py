@@ -155,7 +155,7 @@ def judges_of(runs: Sequence[Run]) -> list[Judge]:
     found: list[Judge] = []
     for run in runs:
         digest = run.rows.digest if known else {}
-        for role in [role for role in run.verdicts if role != "blind"]:
+        for role in [role for role in run.verdicts if role not in ("blind", "sighted")]:
             verdicts = {(v.id, v.pair, v.group, digest.get(v.id, "")): v for v in run.verdicts[role]}
             if role != "base" or all(judge.verdicts != verdicts for judge in found):
                 found.append(Judge(role, role, run, run.results["judge"][role], verdicts))  # type: ignore[literal-required]

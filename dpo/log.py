@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -138,6 +139,7 @@ def environment() -> dict[str, object]:
         "start_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "git": _git_state(),
+        "source": source_digest(),
         "hub": revisions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -149,6 +151,16 @@ def environment() -> dict[str, object]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": {name: found.version for name in packages for found in importlib.metadata.distributions(name=name)},
     }
+
+
+@cache
+def source_digest() -> str:
+    """A digest of the product's own files, whatever commit they are of."""
+    root = Path(__file__).resolve().parents[1]
+    files = (file for package in ("dpo", "kernels", "models") for file in (root / package).rglob("*.*"))
+    sources = sorted(file for file in files if file.suffix in (".py", ".toml"))
+    told = (f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sources)
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 def cpu_name() -> str:

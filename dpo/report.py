@@ -24,10 +24,11 @@ from dpo.plots import Axis, Mark, bars, chart, file_text, training_plots
 from dpo.report_run import change, p_value, percent, points
 from dpo.results import widest_interval
 from dpo.rows import Row
+from dpo.sweep_report import write_sweep_report
 from models.errors import UserError
 from models.files import atomic_write_text
 
-USAGE = "usage: python -m dpo.report RUN_FOLDER..."
+USAGE = "usage: python -m dpo.report RUN_FOLDER...   or a sweep's results, e.g. experiments/results/NAME"
 
 
 def report_page(runs: Sequence[Run]) -> Page:
@@ -388,7 +389,11 @@ def main(argv: list[str]) -> int:
     try:
         if not argv:
             raise UserError(f"give a run folder, or several to compare. {USAGE}")
-        home = write_report([Path(argument) for argument in argv])
+        home = Path(argv[0])
+        if len(argv) == 1 and (home / "arms.json").is_file():
+            write_sweep_report(home)
+        else:
+            home = write_report([Path(argument) for argument in argv])
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,9 +12,10 @@ import hashlib
 import itertools
 import json
 import re
+import textwrap
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -82,7 +83,7 @@ def keys() -> dict[str, Key]:
 
 def help_text() -> str:
     """What `--help` prints: the usage, the experiments, and every key with type, default and one line."""
-    lines = [USAGE, _list_experiments(), "", "general"]
+    lines = [USAGE, textwrap.fill(_list_experiments(), 120), "", "general"]
     section = ""
     for name, key in keys().items():
         if (here := name.rpartition(".")[0]) != section:
@@ -117,46 +118,110 @@ def load_config(argv: list[str]) -> Config:
 class Arm(NamedTuple):
     """One run of a sweep."""
 
-    varied: dict[str, object]  # by key, the value that is this arm's
+    varied: dict[str, object]  # by axis, a swept key or "arm", the value (of "arm": the name) that is this run's
     sources: str  # the files that say so, or the command line
     argv: list[str]  # what dpo.train is given for it
     config: Config
 
+    @property
+    def setting(self) -> str:
+        """What all runs have in common that differ from it in the seed alone."""
+        told = (v if k == "arm" else f"{k}={v}" for k, v in self.varied.items() if k != "seed")
+        return ", ".join(map(str, told)) or "all"
+
+
+class Contrast(NamedTuple):
+    """The comparison that a sweep is run for, named before: setting a less setting b, as `readout` has them."""
+
+    a: str
+    b: str
+    readout: str
+
 
 def load_sweep(argv: list[str]) -> list[Arm]:
-    """The runs that [sweep] (or sweep.KEY=VALUES) asks for, every combination, seeds innermost; a UserError as above.
+    """The runs that [sweep] (or sweep.KEY=VALUES) asks for; a UserError as above.
 
-    An arm's run folder lies in ROOT/NAME-sweep/ARM, ARM being its keys and values.
+    Every named set of keys in [[sweep.arm]], crossed with every combination of the lists, seeds innermost. An arm's run
+    folder lies in ROOT/NAME-sweep/ARM, ARM being its name, keys and values.
     """
     settings = _read_all(argv)
+    settings.pop(f"{SWEEP}contrast", None)
+    named, where = settings.pop(f"{SWEEP}arm", ([], ""))
     grid = {name.removeprefix(SWEEP): settings.pop(name) for name in list(settings) if name.startswith(SWEEP)}
-    if not grid:
+    sets = _named_arms(named, where)
+    if not grid and not sets:
         raise UserError(
             'nothing to sweep: write [sweep] "loss.beta" = [0.1, 0.5] in the file, or sweep.loss.beta=0.1,0.5'
         )
     if settings.get("run.resume", ("", ""))[0]:
         raise UserError(f"run.resume ({settings['run.resume'][1]}): a sweep goes on by itself; leave it out")
     for name, (values, source) in grid.items():
-        if name == "exp" or name.startswith("run."):
-            raise UserError(f"{name} ({source}): cannot be swept, for the folders of its arms are the sweep's own")
         if not isinstance(values, list) or not values:
             raise UserError(f"{name} = {_written(values)} ({source}): must be a list of the values that it is to have")
         if twice := [value for place, value in enumerate(values) if value in values[:place]]:
             raise UserError(f"{name} ({source}): has {_written(twice[0])} twice; leave one out")
+    swept = {name: source for name, (_, source) in grid.items()}
+    for name, source in [*swept.items(), *((name, where) for keys_of in sets.values() for name in keys_of)]:
+        if name == "exp" or name.startswith("run."):
+            raise UserError(f"{name} ({source}): cannot be swept, for the folders of its arms are the sweep's own")
         if settings.get(name, ("", ""))[1] == COMMAND_LINE:
             raise UserError(f"{name} ({COMMAND_LINE}): is swept by {source}; write {SWEEP}{name}= for other values")
-    sources = ", ".join(dict.fromkeys(source for _, source in grid.values()))
+    if both := next((name for keys_of in sets.values() for name in keys_of if name in grid), ""):
+        raise UserError(f"{both} ({where}): is swept by {swept[both]} too; leave one out")
+    sources = ", ".join(dict.fromkeys([*swept.values(), *[where] * bool(sets)]))
     given = [argument for argument in argv if not argument.startswith((SWEEP, "run.root="))]
     names = sorted(grid, key=lambda name: name == "seed")
     arms = []
-    for values in itertools.product(*(grid[name][0] for name in names)):  # type: ignore[call-overload]
-        varied = dict(zip(names, values, strict=True))
-        config = _checked(settings | {name: (value, grid[name][1]) for name, value in varied.items()})
-        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in varied.items()}
-        folder = Path(config.run.root) / f"{config.exp}-sweep" / _folder_name(texts)
-        arguments = [*given, f"run.root={folder}", *(f"{name}={text}" for name, text in texts.items())]
-        arms.append(Arm(varied, sources, arguments, load_config(arguments)))
+    for arm, keys_of in (sets or {"": {}}).items():
+        for values in itertools.product(*(grid[name][0] for name in names)):  # type: ignore[call-overload]
+            varied = dict(zip(names, values, strict=True))
+            set_here = {name: (value, where) for name, value in keys_of.items()}
+            set_here |= {name: (value, swept[name]) for name, value in varied.items()}
+            config = _checked(settings | set_here)
+            texts = {key: of if isinstance(of, str) else json.dumps(of) for key, (of, _) in set_here.items()}
+            axes = ({"arm": arm} if sets else {}) | varied
+            folder = {key: str(of) if key == "arm" else texts[key] for key, of in axes.items()}
+            root = Path(config.run.root) / f"{config.exp}-sweep" / _folder_name(folder)
+            arguments = [*given, f"run.root={root}", *(f"{name}={text}" for name, text in texts.items())]
+            arms.append(Arm(axes, sources, arguments, load_config(arguments)))
     return arms
+
+
+def _named_arms(tables: object, where: str) -> dict[str, dict[str, object]]:
+    """[[sweep.arm]]'s keys and values by its `name`."""
+    example = f'({where}): write [[sweep.arm]], name = "ipo", loss.name = "ipo" for each'
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"sweep.arm = {_written(tables)} {example}")
+    found: dict[str, dict[str, object]] = {}
+    for table in tables:
+        arm = _dotted(table)
+        name = arm.pop("name", None)
+        if not isinstance(name, str) or name in ("", "base", *found):
+            raise UserError(f"sweep.arm: name = {_written(name)} must be a text, one's own and not base {example}")
+        if unknown := next((key for key in arm if key not in keys()), ""):
+            raise _unknown_key(unknown, f"{where}, arm {name}")
+        found[name] = arm
+    return found
+
+
+def load_contrast(argv: list[str], settings: Sequence[str], readouts: Sequence[str]) -> Contrast | None:
+    """What [sweep.contrast] of the experiment says, of these settings of its sweep; None where it has none."""
+    table, where = _read_all(argv).get(f"{SWEEP}contrast", (None, ""))
+    if table is None:
+        return None
+    if not isinstance(table, dict) or set(table) != set(Contrast._fields):
+        raise UserError(f"sweep.contrast = {_written(table)} ({where}): must have a, b and readout, and no more")
+    for key, allowed in (("a", settings), ("b", settings), ("readout", readouts)):
+        if table[key] not in allowed:
+            raise UserError(f"sweep.contrast: {key} = {_written(table[key])} ({where}): one of {'; '.join(allowed)}")
+    return Contrast(**table)
+
+
+def load_question(argv: list[str]) -> str:
+    """The comment at the head of the experiment's file: question, hypothesis, primary metric."""
+    path = _find_experiment(_split_arguments(argv)["exp"], COMMAND_LINE, Path())
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return " ".join(line.lstrip("# ") for line in lines)
 
 
 def _folder_name(texts: dict[str, str]) -> str:
@@ -245,6 +310,9 @@ def _read_settings(path: Path, above: tuple[Path, ...]) -> Settings:
         raise UserError(f"exp ({source}): is set on the command line only; to build on another file write extends")
     if not isinstance(sweep, dict):
         raise UserError(f'sweep = {_written(sweep)} ({source}): must be a table, [sweep] "loss.beta" = [0.1, 0.5]')
+    for name in ("arm", "contrast"):
+        if name in sweep:
+            settings[SWEEP + name] = (sweep.pop(name), f"{source} [sweep.{name}]")
     for prefix, here, given_keys in (("", source, table), (SWEEP, f"{source} [sweep]", sweep)):
         for key, given in _dotted(given_keys).items():
             if key not in keys():
@@ -341,6 +409,11 @@ def _check_together(config: Config, settings: Settings) -> None:
         raise UserError(
             f"{said('loss.swap_consistency')}: compares a verdict with its twin in the other order, and "
             f"{said('objective')} has no twins; set objective=verdicts, or loss.swap_consistency=0"
+        )
+    if config.data.orders == "one" and (config.objective != "verdicts" or config.loss.swap_consistency):
+        raise UserError(
+            f"{said('data.orders')}: is for verdicts without a term over both orders; set objective=verdicts, "
+            "loss.swap_consistency=0"
         )
     writes = config.objective == "critiques" or config.judge.critique != "off"
     if not writes and (ignored := next((name for name in settings if name.startswith("critiques.")), "")):

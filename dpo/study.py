@@ -60,7 +60,7 @@ def endpoint_arms(arms: Sequence[Arm]) -> list[Arm]:
 def study(arms: Sequence[Arm]) -> int:
     """Train, ask, report; 1 where an arm or an endpoint failed, else 0."""
     asked = endpoint_arms(arms)
-    failed = sweep(arms)
+    failed = int(bool(sweep(arms)))
     folders = [folder for arm in arms if (folder := finished_folder(arm))]
     for arm in asked:
         try:

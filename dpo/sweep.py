@@ -1,87 +1,101 @@
 """python -m dpo.sweep exp=NAME [key=value ...] [sweep.key=value,value ...]: every combination of [sweep], one table.
 
-    [sweep] -> arms, each a run of dpo.train in a process of its own, in runs/NAME-sweep/ARM -> sweep.json, sweep.md
+    [sweep] -> arms, each a run of dpo.train in a process of its own, in runs/NAME-sweep/ARM -> their verdicts, kept in
+    one folder -> dpo/sweep_report.py
 
 The same command goes on where it was stopped: finished arms are skipped, a half-done one is resumed. All arms share the
 reference store: after the first, an arm whose rows are the same runs no reference forward.
-Read next: dpo/settings.py, where arms come from; dpo/judge/statistics.py, where figures come from.
+Read next: dpo/settings.py, where arms come from; dpo/sweep_report.py, where figures come from.
 """
 
 import fcntl
-import math
+import gzip
 import os
+import shlex
 import subprocess
 import sys
-from collections import Counter
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
-from statistics import fmean, stdev
 from threading import Event
 from typing import IO, cast
 
-import numpy as np
 import torch
 
 from dpo.inputs import pick_device, read_inputs
-from dpo.judge.local import read_verdicts
-from dpo.judge.statistics import (
-    Floats,
-    Verdict,
-    averaged_scores,
-    cluster_interval,
-    compare,
-    consistent_scores,
-    holm,
-    wilson_interval,
-)
+from dpo.log import source_digest
 from dpo.loop import interruptible
 from dpo.losses import check_loss
-from dpo.page import Table, Text, markdown
 from dpo.results import Results
 from dpo.rows import columns_of
 from dpo.runs import resumed_folder, write_json
-from dpo.settings import Arm, load_sweep
+from dpo.settings import Arm, load_contrast, load_question, load_sweep
+from dpo.step import plan_steps
+from dpo.sweep_report import READOUTS, Kept, KeptArm, write_sweep_report
+from dpo.tokens import Trees
 from models.errors import UserError
-from models.files import atomic_write_text, read_json_object
+from models.files import atomic_write_bytes, read_json_object
 
 USAGE = """\
-usage: python -m dpo.sweep exp=NAME [key=value ...] [sweep.key=value,value ...] [jobs=N]
+usage: python -m dpo.sweep exp=NAME [key=value ...] [sweep.key=value,value ...] [jobs=N] [--dry-run]
+                           [results=FOLDER] [source=any]
   python -m dpo.sweep exp=losses
   python -m dpo.sweep exp=quickstart sweep.loss.beta=0.1,0.5 sweep.seed=0,1,2
 
 jobs=N: so many arms at once, each on a GPU of its own, or on its share of the cores.
-In a file: [sweep], then key = [values] a line. All other keys: python -m dpo.train --help"""
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t of 2, 3, ... 10 seeds; for more seeds the last, which is a little wide."""
+--dry-run: say the arms, their steps, and from finished ones the hours, and run nothing.
+results=FOLDER: verdicts and report go to FOLDER/NAME, not to results/ beside the arms.
+source=any: arms that another version of the product ran count as finished, and go on.
+In a file: [sweep], then key = [values] a line; [[sweep.arm]], name and keys, for sets of keys that belong together;
+[sweep.contrast] with a, b and readout names one comparison before. All other keys: python -m dpo.train --help"""
+
+
+FREE = {"loss", "lora", "train", "log", "run"}  # sections that neither rows nor log-probs before training depend on
 
 
 # --- running the arms -------------------------------------------------------------------------------------------------
 
 
-def check_arms(arms: Sequence[Arm]) -> None:
-    """UserError where an arm would be refused when its turn comes: its folder's config, what it reads, its loss."""
-    columns: dict[str, set[str]] = {}  # of the rows of all arms that read the same
+def check_arms(arms: Sequence[Arm], *, any_source: bool) -> dict[str, str]:
+    """By name, what each arm that is not finished asks of the reference: equal where all log-probs are shared.
+
+    UserError where an arm would be refused when its turn comes: its folder's config, what it reads, its loss; and, but
+    for `any_source`, where another version of the product began it.
+    """
+    now = source_digest()
+    old = {name_of(arm): of for arm in arms if (run := begun_folder(arm)) and (of := source_of(run)) != now}
+    if old and not any_source:
+        raise UserError(
+            f"{', '.join(old)}: begun by other sources ({', '.join(sorted({*old.values()}))}; now {now}), "
+            f"so their figures may not be this one's; move their folders in {Path(arms[0].config.run.root).parent} "
+            "away to run them again, or take them as they are with source=any"
+        )
+    known: dict[str, tuple[set[str], str]] = {}  # columns of the rows and digests of all that is read
+    asks = {}
     for arm in arms:
         try:
             if finished_folder(arm):
                 continue
-            read = what_is_read(arm)
-            if read not in columns:
-                splits = read_inputs(arm.config, pick_device(arm.config)).splits
-                columns[read] = columns_of(chain(splits.train, splits.validation))
-            check_loss(arm.config.loss, columns[read])
+            if (read := what_is_read(arm)) not in known:
+                inputs = read_inputs(arm.config, pick_device(arm.config))
+                splits, trees = inputs.splits, (inputs.train_trees.digest, inputs.validation_trees.digest)
+                asked = arm.config.model_dump_json(exclude={*FREE, "seed"})
+                columns = columns_of(chain(splits.train, splits.validation))
+                known[read] = columns, f"{asked} {trees} {splits.report['test_sha256']}"
+            columns, asks[name_of(arm)] = known[read]
+            check_loss(arm.config.loss, columns)
         except UserError as error:
             raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None
+    return asks
 
 
-def what_is_read(arm: Arm, *but: str) -> str:
-    """What of an arm's configuration picks its rows and its reference, `but` for some sections or keys."""
-    return arm.config.model_dump_json(exclude={"loss", "lora", "train", "log", "run", *but})
+def what_is_read(arm: Arm) -> str:
+    """All of an arm's configuration that its inputs depend on."""
+    return arm.config.model_dump_json(exclude=FREE)
 
 
 def name_of(arm: Arm) -> str:
@@ -105,6 +119,37 @@ def finished_folder(arm: Arm) -> Path | None:
     """The run folder of an arm whose report, the last thing that a run writes, is there."""
     folder = begun_folder(arm)
     return folder if folder and (folder / "report.html").is_file() else None
+
+
+def source_of(run: Path) -> str:
+    """dpo.log.source_digest of the product that began this run; "" where that said none."""
+    return str(read_json_object(run / "env.json").get("source", ""))
+
+
+def dry_run(arms: Sequence[Arm], jobs: int) -> str:
+    """A line an arm: its steps and tokens, as finished ones took time for their tokens its hours; then the sum."""
+    trees: dict[str, tuple[Trees, list[int]]] = {}
+    lines, times, tokens_done, tokens_left = [], 0.0, 0, 0
+    for arm in arms:
+        if (read := what_is_read(arm)) not in trees:
+            train = read_inputs(arm.config, pick_device(arm.config)).train_trees
+            trees[read] = train, [tree.tokens for tree in train]
+        of, sizes = trees[read]
+        steps = plan_steps(of.column("pairs"), arm.config, of.column("row"))
+        tokens = sum(sizes[place] for step in steps for place in step)
+        folder = finished_folder(arm)
+        if folder:
+            times += sum(cast(Results, read_json_object(folder / "results.json"))["time_s"].values())
+            tokens_done += tokens
+        else:
+            tokens_left += tokens
+        state = "finished" if folder else "begun" if begun_folder(arm) else "to run"
+        lines.append(f"{state:8} {len(steps):6,} steps {tokens:11,} tokens  {name_of(arm)}")
+    known = (
+        f"about {times / tokens_done * tokens_left / jobs / 3600:.1f} h" if tokens_done else "hours: not before one is"
+    )
+    left = sum(not line.startswith("finished") for line in lines)
+    return "\n".join([*lines, f"{len(arms)} arms, {left} to finish, {known}"])
 
 
 def run_arm(arm: Arm, lock: int, place: Mapping[str, str], log: IO[bytes] | None) -> int:
@@ -139,25 +184,27 @@ def locked(home: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
-    """Run what is not finished, `jobs` arms at once, then write the table; 1 where an arm failed, else 0."""
+def sweep(arms: Sequence[Arm], jobs: int = 1, *, any_source: bool = True) -> dict[str, int]:
+    """Run what is not finished, `jobs` arms at once; the exit codes of those that failed."""
     home = Path(arms[0].config.run.root).parent
-    check_arms(arms)
+    asks = check_arms(arms, any_source=any_source)
+    todo = sum(not finished_folder(arm) for arm in arms)
+    ended: list[float] = []  # times of the arms that ended here, s
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places_of(jobs, pick_device(arms[0].config)):
         free.put(place)
     stopped = Event()
-    leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that read the same, and whether it is over
+    leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that ask the same, and whether it is over
     for arm in arms:
-        if not finished_folder(arm):
-            leaders.setdefault(what_is_read(arm, "seed"), (arm, Event()))  # rows of a file are the same for all seeds
+        if name_of(arm) in asks:
+            leaders.setdefault(asks[name_of(arm)], (arm, Event()))
 
     def turn(number: int, arm: Arm) -> int:
         told = f"arm {number} of {len(arms)}, {name_of(arm)}"
         if finished_folder(arm):
             print(f"{told}: finished", flush=True)
             return 0
-        leader, over = leaders[what_is_read(arm, "seed")]
+        leader, over = leaders[asks[name_of(arm)]]
         trains = Path(leader.config.run.root) / leader.config.exp / "latest" / "metrics.jsonl"
         while arm is not leader and not trains.exists() and not over.wait(0.1):
             pass  # it stores the log-probs that all of them need
@@ -167,151 +214,91 @@ def sweep(arms: Sequence[Arm], jobs: int = 1) -> int:
                 return 130
             print(f"{told}: {'goes on' if begun_folder(arm) else 'begins'}", flush=True)
             folder.mkdir(exist_ok=True)
+            begin = time.perf_counter()
             with open(folder / "log.txt", "ab") if jobs > 1 else nullcontext() as log:
                 code = run_arm(arm, lock, place, log)
         finally:
             free.put(place)
             over.set()
+        ended.append(time.perf_counter() - begin)
         if code == 130:
             stopped.set()
         elif code:
             print(f"arm {name_of(arm)}: failed with exit code {code}; going on", file=sys.stderr)
+        if done := finished_folder(arm):
+            of = cast(Results, read_json_object(done / "results.json"))["judge"]["trained"]
+            hours = sum(ended) / len(ended) * (todo - len(ended)) / jobs / 3600
+            shares = f"averaged {100 * of['averaged_accuracy']:5.1f} % | consistent {100 * of['accuracy']:5.1f} %"
+            print(f"| {told} | {shares} | {ended[-1] / 60:6.1f} min | {hours:5.1f} h left |", flush=True)
         return code
 
     with locked(home) as lock, interruptible() as interrupted, ThreadPoolExecutor(jobs) as pool:
         others = {folder.name for folder in home.iterdir() if folder.is_dir()} - {name_of(arm) for arm in arms}
+        others.discard("results")
         if others:
             print(f"not in this sweep, nor in its table: {', '.join(sorted(others))}")
         codes = list(pool.map(turn, range(1, len(arms) + 1), arms))
         if 130 in codes or interrupted():
             raise KeyboardInterrupt("the same command goes on from here")
-    failed = {name_of(arm): code for arm, code in zip(arms, codes, strict=True) if code}
-    write_table(home, arms, failed)
-    return 1 if failed else 0
+    return {name_of(arm): code for arm, code in zip(arms, codes, strict=True) if code}
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
-
-Figure = tuple[float, list[float]]
-"""A mean and its 95 % interval."""
-
-Judged = dict[str, list[Verdict]]
-"""One run's verdicts, by judge."""
+# --- what is kept of them -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Line:
-    """All runs of one setting, which differ in their seeds alone; differences are of order-averaged accuracies."""
-
-    setting: str
-    seeds: list[int]
-    averaged: Figure
-    averaged_range: list[float]  # the lowest and the highest of its seeds
-    consistent: Figure
-    over_base: Figure
-    over_first: Figure | None  # the first line; None where it is that, or was judged on other rows
-    p_over_first: float | None  # the larger of the exact and the clustered test
-    reference_computed: int  # completions that the reference was run on
-
-
-def over_seeds(scores: Sequence[Floats], verdicts: Sequence[Sequence[Verdict]], *, share: bool) -> Figure:
-    """The mean of the seeds' scores, a score a verdict, with the widest of its 95 % intervals.
-
-    These are: cluster_interval's over groups of rows, a group's pairs of all seeds together (rows vary); Student's over
-    the means of the seeds, if there are two (training varies); Wilson's for a `share`.
-    """
-    pooled, means = np.concatenate(scores), [float(score.mean()) for score in scores]
-    groups = [verdict.group for judge in verdicts for verdict in judge]
-    bounds = (0.0, 1.0) if share else (-1.0, 1.0)
-    intervals = [cluster_interval(pooled, groups, 0, bounds=bounds)]
-    if len(means) > 1:
-        half = T_975[min(len(means) - 2, len(T_975) - 1)] * stdev(means) / math.sqrt(len(means))
-        intervals.append((max(bounds[0], fmean(means) - half), min(bounds[1], fmean(means) + half)))
-    if share:
-        intervals.append(wilson_interval(float(pooled.sum()), len(pooled)))
-    low, high = max(intervals, key=lambda ends: ends[1] - ends[0])
-    return float(pooled.mean()), [low, high]
-
-
-def compare_settings(
-    judged: Mapping[str, Mapping[int, Judged]], computed: Mapping[str, int], moving: bool
-) -> list[Line]:
-    """The table's lines from verdicts by setting and seed; `moving`: what is swept may change the judged rows."""
-    lines = []
-    first = next(iter(judged.values()))
-    for setting, by_seed in judged.items():
-        trained, base = ([judge[name] for judge in by_seed.values()] for name in ("trained", "base"))
-        gains = [averaged_scores(a) - averaged_scores(b) for a, b in zip(trained, base, strict=True)]
-        over_first, p = None, None
-        same = [seed for seed in by_seed if seed in first and _same_rows(by_seed[seed], first[seed], moving)]
-        if same and by_seed is not first:
-            mine, others = ([run[seed]["trained"] for seed in same] for run in (by_seed, first))
-            leads = [averaged_scores(a) - averaged_scores(b) for a, b in zip(mine, others, strict=True)]
-            over_first = over_seeds(leads, mine, share=False)
-            test = compare(sum(mine, []), sum(others, []), 0)["averaged"]
-            p = max(test["p"], test["p_clustered"])
-        means = [float(averaged_scores(judge).mean()) for judge in trained]
-        lines.append(
-            Line(
-                setting,
-                list(by_seed),
-                over_seeds([*map(averaged_scores, trained)], trained, share=True),
-                [min(means), max(means)],
-                over_seeds([*map(consistent_scores, trained)], trained, share=True),
-                over_seeds(gains, trained, share=False),
-                over_first,
-                p,
-                computed[setting],
+def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: list[str]) -> None:
+    """Put the finished arms' verdicts, compressed, and what else dpo/sweep_report.py reads into `folder`."""
+    kept: list[KeptArm] = []
+    for arm in arms:
+        if not (run := finished_folder(arm)):
+            continue
+        results = cast(Results, read_json_object(run / "results.json"))
+        name = f"{name_of(arm)}.jsonl.gz"
+        atomic_write_bytes(folder / name, gzip.compress((run / "verdicts.jsonl").read_bytes(), mtime=0))
+        train, data = results["train"], results["data"]
+        kept.append(
+            KeptArm(
+                setting=arm.setting,
+                axes=arm.varied,
+                seed=arm.config.seed,
+                sighted=arm.config.judge.sighted,
+                verdicts=name,
+                rows=data.get("test_sha256", ""),
+                source=source_of(run),
+                steps=float(train["steps"]),
+                tokens=float(train["tokens"]),
+                train_s=float(train["time_s"]),
+                whole_s=sum(results["time_s"].values()),
+                reference_computed=results["reference"]["misses"],
             )
         )
-    return lines
-
-
-def _same_rows(run: Judged, other: Judged, moving: bool) -> bool:
-    """If both judged the same pairs: by their ids, and if rows may have moved by the untrained judge's log-odds."""
-    names = [[(v.id, v.pair, v.group) for v in judged["base"]] for judged in (run, other)]
-    odds = [[(v.first, v.second) for v in judged["base"]] for judged in (run, other)]
-    return names[0] == names[1] and (not moving or odds[0] == odds[1])
-
-
-def write_table(home: Path, arms: Sequence[Arm], failed: Mapping[str, int]) -> None:
-    """Write sweep.json and sweep.md of the arms that are finished, and print the table."""
-    judged: dict[str, dict[int, Judged]] = {}
-    computed: Counter[str] = Counter()
-    for arm in arms:
-        if folder := finished_folder(arm):
-            setting = ", ".join(f"{key}={value}" for key, value in arm.varied.items() if key != "seed") or "all"
-            judged.setdefault(setting, {})[arm.config.seed] = read_verdicts(folder / "verdicts.jsonl")
-            results = cast(Results, read_json_object(folder / "results.json"))
-            computed[setting] += results["reference"]["misses"]
-    moving = any(key.startswith(("data.", "checkable.")) for key in arms[0].varied)
-    lines = compare_settings(judged, computed, moving) if judged else []
-    tests = [line.p_over_first for line in lines if line.p_over_first is not None]
-    corrected = iter(holm(tests))
-    header = "setting, seeds, averaged, its seeds, consistent, over base, over first, p (corrected), reference"
-    rows: list[tuple[str, ...]] = [tuple(header.split(", "))]
-    for line in lines:
-        p = "" if line.p_over_first is None else f"{next(corrected):.2g}"
-        seeds = " to ".join(f"{100 * share:.1f}" for share in line.averaged_range)
-        figures = [_percent(line.averaged), seeds, _percent(line.consistent), _percent(line.over_base, "+")]
-        figures += [_percent(line.over_first, "+") if line.over_first else "", p, f"{line.reference_computed:,}"]
-        rows.append((line.setting, ", ".join(map(str, line.seeds)), *figures))
-    text = (
-        "Accuracies in %, differences of order-averaged accuracies in points; in brackets 95 % intervals: the widest "
-        "of one over groups of rows, Student's over seeds, and Wilson's. Its seeds: the lowest and the highest. Over "
-        "first: over the first line on the same pairs; p: the larger of McNemar's exact and the sign-flip test over "
-        "groups, Holm-corrected, for the seeds. Reference: completions that the reference had to be run on."
+        looks = [of for of in results.get("biases", []) if (of["judge"], of["look"]) == ("trained", "longer")]
+        kept[-1].update({"longer": looks[0]} if looks else {})
+    contrast = load_contrast(argv, *choices_of(arms))
+    written = Kept(
+        name=arms[0].config.exp,
+        question=load_question(argv),
+        command=shlex.join(["python", "-m", "dpo.sweep", *map(_placeless, filter(_told, argv))]),
+        contrast=contrast and contrast._asdict(),
+        arms=kept,
+        failed=dict(failed),
     )
-    failures = [Text("paragraph", f"{name} failed with exit code {code}.") for name, code in failed.items()]
-    page = markdown([Table("Settings", rows), Text("paragraph", text), *failures])
-    write_json(home / "sweep.json", {"lines": [asdict(line) for line in lines], "failed": dict(failed)})
-    atomic_write_text(home / "sweep.md", page)
-    print(f"{page}table: {home / 'sweep.md'}")
+    write_json(folder / "arms.json", written)
 
 
-def _percent(figure: Figure, sign: str = "") -> str:
-    mean, *ends = (f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in (figure[0], *figure[1]))
-    return f"{mean} [{', '.join(ends)}]"
+def choices_of(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
+    """What a contrast may name: settings and readouts."""
+    return ["base", *dict.fromkeys(arm.setting for arm in arms)], list(READOUTS)
+
+
+def _told(argument: str) -> bool:
+    return not argument.startswith(("run.", "reference.store="))
+
+
+def _placeless(argument: str) -> str:
+    """The argument without where on this machine a file lies."""
+    key, _, value = argument.partition("=")
+    return f"{key}={Path(value).name}" if value.startswith("/") else argument
 
 
 def main(argv: list[str]) -> int:
@@ -320,16 +307,45 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0
     try:
-        jobs = [argument.removeprefix("jobs=") for argument in argv if argument.startswith("jobs=")] or ["1"]
-        if not jobs[-1].isdecimal() or jobs[-1] == "0":
-            raise UserError(f"jobs={jobs[-1]}: must be a number of arms, 1 or more")
-        return sweep(load_sweep([argument for argument in argv if not argument.startswith("jobs=")]), int(jobs[-1]))
+        mine, given = _own_arguments(argv)
+        arms = load_sweep(given)
+        load_contrast(given, *choices_of(arms))
+        any_source = mine["source"] == "any"
+        if mine["--dry-run"]:
+            check_arms(arms, any_source=any_source)
+            print(dry_run(arms, int(mine["jobs"])))
+            return 0
+        failed = sweep(arms, int(mine["jobs"]), any_source=any_source)
+        home = Path(arms[0].config.run.root).parent / "results"
+        folder = Path(mine["results"]) / arms[0].config.exp if mine["results"] else home
+        keep(folder, arms, failed, given)
+        print(f"{write_sweep_report(folder)}\nreport: {folder / 'report.html'}")
+        return 1 if failed else 0
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
         return 130
+
+
+def _own_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The sweep's own arguments, and those of its arms."""
+    mine = {"jobs": "1", "source": "same", "results": "", "--dry-run": ""}
+    given = []
+    for argument in argv:
+        key, _, value = argument.partition("=")
+        if key in mine:
+            mine[key] = value or "yes"
+        else:
+            given.append(argument)
+    if not mine["jobs"].isdecimal() or int(mine["jobs"]) == 0:
+        raise UserError(f"jobs={mine['jobs']}: must be a number of arms, 1 or more")
+    if mine["source"] not in ("same", "any"):
+        raise UserError(
+            f"source={mine['source']}: must be same, or any for arms that another version of the product ran"
+        )
+    return mine, given
 
 
 if __name__ == "__main__":

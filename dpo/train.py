@@ -225,9 +225,11 @@ def run(config: Config) -> Path:
         trained = reply(live(policy, "judging trained"))
         judged["trained"] = judge(test, trained)
     attacks += attacks_on("trained", trained)
-    if config.judge.sighted and config.judge.blind_control:
-        with stage("judge blind", times):
-            judged["blind"] = judge(test, reply(live(policy, "judging blind")), sighted=False)
+    sighted = config.judge.sighted
+    control, wanted = ("blind", config.judge.blind_control) if sighted else ("sighted", config.judge.sighted_control)
+    if wanted:
+        with stage(f"judge {control}", times):
+            judged[control] = judge(test, reply(live(policy, f"judging {control}")), sighted=not sighted)
     if rewards:
         with stage("judge rewards", times):
             scored = live(policy, "answers")(answers)

@@ -8,6 +8,7 @@ at all: the two orders of the answers are two branches, and the last row of each
 """
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -188,6 +189,22 @@ def verdict_tree(
     )
 
 
+def one_order(tree: Tree, seed: int) -> Tree:
+    """Of verdict_tree's `compare` each pair in one order alone, drawn by the seed; the prompt stays as it is."""
+    kept = [b + random.Random(f"{seed} {tree.id} {b}").randrange(2) for b in range(0, len(tree.branches), 2)]
+    return replace(
+        tree,
+        branches=tuple(tree.branches[b] for b in kept),
+        completions=tuple(
+            replace(tree.completions[2 * b + label], branch=place) for place, b in enumerate(kept) for label in (0, 1)
+        ),
+        pairs=tuple(
+            replace(tree.pairs[b], winner=2 * place + b % 2, loser=2 * place + 1 - b % 2, twin=None)
+            for place, b in enumerate(kept)
+        ),
+    )
+
+
 TreeMaker = Callable[[Row, Tokenizer, Sequence[tuple[int, int]], str], Tree]
 
 PAIR_WEIGHTS: dict[str, Callable[[int], float]] = {"pair": lambda pairs: 1.0, "row": lambda pairs: 1.0 / pairs}
@@ -208,8 +225,9 @@ class TreeSettings:
     protocol: str = "compare"
     template: Template = COMPARE
     reference_answer: bool = True
-    seed: int = 0  # of the slots of `choose`
+    seed: int = 0  # of the slots of `choose`, and of one_order
     room: int = 0  # tokens left free behind every branch, for what is written there
+    one_order: bool = False
 
     @property
     def limit(self) -> int:
@@ -254,6 +272,7 @@ def build_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSetting
                         tokenizer.boundary_differs(fitting.prompt, *thought)
                         for thought in answers_of(row, pairs).items()
                     )
+                    tree = one_order(tree, settings.seed) if settings.one_order else tree
                     yield Built(tree, place, fitting is not row, merges)
                     break
                 fitting = TOO_LONG[settings.too_long](fitting, tree, tokenizer, settings)

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from dpo import sweep
-from dpo.judge.statistics import Verdict, averaged_scores, cluster_interval, mcnemar_exact, wilson_interval
-from dpo.settings import load_config, load_sweep
+from dpo import report, sweep
+from dpo.judge.local import read_verdicts
+from dpo.settings import load_config, load_contrast, load_sweep
+from dpo.sweep_report import read_kept
 from models.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,51 @@ def test_a_file_that_extends_a_sweep_inherits_it_and_the_command_line_goes_over_
     assert below.exists()
     arms = load_sweep([f"exp={above}", "sweep.loss.beta=0.3"])
     assert [(arm.config.loss.beta, arm.config.seed) for arm in arms] == [(0.3, 5)]
+
+
+def arms_file(path: Path, *lines: str) -> list[str]:
+    named = ['[[sweep.arm]]\nname = "plain"', '[[sweep.arm]]\nname = "ipo"\nloss.name = "ipo"\nloss.beta = 0.3']
+    experiment(path, "seed = [0, 1]", *named, *lines)
+    return [f"exp={path}"]
+
+
+def test_named_arms_are_crossed_with_the_lists_and_keep_their_keys_together(tmp_path: Path) -> None:
+    arms = load_sweep([*arms_file(tmp_path / "e.toml"), "sweep.train.lr=1e-3,1e-4", "sweep.seed=0"])
+    seen = [(arm.setting, arm.config.loss.name, arm.config.loss.beta, arm.config.train.lr) for arm in arms]
+    plain, ipo = ("sigmoid", 0.1), ("ipo", 0.3)
+    names = (("plain", plain), ("ipo", ipo))
+    assert seen == [(f"{name}, train.lr={lr}", *of, lr) for name, of in names for lr in (1e-3, 1e-4)]
+    assert Path(arms[2].config.run.root).name == "arm=ipo,train.lr=0.001,seed=0"
+    assert load_config([*arms_file(tmp_path / "e.toml")]).loss.name == "sigmoid"
+
+
+@pytest.mark.parametrize(
+    ("lines", "argument", "expected"),
+    [
+        ('[[sweep.arm]]\nname = "ipo"', "", 'name = "ipo" must be a text, one\'s own'),
+        ("[[sweep.arm]]\nloss.beta = 1", "", "name = null must be a text"),
+        ('[[sweep.arm]]\nname = "x"\nloss.betta = 1', "", "unknown key loss.betta"),
+        ('[[sweep.arm]]\nname = "x"\nloss.beta = -1', "", "loss.beta = -1 ("),
+        ('[[sweep.arm]]\nname = "x"\nseed = 1', "", "is swept by"),
+        ("", "loss.beta=2", "is swept by"),
+        ('[sweep.contrast]\na = "ipo"\nb = "plain"', "", "must have a, b and readout"),
+        ('[sweep.contrast]\na = "ipo"\nb = "plane"\nreadout = "averaged"', "", "one of base; plain; ipo"),
+        ('[sweep.contrast]\na = "ipo"\nb = "plain"\nreadout = "accuracy"', "", "one of averaged; consistent"),
+    ],
+)
+def test_named_arms_and_contrasts_that_cannot_be_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, argument: str, expected: str
+) -> None:
+    given = [*arms_file(tmp_path / "e.toml", lines), f"run.root={tmp_path / 'runs'}", *filter(None, [argument])]
+    assert sweep.main(given) == 2
+    message = capsys.readouterr().err
+    assert expected in message and message.count("\n") == 1, message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_contrast_is_read_as_it_was_named(tmp_path: Path) -> None:
+    given = arms_file(tmp_path / "e.toml", '[sweep.contrast]\na = "ipo"\nb = "base"\nreadout = "says A"')
+    assert load_contrast(given, *sweep.choices_of(load_sweep(given))) == ("ipo", "base", "says A")
 
 
 def test_a_single_run_leaves_a_files_sweep_alone_and_refuses_one_that_is_typed(tmp_path: Path) -> None:
@@ -117,6 +162,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> lis
     return arguments
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "readouts"), [("q_a_objectives", {"rewards"}), ("q_b_sight", {"judged sighted"})])
+def test_a_question_goes_through_sweep_and_report_made_tiny(tmp_path: Path, name: str, readouts: set[str]) -> None:
+    given = [f"exp={name}", "sweep.seed=0,1", "model.path=tiny-random", "pack.tokens=2048", "train.max_steps=1"]
+    given += [
+        "checkable.train_rows=16",
+        "checkable.test_rows=16",
+        f"run.root={tmp_path}",
+        f"run.cache={tmp_path}/cache",
+    ]
+    assert sweep.main([*given, f"results={tmp_path / 'kept'}"]) == 0
+    figures = json.loads((tmp_path / "kept" / name / "report.json").read_text())
+    assert figures["contrast"]["seeds"] == [0, 1] and figures["contrast"]["p_seeds"] >= 0.5
+    assert all(readouts <= set(of["figures"]) for of in figures["settings"] if not of["setting"].startswith("base"))
+    assert f"python -m dpo.sweep exp={name}" in (tmp_path / "kept" / name / "report.md").read_text()
+
+
 def home_of(arguments: list[str]) -> Path:
     return Path(load_sweep([*arguments, "sweep.seed=0"])[0].config.run.root).parent
 
@@ -132,26 +194,48 @@ def test_only_the_first_arm_runs_the_reference_and_judges_the_base(finished: lis
     assert len({used["misses"] + used["hits"] for used in usage}) == 1
 
 
-def test_the_table_has_a_line_a_setting_with_the_seeds_together(finished: list[str]) -> None:
+def test_what_is_kept_holds_every_verdict_and_its_report_is_made_again_to_the_letter(finished: list[str]) -> None:
     home = home_of(finished)
-    first, second = json.loads((home / "sweep.json").read_text())["lines"]
-    assert (first["setting"], second["setting"]) == ("loss.beta=0.1", "loss.beta=0.5")
-    assert first["seeds"] == second["seeds"] == [0, 1]
-    assert first["over_first"] is None and second["over_first"] is not None
-    assert first["reference_computed"] > 0 == second["reference_computed"]
-    verdicts = sweep.read_verdicts(next(home.glob("loss.beta=0.5,seed=1/smoke/latest")) / "verdicts.jsonl")["trained"]
-    other = sweep.read_verdicts(next(home.glob("loss.beta=0.5,seed=0/smoke/latest")) / "verdicts.jsonl")["trained"]
-    assert second["averaged"][0] == np.concatenate([averaged_scores(verdicts), averaged_scores(other)]).mean()
-    assert "loss.beta=0.5" in (home / "sweep.md").read_text()
+    kept, settings = read_kept(home / "results")
+    assert list(settings) == ["base", "loss.beta=0.1", "loss.beta=0.5"] and "run.root" not in kept["command"]
+    assert [arm["reference_computed"] > 0 for arm in kept["arms"]] == [True, False, False, False]
+    verdicts = read_verdicts(next(home.glob("loss.beta=0.5,seed=1/smoke/latest")) / "verdicts.jsonl")["trained"]
+    assert [v.first for v in settings["loss.beta=0.5"][1]["trained"]] == [v.first for v in verdicts]
+    before = (home / "results" / "report.md").read_bytes()
+    (home / "results" / "report.md").unlink()
+    assert report.main([str(home / "results")]) == 0
+    assert (home / "results" / "report.md").read_bytes() == before
+
+
+def test_a_dry_run_tells_steps_and_hours_and_starts_nothing(
+    finished: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", forbid)
+    assert sweep.main([*finished, "sweep.loss.beta=0.1,0.9", "sweep.seed=0,1", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [" ".join(line.split()) for line in lines[:4]]
+    assert [line[: line.index(" steps")] for line in told] == ["finished 2", "finished 2", "to run 2", "to run 2"]
+    assert lines[4].startswith("4 arms, 2 to finish, about ")
+
+
+def test_an_arm_of_other_sources_is_refused_unless_any_will_do(
+    finished: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", forbid)
+    monkeypatch.setattr(sweep, "source_digest", lambda: "0123")
+    assert sweep.main([*finished, *SWEPT]) == 2
+    message = capsys.readouterr().err
+    assert "loss.beta=0.5,seed=1: begun by other sources" in message and "now 0123" in message
+    assert sweep.main([*finished, *SWEPT, "source=any"]) == 0
 
 
 def test_the_same_command_again_runs_nothing_and_a_torn_arm_alone_is_resumed(
     finished: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", forbid)
-    before = (home_of(finished) / "sweep.md").read_text()
+    before = (home_of(finished) / "results" / "report.md").read_text()
     assert sweep.main([*finished, *SWEPT]) == 0
-    assert (home_of(finished) / "sweep.md").read_text() == before
+    assert (home_of(finished) / "results" / "report.md").read_text() == before
     arm = load_sweep([*finished, *SWEPT])[2]
     folder = sweep.finished_folder(arm)
     assert folder
@@ -185,8 +269,8 @@ def test_a_changed_sweep_is_named_and_a_larger_one_keeps_what_is_finished(
 
     monkeypatch.setattr(subprocess, "run", killed)
     assert sweep.main([*finished, "sweep.loss.beta=0.1,0.5,0.9", "sweep.seed=0,1"]) == 1
-    written = json.loads((home_of(finished) / "sweep.json").read_text())
-    assert [line["setting"] for line in written["lines"]] == ["loss.beta=0.1", "loss.beta=0.5"]
+    written = read_kept(home_of(finished) / "results")[0]
+    assert list(dict.fromkeys(arm["setting"] for arm in written["arms"])) == ["loss.beta=0.1", "loss.beta=0.5"]
     assert written["failed"] == {"loss.beta=0.9,seed=0": -9, "loss.beta=0.9,seed=1": -9}
     monkeypatch.setattr(subprocess, "run", forbid)
     assert sweep.main([*finished, *SWEPT]) == 0
@@ -233,60 +317,7 @@ def test_ctrl_c_ends_the_arm_whole_and_starts_no_other(tmp_path: Path, finished:
     assert out.count(": begins") == 1 and len(list(tmp_path.glob("smoke-sweep/*/smoke/latest/checkpoints/step-*"))) == 1
 
 
-# --- what the table says ----------------------------------------------------------------------------------------------
-
-
-def judge(rights: list[bool], groups: int = 10**9) -> list[Verdict]:
-    return [
-        Verdict(f"r{i}", "All", f"g{i % groups}", (0, 0), *((1.0, -1.0) if r else (-1.0, 1.0)))
-        for i, r in enumerate(rights)
-    ]
-
-
-@pytest.mark.parametrize(("rights", "groups", "wilsons"), [([True] * 40, 40, True), ([True, False] * 20, 4, False)])
-def test_one_seed_has_the_wider_of_wilsons_and_the_clustered_interval(
-    rights: list[bool], groups: int, wilsons: bool
-) -> None:
-    verdicts = judge(rights, groups)
-    scores = averaged_scores(verdicts)
-    clustered = cluster_interval(scores, [verdict.group for verdict in verdicts], 0)
-    wider = wilson_interval(sum(rights), 40) if wilsons else clustered  # of four groups two all right, two all wrong
-    assert sweep.over_seeds([scores], [verdicts], share=True) == (sum(rights) / 40, list(wider))
-
-
-def test_seeds_that_disagree_widen_the_interval_as_student_says() -> None:
-    runs = [judge([True] * n + [False] * (100 - n)) for n in (60, 70, 80)]
-    mean, (low, high) = sweep.over_seeds([averaged_scores(run) for run in runs], runs, share=True)
-    half = 4.303 * 0.1 / 3**0.5  # t of 2 degrees of freedom, standard deviation 0.1, three seeds
-    assert (mean, low, high) == pytest.approx((0.7, 0.7 - half, 0.7 + half))
-
-
-def test_a_setting_is_compared_with_the_first_on_the_same_pairs_of_the_same_seeds_only() -> None:
-    def run(trained: list[bool]) -> sweep.Judged:
-        return {"base": judge([False] * len(trained)), "trained": judge(trained)}
-
-    judged = {
-        "first": {0: run([True] * 4 + [False] * 6), 1: run([True] * 5 + [False] * 5)},
-        "better": {0: run([True] * 10), 1: run([True] * 10)},
-        "other rows": {0: run([True] * 9)},
-        "one seed": {1: run([True] * 10)},
-    }
-    lines = {line.setting: line for line in sweep.compare_settings(judged, dict.fromkeys(judged, 0), moving=False)}
-    assert lines["first"].over_first is None and lines["other rows"].over_first is None
-    better, one = lines["better"], lines["one seed"]
-    assert better.over_first and better.over_first[0] == pytest.approx(0.55) and one.over_first
-    assert one.over_first[0] == 0.5 and one.p_over_first == mcnemar_exact(5, 0)
-    assert better.p_over_first is not None and better.p_over_first >= mcnemar_exact(11, 0)
-    assert better.over_base[0] == 1.0
-
-
-def test_rows_that_the_sweep_may_have_moved_are_the_same_only_if_the_untrained_judge_says_so() -> None:
-    same, moved = {"base": judge([True, False])}, {"base": judge([True, True])}
-    assert sweep._same_rows(same, same, True) and sweep._same_rows(same, moved, False)
-    assert not sweep._same_rows(same, moved, True)
-
-
 def test_a_broken_line_of_verdicts_is_named(tmp_path: Path) -> None:
     (tmp_path / "verdicts.jsonl").write_text('{"judge": "base"}\n')
     with pytest.raises(UserError, match="verdicts.jsonl:1: no verdict"):
-        sweep.read_verdicts(tmp_path / "verdicts.jsonl")
+        read_verdicts(tmp_path / "verdicts.jsonl")

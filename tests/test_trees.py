@@ -276,3 +276,28 @@ def test_a_prefix_that_a_prompt_does_not_begin_with_is_not_shared(tokenizer):
     assert tree.prefix == 0
     whole = verdict_tree(ROW, tokenizer, [(0, 0)], "pair", prefix=tree.prompt)  # a prompt keeps a token of its own
     assert whole.prefix == 0 and whole.prompt == tree.prompt
+
+
+def test_one_order_keeps_of_each_pair_one_question_with_its_verdicts_and_draws_it_by_the_seed(
+    tokenizer: Tokenizer,
+) -> None:
+    how = {"objective": "verdicts", "pairs_per_row": 0, "pair_weight": "pair", "pack_tokens": 4096}
+    rows = [dataclasses.replace(ROW, id=f"r{n}") for n in range(20)]
+    both, one, other = (
+        build_trees(rows, tokenizer, **how, one_order=single, seed=seed)
+        for single, seed in ((False, 0), (True, 0), (True, 1))
+    )
+    firsts = 0
+    for whole, tree in zip(both, one, strict=True):
+        assert tree.prompt == whole.prompt and len(tree.branches) == len(tree.pairs) == 6
+        for place, (branch, pair) in enumerate(zip(tree.branches, tree.pairs, strict=True)):
+            order = whole.branches[2 * place : 2 * place + 2].index(branch)
+            same = whole.pairs[2 * place + order]
+            ends = [(pair.winner, same.winner), (pair.loser, same.loser)]
+            assert all(
+                scored_sequence(tree, tree.completions[a]) == scored_sequence(whole, whole.completions[b])
+                for a, b in ends
+            )
+            assert pair.twin is None and pair.weight == same.weight
+            firsts += order == 0
+    assert 40 <= firsts <= 80 and one != other  # of 120

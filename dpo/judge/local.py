@@ -3,8 +3,10 @@
 Read next: dpo/judge/protocols.py, dpo/judge/controls.py.
 """
 
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -125,10 +127,18 @@ def write_verdicts(path: Path, judged: Mapping[str, Sequence[Verdict]]) -> None:
     atomic_write_text(path, "\n".join(lines) + "\n")
 
 
+def _unzipped(path: Path) -> str:
+    try:
+        return gzip.decompress(path.read_bytes()).decode()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); the file is missing or was altered") from None
+
+
 def read_verdicts(path: Path) -> dict[str, list[Verdict]]:
-    """What write_verdicts wrote, by judge; a UserError names a line that is none of it."""
+    """What write_verdicts wrote, as it is or gzipped, by judge; a UserError names a line that is none of it."""
     judged: dict[str, list[Verdict]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    text = _unzipped(path) if path.suffix == ".gz" else read_text(path)
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             record = json.loads(line)
             odds = {side: math.nan if record[side] is None else record[side] for side in ("first", "second")}

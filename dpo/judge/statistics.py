@@ -205,6 +205,46 @@ def cluster_bootstrap(
     return float(low), float(high)
 
 
+def rows_by_seeds_bootstrap(
+    values: Sequence[Floats], groups: Sequence[Sequence[str]], seed: int, samples: int = 2_000
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean over `values`, those of one training seed each, of rows in `groups`.
+
+    Seeds and groups are both drawn anew, with replacement, and a value counts as often as both were: the pigeonhole
+    bootstrap (Owen, Ann. Appl. Stat. 2007), never too narrow; seeds may share their rows or have their own.
+    """
+    names, group_R = np.unique(np.concatenate([np.asarray(of, dtype=str) for of in groups]), return_inverse=True)
+    own = np.split(group_R, np.cumsum([len(of) for of in groups])[:-1])
+    sum_SG, count_SG = (
+        np.array([np.bincount(g, of, minlength=len(names)) for g, of in zip(own, weights, strict=True)])
+        for weights in (values, [np.ones(len(of)) for of in values])
+    )
+    rng = np.random.default_rng(seed)
+    means: list[Floats] = []
+    for _ in range(samples // BLOCK):
+        seeds_FS, groups_FG = (rng.multinomial(n, [1 / n] * n, size=BLOCK) for n in sum_SG.shape)
+        total_F, count_F = (((seeds_FS @ of) * groups_FG).sum(axis=1) for of in (sum_SG, count_SG))
+        means.append(total_F[count_F > 0] / count_F[count_F > 0])
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def student_p(values: Sequence[float]) -> float:
+    """Two-sided p of Student's test that the values' mean is 0; of equal values 0, or 1 where they are 0.
+
+    P(|T| > t) is the share of cos^(df - 1) over [0, pi / 2] that lies beyond atan(t / sqrt(df)).
+    """
+    n, mean = len(values), float(np.mean(values))
+    spread = float(np.std(values, ddof=1))
+    if spread <= 1e-12:
+        return float(abs(mean) <= 1e-12)
+    ends = math.atan(abs(mean) / spread * math.sqrt(n / (n - 1))), 0.0  # t = mean / (spread / sqrt(n))
+    beyond, whole = (
+        np.trapezoid(np.cos(np.linspace(begin, math.pi / 2, 2001)) ** (n - 2)) * (math.pi / 2 - begin) for begin in ends
+    )
+    return float(beyond / whole)
+
+
 def reliability(verdicts: Sequence[Verdict], bins: int = 5) -> list[Bin]:
     """Accuracy by confidence, the sigmoid of the order-averaged log-odds; bins of one width, those empty left out."""
     first_R, second_R = log_odds(verdicts)

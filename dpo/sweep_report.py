@@ -1,0 +1,419 @@
+"""What a sweep's verdicts say: every setting, every two of them, every axis, and first what was named before.
+
+    arms.json and a verdicts file an arm, as dpo/sweep.py keeps them -> report.md, report.html, report.json, plots/
+
+It reads nothing else, so `python -m dpo.report FOLDER` makes all of it again. A row is known by its id and a hash of
+the rows that it was judged with: seeds may share their rows or have their own. No dimension letters.
+Read next: dpo/judge/statistics.py, where intervals and tests come from.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NotRequired, TypedDict, cast
+
+import numpy as np
+
+from dpo.judge.attacks import Bias
+from dpo.judge.local import read_verdicts
+from dpo.judge.statistics import (
+    Floats,
+    Verdict,
+    averaged_scores,
+    cluster_interval,
+    consistent_scores,
+    holm,
+    log_odds,
+    mcnemar_exact,
+    rows_by_seeds_bootstrap,
+    sign_flip_p,
+    student_p,
+    wilson_interval,
+)
+from dpo.page import Block, Page, Plot, Table, Text, to_html, to_markdown
+from dpo.plots import Axis, Mark, bars, chart, file_text
+from dpo.report_run import p_value
+from models.errors import UserError
+from models.files import atomic_write_text, read_json_object
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t of 2, 3, ... 10 seeds; for more seeds the last, which is a little wide."""
+
+
+def _says_a(verdicts: Sequence[Verdict]) -> Floats:
+    first, second = log_odds(verdicts)
+    return ((first > 0).astype(float) + (second > 0)) / 2
+
+
+READOUTS: dict[str, tuple[str, Callable[[Sequence[Verdict]], Floats]]] = {
+    "averaged": ("trained", averaged_scores),
+    "consistent": ("trained", consistent_scores),
+    "rewards": ("rewards", averaged_scores),
+    "judged sighted": ("sighted", averaged_scores),
+    "judged blind": ("blind", averaged_scores),
+    "says A": ("trained", _says_a),
+}
+"""By name: which of an arm's judges is read, and a pair's score. All but the last are accuracies."""
+
+
+class KeptArm(TypedDict):
+    """A finished arm as arms.json has it."""
+
+    setting: str
+    axes: dict[str, object]  # what is its own: by swept key, and "arm", the value
+    seed: int
+    sighted: bool  # judge.sighted
+    verdicts: str  # its file
+    rows: str  # a hash of the test rows' texts
+    source: str  # that of the product it ran under
+    steps: float
+    tokens: float  # that training ran forward
+    train_s: float
+    whole_s: float
+    reference_computed: int  # completions that the reference was run on
+    longer: NotRequired[Bias]  # what its trained judge makes of length
+
+
+class Kept(TypedDict):
+    """arms.json."""
+
+    name: str
+    question: str
+    command: str
+    contrast: dict[str, str] | None
+    arms: list[KeptArm]
+    failed: dict[str, int]  # exit codes by arm
+
+
+Figure = tuple[float, list[float]]
+"""A mean and its 95 % interval."""
+
+Judged = dict[str, list[Verdict]]
+"""One run's verdicts, by judge."""
+
+Settings = dict[str, dict[int, Judged]]
+"""By setting and seed."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All runs of one setting, which differ in their seeds alone."""
+
+    setting: str
+    seeds: list[int]
+    pairs: int  # judged, of all seeds
+    figures: dict[str, Figure]  # by readout
+    averaged_range: list[float]  # the lowest and the highest of its seeds
+    subsets: dict[str, Figure]  # order-averaged accuracy
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Setting b less setting a on the pairs of the seeds that both have."""
+
+    a: str
+    b: str
+    readout: str
+    seeds: list[int]
+    pairs: int
+    by_seed: list[float]
+    difference: Figure
+    p: float  # the largest of McNemar's over pairs, sign flips over groups, Student's over seeds
+    p_holm: float = math.nan  # over all differences of the readout
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the interval leaves out 0, and the corrected p is at most .05."""
+        low, high = self.difference[1]
+        return not low <= 0 <= high and self.p_holm <= 0.05
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def student(means: Sequence[float]) -> list[float]:
+    """Student's 95 % interval of the mean of two or more seeds' means."""
+    half = T_975[min(len(means) - 2, len(T_975) - 1)] * stdev(means) / math.sqrt(len(means))
+    return [fmean(means) - half, fmean(means) + half]
+
+
+def over_seeds(scores: Sequence[Floats], groups: Sequence[Sequence[str]], *, share: bool) -> Figure:
+    """The mean of the seeds' scores, a score a verdict, with the widest of its 95 % intervals.
+
+    These are: cluster_interval's over groups of rows, a group's pairs of all seeds together; with more than one seed
+    that over rows and seeds, and Student's over the means of the seeds; Wilson's for a `share`.
+    """
+    pooled, low, high = np.concatenate(scores), 0.0 if share else -1.0, 1.0
+    intervals = [[*cluster_interval(pooled, [name for of in groups for name in of], 0, bounds=(low, high))]]
+    if len(scores) > 1:
+        start, end = student([float(score.mean()) for score in scores])
+        intervals += [[*rows_by_seeds_bootstrap(scores, groups, 0)], [max(low, start), min(high, end)]]
+    if share:
+        intervals.append([*wilson_interval(float(pooled.sum()), len(pooled))])
+    return float(pooled.mean()), max(intervals, key=lambda ends: ends[1] - ends[0])
+
+
+def _groups(verdicts: Sequence[Verdict]) -> list[str]:
+    return [verdict.group for verdict in verdicts]
+
+
+def standing(setting: str, by_seed: Mapping[int, Judged]) -> Standing:
+    """One setting's figures, by every readout that all its runs have."""
+    figures = {}
+    for readout, (role, score) in READOUTS.items():
+        if all(role in judged for judged in by_seed.values()):
+            of = [judged[role] for judged in by_seed.values()]
+            figures[readout] = over_seeds([*map(score, of)], [*map(_groups, of)], share=True)
+    trained = [judged["trained"] for judged in by_seed.values()]
+    means = [float(averaged_scores(of).mean()) for of in trained]
+    subsets = {}
+    for name in sorted({verdict.subset for of in trained for verdict in of}):
+        parts = [part for of in trained if (part := [verdict for verdict in of if verdict.subset == name])]
+        subsets[name] = over_seeds([*map(averaged_scores, parts)], [*map(_groups, parts)], share=True)
+    return Standing(setting, list(by_seed), sum(map(len, trained)), figures, [min(means), max(means)], subsets)
+
+
+def difference(settings: Settings, a: str, b: str, readout: str) -> Difference | None:
+    """b less a on the same pairs of the same seeds; None without any."""
+    role, score = READOUTS[readout]
+    leads: list[Floats] = []
+    groups: list[list[str]] = []
+    seeds = []
+    for seed in (seed for seed in settings[a] if seed in settings[b]):
+        by_pair, of_b = ({(v.id, v.pair, v.group): v for v in settings[name][seed].get(role, [])} for name in (a, b))
+        one, other = ([of[pair] for pair in by_pair if pair in of_b] for of in (by_pair, of_b))
+        if one:
+            leads.append(score(other) - score(one))
+            groups.append(_groups(one))
+            seeds.append(seed)
+    if not seeds:
+        return None
+    pooled, means = np.concatenate(leads), [float(lead.mean()) for lead in leads]
+    tests = [mcnemar_exact(int((pooled > 0).sum()), int((pooled < 0).sum()))]
+    tests.append(sign_flip_p(pooled, [name for of in groups for name in of], 0))
+    tests += [student_p(means)] if len(means) > 1 else []
+    return Difference(a, b, readout, seeds, len(pooled), means, over_seeds(leads, groups, share=False), max(tests))
+
+
+def differences(settings: Settings) -> list[Difference]:
+    """Every two settings by every readout, in this order, corrected by Holm within the readout."""
+    found = []
+    for readout in READOUTS:
+        pairs = combinations(settings, 2)
+        of = [one for a, b in pairs if (one := difference(settings, a, b, readout))]
+        corrected = holm([one.p for one in of])
+        found += [replace(one, p_holm=p) for one, p in zip(of, corrected, strict=True)]
+    return found
+
+
+# --- from files -------------------------------------------------------------------------------------------------------
+
+
+def read_kept(folder: Path) -> tuple[Kept, Settings]:
+    """arms.json, and the verdicts by setting and seed; what judged before training is the setting "base".
+
+    UserError for what is missing or damaged. Where the arms' bases differ, each is named by the first of its settings.
+    """
+    kept = cast(Kept, read_json_object(folder / "arms.json"))
+    both = len({arm["sighted"] for arm in kept["arms"]}) > 1
+    bases: Settings = {}
+    settings: Settings = {}
+    for arm in kept["arms"]:
+        judged = {
+            role: [replace(verdict, group=f"{arm['rows'][:12]} {verdict.group}") for verdict in of]
+            for role, of in read_verdicts(folder / arm["verdicts"]).items()
+        }
+        if both:
+            judged["sighted" if arm["sighted"] else "blind"] = judged["trained"]
+        settings.setdefault(arm["setting"], {})[arm["seed"]] = judged
+    for setting, by_seed in settings.items():
+        own = {seed: {"trained": judged["base"]} for seed, judged in by_seed.items()}
+        shared = ((of, own.keys() & of.keys()) for of in bases.values())
+        same = next((of for of, seeds in shared if seeds and all(of[seed] == own[seed] for seed in seeds)), None)
+        bases.setdefault(f"base of {setting}", own) if same is None else same.update(own)
+    if len(bases) == 1:
+        bases = {"base": next(iter(bases.values()))}
+    return kept, bases | settings
+
+
+def contrast_of(kept: Kept, settings: Settings) -> tuple[Difference, float] | None:
+    """The comparison named before, as b less a, and the p of its sign-flip test over seeds; None where it has none."""
+    named = kept["contrast"]
+    if not named or not {named["a"], named["b"]} <= set(settings):
+        return None
+    found = difference(settings, named["b"], named["a"], named["readout"])
+    return (found, sign_flip_p(found.by_seed, [str(seed) for seed in found.seeds], 0)) if found else None
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _percent(figure: Figure, sign: str = "") -> str:
+    mean, *ends = (f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in (figure[0], *figure[1]))
+    return f"{mean} [{', '.join(ends)}]"
+
+
+def _contrast(kept: Kept, settings: Settings) -> str:
+    named = kept["contrast"]
+    if not named:
+        return "No comparison was named before the runs: all of this is exploratory."
+    told = f"Named before the runs: {named['a']} less {named['b']}, {named['readout']}"
+    found = contrast_of(kept, settings)
+    if found is None:
+        return f"{told}: its arms are not finished."
+    of, p = found
+    told_p = p_value(p) if p < 1e-4 else f"= {p_value(p)}"
+    verdict = "resolved" if p <= 0.01 and not of.difference[1][0] <= 0 <= of.difference[1][1] else "not resolved"
+    return (
+        f"{told}: {_percent(of.difference, '+')} points over {len(of.seeds)} paired seeds, {of.pairs:,} judged pairs; "
+        f"sign-flip test over the seeds p {told_p}: {verdict} (at .01)."
+    )
+
+
+def _standings(standings: Sequence[Standing], arms: Sequence[KeptArm]) -> list[Block]:
+    shown = [readout for readout in READOUTS if any(readout in one.figures for one in standings)]
+    longer: dict[str, list[Bias]] = {}
+    for arm in arms:
+        longer.setdefault(arm["setting"], []).extend([arm["longer"]] if "longer" in arm else [])
+    rows = [("setting", "seeds", "pairs", *shown, "averaged, its seeds", "prefers the longer")]
+    for one in standings:
+        figures = [_percent(one.figures[readout]) if readout in one.figures else "" for readout in shown]
+        seeds = " to ".join(f"{100 * share:.1f}" for share in one.averaged_range)
+        told = ""
+        if biases := longer.get(one.setting):
+            prefers = [of["prefers"] / of["n"] for of in biases]
+            told = _percent((fmean(prefers), student(prefers) if len(prefers) > 1 else biases[0]["interval"]))
+        rows.append((one.setting, ", ".join(map(str, one.seeds)), f"{one.pairs:,}", *figures, seeds, told))
+    text = (
+        "Shares of the judged pairs in %; in brackets 95 % intervals: the widest of one over groups of rows, one over "
+        "rows and seeds drawn anew together, Student's over seeds, and Wilson's. Averaged: the answer that the "
+        "log-odds of both orders favour; consistent: right in both orders; rewards: by the implicit rewards of the "
+        "answers. Prefers the longer: of pairs with answers of over 30 characters' difference; Student's over seeds."
+    )
+    shared = [readout for readout in shown if all(readout in one.figures for one in standings)]
+    shares = {one.setting: [one.figures[readout] for readout in shared] for one in standings}
+    title = "Every setting"
+    return [Plot("settings", title, bars(title, shares, shared)), Table(title, rows), Text("paragraph", text)]
+
+
+def _differences(found: Sequence[Difference]) -> list[Block]:
+    shown = list(dict.fromkeys(one.readout for one in found))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for one in found:
+        told = f"p {p_value(one.p_holm)}" if one.resolved else "not resolved"
+        cells.setdefault((one.b, one.a), {})[one.readout] = f"{_percent(one.difference, '+')}, {told}"
+    rows = [("difference", *shown)]
+    rows += [(f"{b} less {a}", *(of.get(readout, "") for readout in shown)) for (b, a), of in cells.items()]
+    text = (
+        "In points, on the same pairs of the same seeds. p: the largest of McNemar's exact test over pairs, the "
+        "sign-flip test over groups of rows, and Student's over seeds, corrected by Holm over all pairs of settings of "
+        "a column. Not resolved: the interval contains 0, or p is above .05."
+    )
+    return [Table("Every two settings", rows), Text("paragraph", text)]
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout: str) -> list[Block]:
+    """A plot for each swept number, a line for each setting of the rest; along a long axis also the slope."""
+    of_arm = {arm["setting"]: arm["axes"] for arm in kept["arms"]}
+    figures = {one.setting: one.figures[readout] for one in standings if readout in one.figures}
+    blocks: list[Block] = []
+    for axis in dict.fromkeys(key for axes in of_arm.values() for key in axes if key != "seed"):
+        lines: dict[str, list[tuple[float, str]]] = {}
+        for setting, axes in of_arm.items():
+            rest = ", ".join(f"{key}={value}" for key, value in axes.items() if key not in (axis, "seed"))
+            if setting in figures and axis in axes:
+                lines.setdefault(rest or "all", []).append((_number(axes[axis]), setting))
+        places = {place for line in lines.values() for place, _ in line}
+        if len(places) < 2 or any(math.isnan(place) for place in places):
+            continue  # words: their settings stand in the bars
+        log = min(places) > 0 and max(places) >= 8 * min(places)
+        marks = []
+        for tone, (name, line) in enumerate(lines.items()):
+            x, names = zip(*sorted(line), strict=True)
+            y, whiskers = zip(*(figures[one] for one in names), strict=True)
+            marks.append(Mark(name, x, y, tone, "joined", whiskers))
+            if log and len(x) > 2:
+                slopes = [slope for seed in settings[names[0]] if (slope := _slope(x, names, settings, seed, readout))]
+                if len(slopes) > 1:
+                    told = _percent((fmean(slopes), student(slopes)), "+")
+                    blocks.append(Text("paragraph", f"{name}: {told} points of {readout} a doubling of {axis}."))
+        title = f"{axis}: {readout}"
+        svg = chart(title, Axis(axis, log=log), Axis(readout, percent=True), marks)
+        blocks.insert(0, Plot(axis.replace(".", "-"), title, svg))
+    return blocks
+
+
+def _slope(x: Sequence[float], names: Sequence[str], settings: Settings, seed: int, readout: str) -> float | None:
+    """The least-squares slope of a seed's means over log2 x; None where it lacks one."""
+    role, score = READOUTS[readout]
+    if any(seed not in settings[name] for name in names):
+        return None
+    means = [float(score(settings[name][seed][role]).mean()) for name in names]
+    return float(np.polyfit(np.log2(x), means, 1)[0])
+
+
+def _costs(kept: Kept) -> list[Block]:
+    rows: list[tuple[str, ...]] = [
+        ("setting", "arms", "steps", "tokens forward in training", "training, s", "all, s", "reference runs")
+    ]
+    for setting in dict.fromkeys(arm["setting"] for arm in kept["arms"]):
+        of = [arm for arm in kept["arms"] if arm["setting"] == setting]
+        means = [fmean(arm[key] for arm in of) for key in ("steps", "tokens", "train_s", "whole_s")]  # type: ignore[literal-required]
+        computed = sum(arm["reference_computed"] for arm in of)
+        rows.append((setting, str(len(of)), *(f"{mean:,.0f}" for mean in means), f"{computed:,}"))
+    text = "Means of an arm; reference runs: completions that the reference had to be run on, of all its arms."
+    return [Table("What the arms took", rows), Text("paragraph", text)]
+
+
+def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]:
+    """The page, and its figures for report.json."""
+    standings = [standing(name, by_seed) for name, by_seed in settings.items()]
+    found = differences(settings)
+    readout = (kept["contrast"] or {"readout": "averaged"})["readout"]
+    subsets = list(dict.fromkeys(name for one in standings for name in one.subsets))
+    by_subset = [("setting", *subsets)]
+    for one in standings:
+        by_subset.append((one.setting, *(_percent(one.subsets[s]) if s in one.subsets else "" for s in subsets)))
+    sources = {arm["source"] for arm in kept["arms"]}
+    lead = [Text("paragraph", kept["question"]), Text("verdict", _contrast(kept, settings))]
+    lead += [Text("command", kept["command"])] if kept["command"] else []
+    lead += [Text("paragraph", f"{name} failed with exit code {code}.") for name, code in kept["failed"].items()]
+    if len(sources) > 1:
+        lead.append(Text("paragraph", f"The arms were run by {len(sources)} versions of the product."))
+    sections: dict[str, Sequence[Block]] = {
+        "Settings": _standings(standings, kept["arms"]),
+        "Differences": _differences(found) if found else [],
+        "Axes": _axes(kept, settings, standings, readout),
+        "Order-averaged accuracy by subset": [Table("By subset", by_subset)] if len(subsets) > 1 else [],
+        "Cost": _costs(kept),
+    }
+    named = contrast_of(kept, settings)
+    figures: dict[str, object] = {
+        "contrast": named and {**asdict(named[0]), "p_seeds": named[1]},
+        "settings": [asdict(one) for one in standings],
+        "differences": [{**asdict(one), "resolved": one.resolved} for one in found],
+    }
+    return Page(kept["name"], lead, {name: blocks for name, blocks in sections.items() if blocks}), figures
+
+
+def write_sweep_report(folder: Path) -> str:
+    """Write report.md, .html, .json and plots/*.svg from what is kept there; the text of report.md."""
+    try:
+        page, figures = sweep_page(*read_kept(folder))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'arms.json'}: not as a sweep keeps it ({error!r}); the file was altered") from error
+    for block in (block for blocks in page.sections.values() for block in blocks if isinstance(block, Plot)):
+        atomic_write_text(folder / "plots" / f"{block.name}.svg", file_text(block.svg))
+    text = to_markdown(page)
+    atomic_write_text(folder / "report.md", text)
+    atomic_write_text(folder / "report.html", to_html(page))
+    atomic_write_text(folder / "report.json", json.dumps(figures, indent=1) + "\n")
+    return text

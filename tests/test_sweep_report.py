@@ -1,0 +1,248 @@
+"""What a sweep's report says: no more than its verdicts do, and what is quoted of it elsewhere is what it says."""
+
+import gzip
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo.judge.statistics import (
+    Verdict,
+    averaged_scores,
+    cluster_interval,
+    mcnemar_exact,
+    rows_by_seeds_bootstrap,
+    student_p,
+    verdict_record,
+    wilson_interval,
+)
+from dpo.sweep_report import Judged, difference, over_seeds, read_kept, write_sweep_report
+from models.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = sorted(path.parent for path in (ROOT / "experiments" / "results").glob("*/arms.json"))
+
+
+def judge(rights: list[bool], groups: int = 10**9) -> list[Verdict]:
+    return [
+        Verdict(f"r{i}", "All", f"g{i % groups}", (0, 0), *((1.0, -1.0) if r else (-1.0, 1.0)))
+        for i, r in enumerate(rights)
+    ]
+
+
+def run(trained: list[bool]) -> Judged:
+    return {"base": judge([False] * len(trained)), "trained": judge(trained)}
+
+
+def groups_of(runs: list[list[Verdict]]) -> list[list[str]]:
+    return [[verdict.group for verdict in one] for one in runs]
+
+
+@pytest.mark.parametrize(("rights", "groups", "wilsons"), [([True] * 40, 40, True), ([True, False] * 20, 4, False)])
+def test_one_seed_has_the_wider_of_wilsons_and_the_clustered_interval(
+    rights: list[bool], groups: int, wilsons: bool
+) -> None:
+    verdicts = judge(rights, groups)
+    scores = averaged_scores(verdicts)
+    clustered = cluster_interval(scores, *groups_of([verdicts]), 0)
+    wider = wilson_interval(sum(rights), 40) if wilsons else clustered  # of four groups two all right, two all wrong
+    assert over_seeds([scores], groups_of([verdicts]), share=True) == (sum(rights) / 40, list(wider))
+
+
+def test_seeds_that_disagree_widen_the_interval_as_student_says() -> None:
+    runs = [judge([True] * n + [False] * (100 - n)) for n in (60, 70, 80)]
+    mean, (low, high) = over_seeds([averaged_scores(run) for run in runs], groups_of(runs), share=True)
+    half = 4.303 * 0.1 / 3**0.5  # t of 2 degrees of freedom, standard deviation 0.1, three seeds
+    assert (mean, low, high) == pytest.approx((0.7, 0.7 - half, 0.7 + half))
+
+
+def test_rows_and_seeds_drawn_together_vary_by_both() -> None:
+    """Owen: the variance is at least that of rows plus that of seeds; here both are known."""
+    rng = np.random.default_rng(0)
+    row, seed = rng.normal(size=200), np.linspace(-1, 1, 8)
+    values = [row + of for of in seed]
+    groups = [[str(i) for i in range(200)]] * 8
+    low, high = rows_by_seeds_bootstrap(values, groups, 0)
+    spread = (row.var() / 200 + seed.var() / 8) ** 0.5
+    assert (high - low) / (2 * 1.96 * spread) == pytest.approx(1, abs=0.1)
+    apart = [[f"{s} {i}" for i in range(200)] for s in range(8)]  # each seed its own rows: the rows' part is an eighth
+    assert (row.var() / 1600 + seed.var() / 8) ** 0.5 < spread
+    assert np.diff(rows_by_seeds_bootstrap(values, apart, 0))[0] < high - low
+
+
+def test_students_p_is_the_tables() -> None:
+    for n, t, p in ((2, 12.706, 0.05), (3, 4.303, 0.05), (8, 2.365, 0.05), (8, 3.499, 0.01)):
+        values = np.r_[np.ones(n // 2), -np.ones(n - n // 2)] if n > 2 else np.array([1.0, -1.0])
+        values = (values - values.mean()) / values.std(ddof=1) + t / n**0.5
+        assert student_p(values.tolist()) == pytest.approx(p, rel=1e-3)
+    assert student_p([0.5, 0.5]) == 0 and student_p([0.0, 0.0]) == 1
+
+
+def test_two_settings_are_compared_on_the_same_pairs_of_the_same_seeds_only() -> None:
+    settings = {
+        "first": {0: run([True] * 4 + [False] * 6), 1: run([True] * 5 + [False] * 5)},
+        "better": {0: run([True] * 10), 1: run([True] * 10)},
+        "other rows": {0: {"trained": [replace(verdict, group="other") for verdict in judge([True] * 10)]}},
+        "fewer rows": {0: {"trained": judge([True] * 5)}},
+        "one seed": {1: run([True] * 10)},
+    }
+    better, one = (difference(settings, "first", name, "averaged") for name in ("better", "one seed"))
+    assert difference(settings, "first", "other rows", "averaged") is None
+    assert difference(settings, "first", "better", "rewards") is None
+    fewer = difference(settings, "first", "fewer rows", "averaged")
+    assert fewer and (fewer.pairs, fewer.difference[0]) == (5, pytest.approx(0.2))
+    assert better and better.difference[0] == pytest.approx(0.55) and better.by_seed == [0.6, 0.5]
+    assert better.p == pytest.approx(student_p([0.6, 0.5])) and not better.resolved  # not corrected yet
+    assert one and one.difference[0] == 0.5 and one.p == mcnemar_exact(5, 0) and one.seeds == [1]
+
+
+# --- a made sweep -----------------------------------------------------------------------------------------------------
+
+
+def made(
+    folder: Path,
+    *,
+    gain: float = 0.2,
+    seeds: int = 8,
+    rows: int = 60,
+    sighted: tuple[bool, ...] = (True, True, True),
+    sizes: tuple[int, ...] = (100, 1600),
+) -> None:
+    """Results of the arms "few" and "many" on the same rows, the second right more often by `gain`."""
+    rng = np.random.default_rng(1)
+    arms = []
+    folder.mkdir(parents=True)
+    for seed in range(seeds):
+        base = judge((rng.random(rows) < 0.5).tolist())
+        for place, (name, size) in enumerate(zip(("few", "many", "most"), sizes, strict=False)):
+            other = judge((rng.random(rows) < 0.5).tolist())
+            judged = {"base": base if sighted[place] == sighted[0] else other}
+            judged["trained"] = judge((rng.random(rows) < 0.5 + gain * place).tolist())
+            judged |= {"rewards": other} | ({} if sighted[place] else {"sighted": judged["trained"]})
+            lines = [json.dumps({"judge": role, **verdict_record(v)}) for role, of in judged.items() for v in of]
+            file = f"{name},seed={seed}.jsonl.gz"
+            (folder / file).write_bytes(gzip.compress("\n".join(lines).encode()))
+            axes = {"data.rows": size, "seed": seed}
+            arm = {"setting": name, "axes": axes, "seed": seed, "sighted": sighted[place], "verdicts": file}
+            arm |= {"rows": "abc", "source": "s", "steps": 3, "tokens": 99, "train_s": 1.5, "whole_s": 4.0}
+            arms.append(arm | {"reference_computed": 0})
+    contrast = {"a": "many", "b": "few", "readout": "averaged"}
+    kept = {
+        "name": "q",
+        "question": "Do more rows help?",
+        "command": "",
+        "contrast": contrast,
+        "arms": arms,
+        "failed": {},
+    }
+    (folder / "arms.json").write_text(json.dumps(kept))
+
+
+def test_the_named_contrast_comes_first_with_an_exact_test_over_seeds(tmp_path: Path) -> None:
+    made(tmp_path / "clear", gain=0.4)
+    text = write_sweep_report(tmp_path / "clear")
+    verdict = next(line for line in text.splitlines() if line.startswith("**"))
+    assert "many less few, averaged: +" in verdict and "8 paired seeds, 480 judged pairs" in verdict
+    assert "p = 0.0078: resolved" in verdict  # of 2^8 signs two are as far
+    figures = json.loads((tmp_path / "clear" / "report.json").read_text())
+    assert figures["contrast"]["p_seeds"] == 2 / 256
+    assert {one["setting"] for one in figures["settings"]} == {"base", "few", "many"}
+    made(tmp_path / "none", gain=0.0)
+    assert "not resolved (at .01)" in write_sweep_report(tmp_path / "none")
+
+
+def test_every_pair_is_corrected_and_what_is_not_resolved_says_so(tmp_path: Path) -> None:
+    made(tmp_path / "q", gain=0.0)
+    text = write_sweep_report(tmp_path / "q")
+    of = [one for one in json.loads((tmp_path / "q" / "report.json").read_text())["differences"]]
+    averaged = [one for one in of if one["readout"] == "averaged"]
+    assert len(averaged) == 3 and all(one["p_holm"] >= one["p"] for one in averaged)
+    assert max(one["p_holm"] for one in averaged) > max(one["p"] for one in averaged) or averaged[0]["p_holm"] == 1
+    assert text.count("not resolved") >= 3 and "rewards" in text
+
+
+def test_a_swept_number_has_its_plot_and_the_slope_of_its_means(tmp_path: Path) -> None:
+    made(tmp_path / "q", sizes=(100, 400, 1600))
+    text = write_sweep_report(tmp_path / "q")
+    _, settings = read_kept(tmp_path / "q")
+    names = ("few", "many", "most")
+    means = [np.mean([averaged_scores(run["trained"]).mean() for run in settings[name].values()]) for name in names]
+    slope = 100 * (means[2] - means[0]) / 4  # of three even steps the ends' alone; 100 to 1,600 are four doublings
+    assert f"all: {slope:+.1f} [" in text and "points of averaged a doubling of data.rows." in text
+    assert "plots/data-rows.svg" in text and (tmp_path / "q" / "plots" / "data-rows.svg").is_file()
+    assert "plots/settings.svg" in text
+
+
+def test_judges_of_both_sights_have_a_base_and_a_readout_of_their_own(tmp_path: Path) -> None:
+    made(tmp_path / "q", sighted=(True, False), seeds=2)
+    _, settings = read_kept(tmp_path / "q")
+    assert list(settings) == ["base of few", "base of many", "few", "many"]
+    assert settings["few"][0]["sighted"] == settings["few"][0]["trained"]
+    assert settings["many"][0]["blind"] == settings["many"][0]["trained"] == settings["many"][0]["sighted"]
+
+
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    made(tmp_path / "q", seeds=1)
+    file = tmp_path / "q" / "few,seed=0.jsonl.gz"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(UserError, match="few,seed=0.jsonl.gz: cannot be read"):
+        write_sweep_report(tmp_path / "q")
+
+
+# --- what is quoted of results ----------------------------------------------------------------------------------------
+
+NUMBER = r"[-+]?\d+\.\d+(?:e-\d+)?"
+
+
+def numbers(text: str) -> set[str]:
+    """Every number with a point, and every one with its interval."""
+    text = text.replace(" %", "")
+    return {*re.findall(NUMBER, text), *re.findall(rf"{NUMBER} \[{NUMBER}, {NUMBER}\]", text)}
+
+
+def unbacked(text: str, results: Path) -> set[str]:
+    """The numbers in paragraphs that name results/NAME, and in tables behind these, which its report does not have."""
+    wrong: set[str] = set()
+    named: list[str] = []
+    for block in re.split(r"\n\s*\n", text):
+        found = re.findall(r"experiments/results/([\w-]+)", block)
+        named = found or (named if block.lstrip().startswith("|") else [])
+        if named:
+            known = set[str]().union(*(numbers((results / name / "report.md").read_text()) for name in named))
+            wrong |= numbers(block) - known
+    return wrong
+
+
+def test_a_quoted_figure_is_the_reports_or_is_found(tmp_path: Path) -> None:
+    made(tmp_path / "q")
+    report = write_sweep_report(tmp_path / "q")
+    figure = re.search(rf"\*\*.*?({NUMBER} \[.*?\])", report)
+    assert figure
+    table = "\n".join(line for line in report.splitlines() if line.startswith("| "))
+    text = f"Found 9.9 elsewhere.\n\nIn `experiments/results/q`: {figure[1]}.\n\n{table}\n\nAnd 9.9 again."
+    assert unbacked(text, tmp_path) == set()
+    mean = re.match(NUMBER, figure[1])
+    assert mean
+    wrong = f"{float(mean[0]) + 0.1:+.1f}{figure[1][mean.end() :]}"
+    assert wrong in unbacked(text.replace(figure[1], wrong), tmp_path)
+    assert unbacked(text.replace("| few ", "| few 12.345 "), tmp_path) == {"12.345"}
+
+
+def test_what_the_log_and_the_readme_quote_of_results_is_what_these_say() -> None:
+    log, readme = ((ROOT / name).read_text() for name in ("experiments/LOG.md", "README.md"))
+    for text in (log, readme):
+        assert unbacked(text, ROOT / "experiments" / "results") == set()
+    assert [path.name for path in RESULTS if f"experiments/results/{path.name}" not in log] == []
+    size = sum(file.stat().st_size for path in RESULTS for file in path.rglob("*") if file.is_file())
+    assert size < 20e6
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_a_report_is_what_its_verdicts_give(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "again", ignore=shutil.ignore_patterns("report.*", "plots"))
+    assert write_sweep_report(tmp_path / "again") == (folder / "report.md").read_text()
