@@ -26,6 +26,7 @@ from models.sharded import Units, full_tensor, own_part
 if TYPE_CHECKING:  # importing it takes longer than all of ours: only where there are several processes
     from torch.distributed.device_mesh import DeviceMesh
 
+NORM_BLOCK = 2**18  # elements of a gradient whose norm is taken at once
 UNIT_BYTES = 2**33  # of a layer's experts, at most, that are put together at once: a tenth of the larger GPUs
 
 Item = TypeVar("Item")
@@ -205,8 +206,10 @@ def clip_gradients(parameters: Sequence[Tensor], limit: float, ranks: Ranks) -> 
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     parts = [own_part(gradient) for gradient in gradients]
     local = [part.values for part in parts]
-    norms = torch._foreach_norm(local, dtype=torch.float64)
-    square = float(torch.stack(norms).square().sum()) / max(part.copies for part in parts)
+    # In the gradients' dtype by blocks, the blocks' squares in fp64: no gradient is copied to fp64.
+    blocks = [block for values in local for block in values.flatten().split(NORM_BLOCK)]
+    square = float(torch.stack(torch._foreach_norm(blocks)).double().square().sum())
+    square /= max(part.copies for part in parts)
     norm = math.sqrt(total({"square": square}, ranks)["square"])
     if limit and norm > limit:
         torch._foreach_mul_(local, limit / norm)

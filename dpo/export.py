@@ -23,7 +23,7 @@ from dpo.policy import load_policy, with_adapter
 from dpo.verdict_files import SHAPES, write_verdict_files
 from models.checkpoint import ADAPTER_CONFIG, save_folder, whole_tensor
 from models.decoder import Decoder, load_decoder, next_token_logits
-from models.errors import UserError
+from models.errors import UserError, exit_code
 from models.files import read_json_object
 from models.gguf_import import resolve_model_path
 from models.lora import merged_weights
@@ -115,7 +115,7 @@ def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line: exit code 0 when the model is written and checked, 2 for a user's mistake."""
+    """The command line: 0 when the model is written and checked, else exit_code's."""
     parser = argparse.ArgumentParser(prog="python -m dpo.export", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("source", type=Path, help="a run folder, or a peft adapter's")
     parser.add_argument("--base", default="", help="the base model; by default the one that the source names")
@@ -124,19 +124,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--verdicts", choices=SHAPES, help="write the run's verdicts in this shape instead")
     asked = parser.parse_args(arguments)
     out = asked.out or asked.source / "merged"
-    try:
+
+    def command() -> int:
         if asked.verdicts:
             print("\n".join(map(str, write_verdict_files(asked.source, asked.verdicts))))
             return 0
         found = merge(asked.source, out, base=asked.base, dtype=DTYPES[asked.dtype])
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{out}: logits of merged and unmerged differ by at most {found.written:.3g} (allowed {found.allowed:.3g}; the "
-        f"training moved them by {found.trained:.3g})"
-    )
-    return 0
+        print(
+            f"{out}: logits of merged and unmerged differ by at most {found.written:.3g} (allowed {found.allowed:.3g}; "
+            f"the training moved them by {found.trained:.3g})"
+        )
+        return 0
+
+    return exit_code((), "", command)
 
 
 if __name__ == "__main__":

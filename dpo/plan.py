@@ -25,7 +25,7 @@ from dpo.step import plan_steps
 from dpo.trees import Completion, Pair, Tree
 from kernels.roofline import GPUS
 from models.config import ModelConfig
-from models.errors import UserError
+from models.errors import UserError, exit_code
 from models.families import FAMILIES, parse_model_config, read_model_config
 from models.gguf_import import resolve_model_path
 from models.hub import is_hub_id
@@ -376,28 +376,26 @@ def table(argv: Sequence[str], kind: str, lengths: Lengths) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: exit code 0 where the run fits, 1 where it does not, 2 for a user's mistake."""
-    if {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0
+    """The command line: 0 where the run fits, 1 where it does not, else exit_code's."""
+    return exit_code(argv, USAGE, lambda: tell(argv))
+
+
+def tell(argv: list[str]) -> int:
+    """Print the plan, or the table, that is asked for."""
     names = ("gpus", "price", "pairs", "prompt", "answer")
     own = {key: value for key, _, value in (argument.partition("=") for argument in argv) if key in names}
     rest = [argument for argument in argv if argument.partition("=")[0] not in (*names, "--table")]
-    try:
-        cluster = parse_cluster(own.get("gpus", "8xH100"))
-        lengths = Lengths(*(int(_number(own, key, default)) for key, default in Lengths()._asdict().items()))
-        price = _number(own, "price", 1) if "price" in own else 0.0
-        if "--table" in argv:
-            for line in table(rest, cluster.kind, lengths):
-                print(line, flush=True)
-            return 0
-        config = load_config(rest)
-        rows, plan = planner(config, lengths)
-        asked = plan(cluster)
-        least = smallest(plan, cluster.kind)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cluster = parse_cluster(own.get("gpus", "8xH100"))
+    lengths = Lengths(*(int(_number(own, key, default)) for key, default in Lengths()._asdict().items()))
+    price = _number(own, "price", 1) if "price" in own else 0.0
+    if "--table" in argv:
+        for line in table(rest, cluster.kind, lengths):
+            print(line, flush=True)
+        return 0
+    config = load_config(rest)
+    rows, plan = planner(config, lengths)
+    asked = plan(cluster)
+    least = smallest(plan, cluster.kind)
     print(f"{config.exp}: {config.model.path}, {rows}; modelled, not measured")
     print("\n".join(told(asked, price)))
     if least is not None and least.cluster != cluster:

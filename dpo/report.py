@@ -25,7 +25,7 @@ from dpo.report_run import change, p_value, percent, points
 from dpo.results import widest_interval
 from dpo.rows import Row
 from dpo.sweep_report import write_sweep_report
-from models.errors import UserError
+from models.errors import UserError, exit_code
 from models.files import atomic_write_text
 
 USAGE = "usage: python -m dpo.report RUN_FOLDER...   or a sweep's results, e.g. experiments/results/NAME"
@@ -382,11 +382,9 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = (), home: Path |
 
 
 def main(argv: list[str]) -> int:
-    """The command line: exit code 0 when the report is written, 2 for a user's mistake."""
-    if {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0
-    try:
+    """The command line: 0 when the report is written, else exit_code's."""
+
+    def command() -> int:
         if not argv:
             raise UserError(f"give a run folder, or several to compare. {USAGE}")
         home = Path(argv[0])
@@ -394,11 +392,10 @@ def main(argv: list[str]) -> int:
             write_sweep_report(home)
         else:
             home = write_report([Path(argument) for argument in argv])
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"report: {home / 'report.html'}")
-    return 0
+        print(f"report: {home / 'report.html'}")
+        return 0
+
+    return exit_code(argv, USAGE, command)
 
 
 if __name__ == "__main__":

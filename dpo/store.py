@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -25,7 +24,7 @@ import safetensors.numpy
 
 from dpo.config import Config
 from dpo.inputs import cache_folder
-from models.errors import UserError
+from models.errors import UserError, exit_code
 from models.files import atomic_write_bytes, read_json_object
 
 PART_BYTES = 2**26  # prune merges smaller parts up to this: what a merge, and a read of all of a part, holds at once
@@ -208,7 +207,7 @@ COMMANDS: dict[str, Callable[[Path, argparse.Namespace], int]] = {"stat": stat, 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; its exit status: 1 where verify finds a bad part, 2 for a user's mistake."""
+    """The command; its exit status: 1 where verify finds a bad part, else exit_code's."""
     parser = argparse.ArgumentParser(prog="python -m dpo.reference", description="Look after the stored log-probs.")
     parser.add_argument("command", choices=COMMANDS, help="list the folders, check every value, or tidy up")
     parser.add_argument("store", nargs="?", type=Path, help="reference.store's folder (else the one in the cache)")
@@ -219,11 +218,10 @@ def main(arguments: Sequence[str]) -> int:
     if asked.command != "prune" and (asked.older_than is not None or asked.keep_bytes is not None or asked.dry_run):
         parser.error(f"{asked.command} removes nothing: --older-than, --keep-bytes and --dry-run are prune's")
     root = asked.store or cache_folder(Config(exp="store")) / "reference"
-    if not root.is_dir():
-        print(f"error: {root}: there is no such folder; a run makes it when it stores its first value", file=sys.stderr)
-        return 2
-    try:
+
+    def command() -> int:
+        if not root.is_dir():
+            raise UserError(f"{root}: there is no such folder; a run makes it when it stores its first value")
         return COMMANDS[asked.command](root, asked)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    return exit_code((), "", command)

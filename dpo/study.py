@@ -18,7 +18,7 @@ from dpo.judge.endpoint import request_of
 from dpo.report import write_report
 from dpo.settings import Arm, load_config, load_sweep
 from dpo.sweep import begun_folder, finished_folder, sweep
-from models.errors import UserError
+from models.errors import UserError, exit_code
 
 USAGE = """\
 usage: python -m dpo.study [exp=NAME] [key=value ...]      (exp=study where none is given)
@@ -76,19 +76,9 @@ def study(arms: Sequence[Arm]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: 0 when all is judged, 1 where an arm or an endpoint failed, 2 for a mistake, 130 for Ctrl-C."""
-    if {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0
-    try:
-        named = any(argument.startswith("exp=") for argument in argv)
-        return study(load_sweep(argv if named else ["exp=study", *argv]))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}", file=sys.stderr)
-        return 130
+    """The command line: 0 when all is judged, 1 where an arm or an endpoint failed, else exit_code's."""
+    named = any(argument.startswith("exp=") for argument in argv)
+    return exit_code(argv, USAGE, lambda: study(load_sweep(argv if named else ["exp=study", *argv])))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from dpo.settings import Arm, load_contrast, load_question, load_sweep
 from dpo.step import plan_steps
 from dpo.sweep_report import READOUTS, Kept, KeptArm, write_sweep_report
 from dpo.tokens import Trees
-from models.errors import UserError
+from models.errors import UserError, exit_code
 from models.files import atomic_write_bytes, read_json_object
 
 USAGE = """\
@@ -302,11 +302,9 @@ def _placeless(argument: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: 0 when all arms are finished, 1 where one failed, 2 for a user's mistake, 130 for Ctrl-C."""
-    if {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0
-    try:
+    """The command line: 0 when all arms are finished, 1 where one failed, else exit_code's."""
+
+    def command() -> int:
         mine, given = _own_arguments(argv)
         arms = load_sweep(given)
         load_contrast(given, *choices_of(arms))
@@ -321,12 +319,8 @@ def main(argv: list[str]) -> int:
         keep(folder, arms, failed, given)
         print(f"{write_sweep_report(folder)}\nreport: {folder / 'report.html'}")
         return 1 if failed else 0
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"interrupted: {stop}", file=sys.stderr)
-        return 130
+
+    return exit_code(argv, USAGE, command)
 
 
 def _own_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -19,7 +19,7 @@ from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
 from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks
-from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs
+from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, set_up_cpu
 from dpo.judge.attacks import Success, biases, successes
 from dpo.judge.calibration import Floats
 from dpo.judge.local import (
@@ -55,7 +55,7 @@ from dpo.trees import Tree, TreeSettings
 from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder
-from models.errors import UserError
+from models.errors import UserError, exit_code
 
 
 def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> TreeSums:
@@ -108,7 +108,7 @@ def run(config: Config) -> Path:
     """The whole path, from inputs to report; the run folder."""
     times: dict[str, float] = {}
     config = with_adapter(config)
-    torch.set_flush_denormal(True)  # peaked softmaxes make denormals, which slow the CPU thirty-fold
+    set_up_cpu()
     ranks = join_ranks(pick_device(config), config.run.hang_s)
     if ranks.world > 1 and (config.objective == "critiques" or config.judge.critique != "off"):
         raise UserError("objective=critiques, judge.critique: a judge writes in one process; run without torchrun")
@@ -263,28 +263,20 @@ def run(config: Config) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    """The command line: exit code 0 when all is written, 2 for a user's mistake, 130 for Ctrl-C."""
-    if {"-h", "--help"} & set(argv):
-        print(f"{help_text()}\n{losses_help()}")
+    """The command line: 0 when all is written, 1 where another rank ended, else exit_code's."""
+
+    def command() -> int:
+        try:
+            run(load_config(argv))
+        except RuntimeError as error:
+            if "by peer" not in str(error):
+                raise
+            print(f"error: rank {os.environ['RANK']} stops: another one ended, and says why", file=sys.stderr)
+            return 1
         return 0
-    try:
-        run(load_config(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}; a full disk or a missing permission? What was there is whole", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "by peer" not in str(error):
-            raise
-        print(f"error: rank {os.environ['RANK']} stops: another one ended, and says why", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"
-        print(f"interrupted: {str(stop) or outside}", file=sys.stderr)
-        return 130
-    return 0
+
+    outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"
+    return exit_code(argv, f"{help_text()}\n{losses_help()}", command, outside)
 
 
 if __name__ == "__main__":

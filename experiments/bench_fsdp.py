@@ -24,6 +24,7 @@ from torch import Tensor
 from dpo.adamw import AdamW
 from dpo.config import Config, FsdpConfig
 from dpo.distributed import Ranks, gather, join_ranks, leave_ranks, shard
+from dpo.inputs import set_up_cpu
 from models.attention import Layout
 from models.checkpoint import weight_files
 from models.decoder import Decoder, empty_decoder, fill
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     asked = parser.parse_args(arguments)
     if "WORLD_SIZE" in os.environ:
-        torch.set_flush_denormal(True)
+        set_up_cpu()
         ranks = join_ranks("cpu", 60.0)
         told = PARTS[asked.parts[0]](asked.folder, ranks, asked.runs)
         if ranks.first:

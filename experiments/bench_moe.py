@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dpo.inputs import set_up_cpu
 from kernels import dequantise
 from models.attention import Layout
 from models.decoder import Decoder, attend_trees
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the arithmetic")
     asked = parser.parse_args(arguments)
-    torch.set_flush_denormal(True)
+    set_up_cpu()
     models = build(asked)
     tokens_T = torch.randint(512, (asked.tokens,), generator=torch.Generator().manual_seed(1))
     times: dict[str, list[float]] = {how: [] for how in models}

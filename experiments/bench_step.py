@@ -28,7 +28,7 @@ from dpo import step  # noqa: E402  (the project need not be installed)
 from dpo.adamw import AdamW  # noqa: E402
 from dpo.config import Config  # noqa: E402
 from dpo.distributed import clip_gradients, join_ranks  # noqa: E402
-from dpo.inputs import Inputs, pick_device, read_inputs  # noqa: E402
+from dpo.inputs import Inputs, pick_device, read_inputs, set_up_cpu  # noqa: E402
 from dpo.packing import Pack, pack_share  # noqa: E402
 from dpo.policy import load_policy  # noqa: E402
 from dpo.settings import load_config  # noqa: E402
@@ -162,7 +162,7 @@ def _tokens(pack: Pack) -> list[int]:
 
 
 def main() -> None:
-    torch.set_flush_denormal(True)
+    set_up_cpu()
     config = load_config(sys.argv[1:])
     inputs = read_inputs(config, pick_device(config))
     print(bench(config, inputs, int(os.environ.get("STEPS", "5")), int(os.environ.get("ROUNDS", "3"))))

@@ -1,14 +1,35 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can mend this; and how every command tells of it."""
+
+import sys
+from collections.abc import Callable, Sequence
 
 
 class UserError(ValueError):
-    """A user's mistake. The message names what is wrong, where, the value, what is allowed and what to do.
-
-    Command-line entry points print it as `error: ...` and exit with code 2, without a traceback.
-    """
+    """A user's mistake. The message names what is wrong, where, the value, what is allowed and what to do."""
 
 
 def show(value: object) -> str:
     """A value as a message quotes it: at most 80 characters, on one line."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def exit_code(argv: Sequence[str], usage: str, command: Callable[[], int], stopped: str = "nothing is written") -> int:
+    """The code that `command` returns, or 0 after --help; told in a line on stderr, 2 for a mistake, 130 for Ctrl-C.
+
+    A mistake is the user's (UserError) or the disk's (OSError); `stopped` is told of a Ctrl-C without words of its own.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(usage)
+        return 0
+    try:
+        return command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; a full disk or a missing permission? What was there is whole", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"interrupted: {str(stop) or stopped}", file=sys.stderr)
+        return 130

@@ -84,7 +84,7 @@ def _joined(values: Tensor, dimension: int, size: int, group: dist.ProcessGroup)
     padded = rows.new_zeros(math.ceil(size / ranks), *rows.shape[1:])
     padded[: len(rows)] = rows
     whole = rows.new_empty(ranks * len(padded), *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, padded, group)
+    dist.all_gather_single(whole, padded, group)
     return whole[:size].transpose(0, dimension).contiguous()
 
 
@@ -177,7 +177,7 @@ def _own_sum(whole: Tensor, own: Tensor, units: Units) -> Tensor:
     padded = rows.new_zeros(length * ranks, *rows.shape[1:])
     padded[: len(rows)] = rows
     total = rows.new_empty(length, *rows.shape[1:])
-    dist.reduce_scatter_tensor(total, padded, group=units.group)
+    dist.reduce_scatter_single(total, padded, group=units.group)
     if units.copies is not None:
         dist.all_reduce(total, group=units.copies)
     return total[: own.shape[1]].transpose(0, 1).to(own)

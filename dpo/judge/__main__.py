@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
-from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs
+from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs, set_up_cpu
 from dpo.judge.asked import ask_rows
 from dpo.judge.attacks import Success, attacked_rows, biases, successes
 from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
@@ -35,7 +35,7 @@ from dpo.runs import new_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
 from models.checkpoint import weights_fingerprint
-from models.errors import UserError
+from models.errors import UserError, exit_code
 from models.files import atomic_write_text
 
 USAGE = """\
@@ -121,6 +121,7 @@ def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config)
 def run(config: Config) -> Path:
     """Judge, and write the run folder: config.json, env.json, verdicts.jsonl, results.json, and answers.jsonl."""
     times: dict[str, float] = {}
+    set_up_cpu()
     ranks = join_ranks(pick_device(config), config.run.hang_s)
     if ranks.world > 1 and (config.endpoint.url or config.judge.critique != "off"):
         raise UserError("endpoint.url, judge.critique: one process asks or writes; run without torchrun")
@@ -202,20 +203,14 @@ def told(
 
 
 def main(argv: list[str]) -> int:
-    """The command line: exit code 0 when all is written, 2 for a user's mistake, 130 for Ctrl-C."""
-    if {"-h", "--help"} & set(argv):
-        print(f"{USAGE}\n{help_text()}")
-        return 0
-    try:
+    """The command line: 0 when all is written, else exit_code's."""
+
+    def command() -> int:
         named = any(argument.startswith("exp=") for argument in argv)
         run(load_config(argv if named else ["exp=judge", *argv]))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"interrupted: {str(stop) or 'nothing is written'}", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_code(argv, f"{USAGE}\n{help_text()}", command)
 
 
 if __name__ == "__main__":
