@@ -43,14 +43,14 @@ def limits(run: Run) -> list[Text]:
     trained = judge["trained"]
     subsets = {name: widest_interval(of) for name, of in trained["subsets"].items()}
     chance = [f"{name} [{100 * low:.0f}, {100 * high:.0f}]" for name, (low, high) in subsets.items() if low <= 0.5]
+    least = judge["comparison"]["averaged"]["minimum_detectable"]
+    shows = f", which show differences of {100 * least:.1f} points or more" if least else ""
     told = [
         f"It is {judge['conclusion']}.",
         f"It says A in {percent(trained['raw_a_rate'])} of its verdicts and gives the same verdict in both orders for "
         f"{percent(trained['position_consistency'])} of the pairs: ask both orders and average the log-odds.",
         f"Not shown to be above chance, order-averaged, in per cent: {', '.join(chance)}." if chance else "",
-        f"{trained['n']:,} pairs show differences of "
-        f"{100 * judge['comparison']['averaged']['minimum_detectable']:.1f} points or more; other rows, languages and "
-        "lengths were not measured."
+        f"{trained['n']:,} pairs were judged{shows}; other rows, languages and lengths were not measured."
         + ("" if run.results.get("attacks") else " Nor was what an answer written to win does to it."),
         "Break up what spells a special token of its chat template in a text, as python -m dpo.judge does: it would be "
         "read as that token.",

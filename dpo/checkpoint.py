@@ -104,6 +104,7 @@ def load(folder: Path, model: Decoder, ranks: Ranks, optimizer: AdamW | None = N
 
     lines = read_text(folder / SUMS).splitlines(keepends=True)
     damages = [damage for line in own_share(lines, ranks) if (damage := _damaged(folder, line))]
+    damages += [] if any(line.endswith(f"  {STATE}\n") for line in lines) else [f"{SUMS} is not what was written"]
     if damages := gather(damages, ranks):
         raise UserError(f"{folder}: damaged: {damages[0]}; remove the folder, and resume from what was saved before it")
     reader = dcp.HuggingFaceStorageReader(str(folder))

@@ -221,7 +221,8 @@ class JudgeConfig(Section):
     sighted_control: bool = Field(False, description="what is trained blind is also judged sighted")
     rewards: Literal["off", "sum", "mean"] = Field(
         "off",
-        description="also compare the answers' implicit rewards after training: log(pi/pi_ref), summed or a token",
+        description="also compare the answers' implicit rewards after training: log(pi/pi_ref), summed or a token; "
+        "log(pi) under a loss without a reference",
     )
     protocol: Literal["compare", "choose", "rate", "ties"] = Field(
         "compare", description="what dpo.judge asks: better of two, both orders; best of four; 1 to 10; that, on Ties"

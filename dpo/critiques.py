@@ -200,7 +200,8 @@ def train_rounds(
         load(folder / f"round-{best + 1}" / "checkpoints" / "best", policy, ranks)
     before = sum(done.step for done in ends[:best])
     whole = {key: sum(asdict(done)[key] for done in ends) for key in ("step", "pairs", "tokens", "time_s")}
-    return replace(ends[0], **whole, best_step=before + ends[best].best_step), told
+    silent = [name for name in ends[0].without_gradient if all(name in done.without_gradient for done in ends)]
+    return replace(ends[0], **whole, best_step=before + ends[best].best_step, without_gradient=silent), told
 
 
 def _join_metrics(folder: Path, rounds: int) -> None:

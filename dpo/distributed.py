@@ -48,7 +48,7 @@ class Ranks:
 def join_ranks(device: str, hang_s: float) -> Ranks:
     """Join torchrun's process group (gloo on the CPU, nccl on CUDA); alone without torchrun.
 
-    `hang_s`: how long one rank may keep the others waiting.
+    `hang_s`: how long one rank may keep the others waiting; watch_ranks names it.
     """
     if "WORLD_SIZE" not in os.environ:
         return Ranks(0, 1, torch.device(device))
@@ -69,9 +69,18 @@ def join_ranks(device: str, hang_s: float) -> Ranks:
         world_size=world,
         timeout=timedelta(seconds=hang_s + 60),
     )
-    client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    watch(dist.PrefixStore(prefix, client), rank, world, hang_s)
     return Ranks(dist.get_rank(), dist.get_world_size(), local)
+
+
+def watch_ranks(ranks: Ranks, hang_s: float) -> None:
+    """From now on a rank that stands still for `hang_s` ends all of them (dpo/hang.py); nothing for one process.
+
+    To be called when the inputs are read: a download, or one rank's tokenising, may stand on one line for longer.
+    """
+    if ranks.world > 1:
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        watch(dist.PrefixStore(f"watch {restarts}", client), ranks.rank, ranks.world, hang_s)
 
 
 def leave_ranks(ranks: Ranks) -> None:

@@ -35,7 +35,7 @@ from models.tokenizer import Tokenizer, load_tokenizer, read_backend, read_varia
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT_BYTES = 2**30  # tensors up to this size come from memory that stays with the process
+KEPT_BYTES = (2**30, 2**25)  # tensors up to this size come from memory that stays; the second where glibc is old
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def set_up_cpu() -> None:
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        any(mallopt(M_MMAP_THRESHOLD, size) for size in KEPT_BYTES)  # the first that is not refused
         mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
@@ -118,19 +118,20 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
         rows = read_rows(place, config.data.format, dropped, cache_folder(config))
     data, seed = config.data, config.seed
-    if judging:
-        rows = rows.take(place for place, row in enumerate(rows) if ASKED[config.judge.protocol](row))
-        if not rows:
-            raise UserError(
-                f"judge.protocol={config.judge.protocol}: no row is one to ask; Ties rows are ref:N, tied:N"
-            )
     if judging and config.judge.split == "all":
         rows = keep_rows((replace(row, split="test") for row in rows), cache_folder(config))
         splits = split_rows(rows, split="group", seed=seed, validation_fraction=0, test_fraction=1)
     else:
         fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
         splits = split_rows(rows, split=data.split, seed=seed, **fractions)
-    train, test = sample(splits.train, data.rows, seed), sample(splits.test, config.judge.rows, seed)
+    to_judge = splits.test
+    if judging:  # after the split: which rows are held out does not hang on which are asked
+        to_judge = to_judge.take(place for place, row in enumerate(to_judge) if ASKED[config.judge.protocol](row))
+        if not to_judge:
+            raise UserError(
+                f"judge.protocol={config.judge.protocol}: no row is one to ask; Ties rows are ref:N, tied:N"
+            )
+    train, test = sample(splits.train, data.rows, seed), sample(to_judge, config.judge.rows, seed)
     for key, most, none in (("data.rows", data.rows, not train), ("judge.rows", config.judge.rows, not test)):
         if most and none and not (judging and key == "data.rows"):
             raise UserError(

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
 from dpo.pairs import TreeSums
 from dpo.routes import Routes
-from dpo.runs import sole_process, write_json
+from dpo.runs import write_json
 from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps, set_dropout
 from models.decoder import Decoder
 from models.errors import UserError
@@ -83,8 +83,7 @@ def train(
     finished = checkpoints / "finished.json"
     last, over = broadcast_first((last_checkpoint(checkpoints), finished.is_file()), ranks)
     if config.run.resume and over:  # stopped while it judged or exported: there is nothing left to train
-        with sole_process(folder) if ranks.first else nullcontext():
-            load(best, policy, ranks)
+        load(best, policy, ranks)
         return _same_run(read_json_object(finished), done, finished)
     if config.run.resume and last:
         done = _same_run(load(last, policy, ranks, optimizer), done, last)
@@ -92,7 +91,6 @@ def train(
     # Go!
     with (
         interruptible() as interrupted,
-        sole_process(folder) if ranks.first else nullcontext(),
         MetricsLog(folder, config, done.step, ranks.first) as log,
         progress(len(steps), "training", "steps", done.step) as bar,
     ):
@@ -166,8 +164,9 @@ def train(
                 else:
                     done.stale += 1
             stop = any(gather([interrupted()], ranks))
+            ends = done.step == len(steps) or 0 < config.train.patience <= done.stale
             every, count = config.train.checkpoint_every_steps, config.train.n_checkpoints
-            if stop or due(done.step, len(steps), every, count) or (every and done.step == len(steps)):
+            if stop or due(done.step, len(steps), every, count) or (every and ends):
                 keep = len(steps) if count else config.train.keep_checkpoints
                 save_checkpoint(checkpoints, policy, optimizer, asdict(done), ranks, keep)
             if stop:

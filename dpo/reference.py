@@ -27,11 +27,16 @@ from dpo.store import main, read_values, write_part
 from dpo.trees import Tree
 
 WRITE_EVERY_TREES = 1024  # a killed run loses at most this much of its reference pass
-FORWARD = (  # what computes a log-prob from tokens
+FORWARD = (  # what makes a log-prob of a model's files and tokens, or writes with it
     *("dpo/packing.py", "dpo/logprobs.py", "models/decoder.py", "models/parts.py", "models/attention.py"),
     *("models/rope.py", "models/moe.py", "models/routing.py", "models/sharded.py", "models/lora.py"),
-    *("models/families/*.py", "kernels/linear_*.py", "kernels/tiles.py", "kernels/mxfp4*.py"),
+    *("models/config.py", "models/layouts.py", "models/checkpoint.py", "models/generate.py", "models/kv_cache.py"),
+    *("models/families/*.py", "kernels/linear_*.py", "kernels/row_triton.py", "kernels/triton_parts.py"),
+    *("kernels/tiles.py", "kernels/mxfp4*.py"),
 )
+
+NO_FORWARD = ("asked", "why", "row_backward", "linear_hidden_grad", "linear_weight_grad", "linear_target_rows")
+"""Of what kernels.backend.describe says, what no log-prob depends on."""
 
 
 @dataclass
@@ -55,7 +60,7 @@ def numerics_tag(
 ) -> dict[str, str]:
     """Everything that the bits of a log-prob depend on besides weights and tokens.
 
-    `head_kernels`: what kernels.backend.describe says of the head's path; how it came to be chosen is left out.
+    `head_kernels`: what kernels.backend.describe says of the head's path; NO_FORWARD is left out.
     """
     units = f"{torch.backends.cpu.get_cpu_capability()}, amx={torch.cpu._is_amx_tile_supported()}"
     cpu = f"{cpu_name()}, {units}"  # the libraries pick their kernels by both
@@ -67,7 +72,7 @@ def numerics_tag(
         "pack": f"{pack.tokens} tokens, head chunks of {pack.head_chunk}",
         "attention": "flex_attention" if device.type == "cuda" else "sdpa per branch",
         "code": forward_code(Path(__file__).parents[1]),
-        "head": ", ".join(f"{key}: {value}" for key, value in head_kernels.items() if key not in ("asked", "why")),
+        "head": ", ".join(f"{key}: {value}" for key, value in head_kernels.items() if key not in NO_FORWARD),
     }
 
 

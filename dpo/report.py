@@ -77,13 +77,17 @@ def _standing(judge: Judge) -> str:
     )
 
 
+def _moved(one: Compared, many: bool) -> str:
+    return change(one.before, one.after, one.test["averaged"], *[one.p_holm] * many)
+
+
 def _lead(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[str]:
     """A sentence for each run's last judge against the first run's."""
     last = {judge.run.folder: judge.name for judge in judges if judge.role != "rewards"}
     first = next(iter(last.values()))
+
     lines = [
-        f"{first} -> {one.b.name}: order-averaged accuracy {change(one.before, one.after, one.test['averaged'])} on "
-        f"{one.n:,} shared pairs."
+        f"{first} -> {one.b.name}: order-averaged accuracy {_moved(one, len(compared) > 1)} on {one.n:,} shared pairs."
         for one in compared
         if one.a.name == first and one.b.name in last.values()
     ]
@@ -112,18 +116,19 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         return [Table("The judges", figures)]
     many = len(compared) > 1
     header = ("difference", "pairs", "points", "95 % interval", "p, exact", "p, by group")
-    tests = [(*header, *["p, corrected"] * many, "better / worse")]
+    tests = [(*header, *["p, corrected"] * many, "better / worse", "points that show")]
     for one in compared:
         for name, test in (("order-averaged", one.test["averaged"]), ("consistent", one.test["consistent"])):
             corrected = [p_value(one.p_holm) if test is one.test["averaged"] else ""] * many
             p = p_value(test["p"]), p_value(test["p_clustered"]), *corrected
             better = f"{test['wins_only_a']} / {test['wins_only_b']}"
-            tests.append((f"{one.b.name} less {one.a.name}, {name}", f"{one.n:,}", *points(test), *p, better))
+            shows = f"{100 * test['minimum_detectable']:.1f}" if test["minimum_detectable"] else "-"
+            tests.append((f"{one.b.name} less {one.a.name}, {name}", f"{one.n:,}", *points(test), *p, better, shows))
     text = (
         "In brackets: 95 % intervals in per cent, Wilson's, or over groups of rows where that is wider. "
         "p: McNemar's exact test over pairs, and a sign-flip test over groups of rows that belong together; quoted is "
-        f"the larger{', corrected by Holm over the comparisons' * many}. A true difference of "
-        f"{100 * compared[0].test['averaged']['minimum_detectable']:.1f} points would be found four times in five."
+        f"the larger{', corrected by Holm over the comparisons' * many}. Points that show: a true difference of so "
+        "many would be found four times in five; none where no pair differs."
     )
     return [Table("The judges", figures), Table("Their differences on the same pairs", tests), Text("paragraph", text)]
 
@@ -141,21 +146,27 @@ def _known(figure: float | None) -> str:
 
 
 def _by_subset(judges: Sequence[Judge]) -> list[Block]:
-    """The last judge's standing is told, and that of all is drawn."""
+    """The last judge's standing is told, with what training did to it, and that of all is drawn."""
+    judges = [judge for judge in judges if judge.role != "rewards"] or judges
     of = [judge.summary["subsets"] for judge in judges]
     names = [judge.name for judge in judges]
+    tests = judges[-1].run.results["judge"].get("subset_tests", {}) if judges[-1].role == "trained" else {}
     columns = [f"{reading}, {name}" for reading in ("averaged", "consistent") for name in names]
-    rows, shares = [("subset", "pairs", *columns, "is")], {}
-    for subset, last in of[-1].items():
+    rows, shares = [("subset", "pairs", *columns, "is", *["trained less base"] * bool(tests))], {}
+    for subset in dict.fromkeys(name for subsets in reversed(of) for name in subsets):
+        last = next(subsets[subset] for subsets in reversed(of) if subset in subsets)
         there = [subsets.get(subset) for subsets in of]
         averaged = [percent(j["averaged_accuracy"], widest_interval(j)) if j else "" for j in there]
         consistent = [percent(j["accuracy"], j["accuracy_interval"]) if j else "" for j in there]
         low, high = widest_interval(last)
         what = "above chance" if low > 0.5 else "below chance" if high < 0.5 else "at chance"
-        rows.append((subset, f"{last['n']:,}", *averaged, *consistent, what))
+        test = tests.get(subset)
+        moved = [f"{points(test)[0]} points, p {p_value(test['p_holm'])}" if test else ""] * bool(tests)
+        rows.append((subset, f"{last['n']:,}", *averaged, *consistent, what if subset in of[-1] else "", *moved))
         if all(there):
             shares[f"{subset} ({last['n']:,})"] = [(j["averaged_accuracy"], widest_interval(j)) for j in there if j]
     meaning = f"At chance: the interval of {names[-1]}'s order-averaged accuracy contains 50 %."
+    meaning += " Its p is corrected by Holm over the subsets." * bool(tests)
     title = "Order-averaged accuracy by subset"
     return [Plot("subsets", title, bars(title, shares, names)), Table(title, rows), Text("paragraph", meaning)]
 
@@ -265,7 +276,11 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
 
 def _attacks(judges: Sequence[Judge]) -> list[Block]:
     tables: list[Block] = []
-    for seen, title in ((True, "Attack that training saw"), (False, "Attack that it never saw")):
+    trained = any(judge.run.trained for judge in judges)
+    for seen, title in (
+        (True, "Attack that training saw"),
+        (False, "Attack that it never saw" if trained else "Attack"),
+    ):
         rows = [(title.lower(), "judge", "answers", "win when attacked")]
         told = [(judge, one) for judge in judges for one in judge.attacks if one["trained_on"] is seen]
         names = dict.fromkeys(one["attack"] for _, one in told)

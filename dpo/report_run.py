@@ -41,9 +41,9 @@ def duration(time_s: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def change(before: float, after: float, test: PairedTest) -> str:
-    """Two accuracies, and the test of their difference."""
-    (lead, interval), p = points(test), p_value(test["p"], test["p_clustered"])
+def change(before: float, after: float, test: PairedTest, *corrected: float) -> str:
+    """Two accuracies, and the test of their difference, with its p as `corrected` where it is."""
+    (lead, interval), p = points(test), p_value(test["p"], test["p_clustered"], *corrected)
     p = p if p.startswith("<") else f"= {p}"
     return f"{percent(before)} -> {percent(after)} ({lead} points, 95 % interval {interval}, p {p})"
 

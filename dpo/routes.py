@@ -158,10 +158,14 @@ class Routes:
 
 
 def mean_balance(routings: Sequence[Routing]) -> Tensor:
-    """The load-balancing loss of a batch: the mean over its packs, by their tokens, and over the layers."""
-    tokens = sum(routing.tokens for routing in routings)
+    """The load-balancing loss of a batch: the mean over its packs, by their tokens, and over the layers.
+
+    A pack of one token, which only fills up a rank's number of packs, counts nothing.
+    """
+    tokens = [routing.tokens if routing.tokens > 1 else 0 for routing in routings]
+    shares = [count / max(sum(tokens), 1) for count in tokens]
     return sum(
-        (torch.stack(list(routing.balance.values())).mean() * (routing.tokens / tokens) for routing in routings),
+        (torch.stack(list(of.balance.values())).mean() * share for of, share in zip(routings, shares, strict=True)),
         start=torch.zeros(()),
     )
 

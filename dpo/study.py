@@ -17,7 +17,7 @@ from dpo.judge.__main__ import run as judge_rows
 from dpo.judge.endpoint import request_of
 from dpo.report import write_report
 from dpo.settings import Arm, load_config, load_sweep
-from dpo.sweep import begun_folder, finished_folder, sweep
+from dpo.sweep import begun_folder, check_sources, finished_folder, sweep
 from models.errors import UserError, exit_code
 
 USAGE = """\
@@ -60,7 +60,8 @@ def endpoint_arms(arms: Sequence[Arm]) -> list[Arm]:
 def study(arms: Sequence[Arm]) -> int:
     """Train, ask, report; 1 where an arm or an endpoint failed, else 0."""
     asked = endpoint_arms(arms)
-    failed = int(bool(sweep(arms)))
+    check_sources(asked, any_source=False)
+    failed = int(bool(sweep(arms, any_source=False)))
     folders = [folder for arm in arms if (folder := finished_folder(arm))]
     for arm in asked:
         try:
@@ -78,7 +79,8 @@ def study(arms: Sequence[Arm]) -> int:
 def main(argv: list[str]) -> int:
     """The command line: 0 when all is judged, 1 where an arm or an endpoint failed, else exit_code's."""
     named = any(argument.startswith("exp=") for argument in argv)
-    return exit_code(argv, USAGE, lambda: study(load_sweep(argv if named else ["exp=study", *argv])))
+    stopped = "finished arms and answers are whole; the same command goes on from here"
+    return exit_code(argv, USAGE, lambda: study(load_sweep(argv if named else ["exp=study", *argv])), stopped)
 
 
 if __name__ == "__main__":

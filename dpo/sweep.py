@@ -10,6 +10,7 @@ Read next: dpo/settings.py, where arms come from; dpo/sweep_report.py, where fig
 
 import fcntl
 import gzip
+import hashlib
 import os
 import shlex
 import subprocess
@@ -22,21 +23,23 @@ from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 import torch
 
-from dpo.inputs import pick_device, read_inputs
+from dpo.config import Config
+from dpo.inputs import Inputs, pick_device, read_inputs
 from dpo.log import source_digest
 from dpo.loop import interruptible
 from dpo.losses import check_loss
 from dpo.results import Results
 from dpo.rows import columns_of
 from dpo.runs import resumed_folder, write_json
-from dpo.settings import Arm, load_contrast, load_question, load_sweep
+from dpo.settings import Arm, Contrast, load_contrast, load_question, load_sweep
 from dpo.step import plan_steps
 from dpo.sweep_report import READOUTS, Kept, KeptArm, write_sweep_report
 from dpo.tokens import Trees
+from models.checkpoint import weights_fingerprint
 from models.errors import UserError, exit_code
 from models.files import atomic_write_bytes, read_json_object
 
@@ -63,34 +66,70 @@ FREE = {"loss", "lora", "train", "log", "run"}  # sections that neither rows nor
 def check_arms(arms: Sequence[Arm], *, any_source: bool) -> dict[str, str]:
     """By name, what each arm that is not finished asks of the reference: equal where all log-probs are shared.
 
-    UserError where an arm would be refused when its turn comes: its folder's config, what it reads, its loss; and, but
-    for `any_source`, where another version of the product began it.
+    UserError where an arm would be refused when its turn comes: its folder's config, what it reads, its loss; where a
+    finished one read other rows or weights; and, but for `any_source`, where another version of the product began it.
     """
+    check_sources(arms, any_source=any_source)
+    known: dict[str, tuple[set[str], Read]] = {}  # columns of the rows and digests of all that is read
+    asks = {}
+    for arm in arms:
+        try:
+            if (read := what_is_read(arm)) not in known:
+                inputs = read_inputs(arm.config, pick_device(arm.config))
+                columns = columns_of(chain(inputs.splits.train, inputs.splits.validation))
+                known[read] = columns, digests_of(inputs, arm.config)
+            columns, of = known[read]
+            if run := finished_folder(arm):
+                if stale := of.not_of(run):
+                    raise UserError(
+                        f"{run} was finished with other {stale} than are read now; move it away to run again"
+                    )
+                continue
+            check_loss(arm.config.loss, columns)
+            asks[name_of(arm)] = f"{arm.config.model_dump_json(exclude={*FREE, 'seed'})} {of}"
+        except UserError as error:
+            raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None
+    return asks
+
+
+def check_sources(arms: Sequence[Arm], *, any_source: bool) -> None:
+    """UserError where another version of the product began an arm, unless any will do."""
     now = source_digest()
     old = {name_of(arm): of for arm in arms if (run := begun_folder(arm)) and (of := source_of(run)) != now}
     if old and not any_source:
         raise UserError(
             f"{', '.join(old)}: begun by other sources ({', '.join(sorted({*old.values()}))}; now {now}), "
             f"so their figures may not be this one's; move their folders in {Path(arms[0].config.run.root).parent} "
-            "away to run them again, or take them as they are with source=any"
+            "away to run them again, or (python -m dpo.sweep) take them as they are with source=any"
         )
-    known: dict[str, tuple[set[str], str]] = {}  # columns of the rows and digests of all that is read
-    asks = {}
-    for arm in arms:
-        try:
-            if finished_folder(arm):
-                continue
-            if (read := what_is_read(arm)) not in known:
-                inputs = read_inputs(arm.config, pick_device(arm.config))
-                splits, trees = inputs.splits, (inputs.train_trees.digest, inputs.validation_trees.digest)
-                asked = arm.config.model_dump_json(exclude={*FREE, "seed"})
-                columns = columns_of(chain(splits.train, splits.validation))
-                known[read] = columns, f"{asked} {trees} {splits.report['test_sha256']}"
-            columns, asks[name_of(arm)] = known[read]
-            check_loss(arm.config.loss, columns)
-        except UserError as error:
-            raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None
-    return asks
+
+
+class Read(NamedTuple):
+    """Digests of what an arm reads."""
+
+    trees: str  # as dpo/loop.py's TrainState has them
+    test_rows: str
+    reference: str
+
+    def not_of(self, run: Path) -> str:
+        """What a finished run read otherwise, if anything."""
+        results = read_json_object(run / "results.json")
+        if cast(Results, results)["data"].get("test_sha256", self.test_rows) != self.test_rows:
+            return "test rows"
+        ends = run / "checkpoints" / "finished.json"
+        saved = read_json_object(ends) if ends.is_file() else {}  # critiques have theirs by the round
+        if saved.get("data", self.trees) != self.trees:
+            return "training or validation rows"
+        return "weights" if saved.get("reference", self.reference) != self.reference else ""
+
+
+def digests_of(inputs: Inputs, config: Config) -> Read:
+    """Those of all that these inputs are of."""
+    adapter = Path(config.model.adapter) if config.model.adapter and not config.reference.path else None
+    trees = f"{inputs.train_trees.digest} {inputs.validation_trees.digest}"
+    memo = inputs.cache / "fingerprints.json"
+    weights = weights_fingerprint(inputs.reference_folder, memo, adapter)
+    return Read(trees, str(inputs.splits.report["test_sha256"]), weights)
 
 
 def what_is_read(arm: Arm) -> str:
@@ -184,7 +223,7 @@ def locked(home: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def sweep(arms: Sequence[Arm], jobs: int = 1, *, any_source: bool = True) -> dict[str, int]:
+def sweep(arms: Sequence[Arm], jobs: int = 1, *, any_source: bool) -> dict[str, int]:
     """Run what is not finished, `jobs` arms at once; the exit codes of those that failed."""
     home = Path(arms[0].config.run.root).parent
     asks = check_arms(arms, any_source=any_source)
@@ -249,13 +288,14 @@ def sweep(arms: Sequence[Arm], jobs: int = 1, *, any_source: bool = True) -> dic
 def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: list[str]) -> None:
     """Put the finished arms' verdicts, compressed, and what else dpo/sweep_report.py reads into `folder`."""
     kept: list[KeptArm] = []
+    contrast = load_contrast(argv, *choices_of(arms))
     for arm in arms:
         if not (run := finished_folder(arm)):
             continue
         results = cast(Results, read_json_object(run / "results.json"))
         name = f"{name_of(arm)}.jsonl.gz"
         atomic_write_bytes(folder / name, gzip.compress((run / "verdicts.jsonl").read_bytes(), mtime=0))
-        train, data = results["train"], results["data"]
+        train, data, made = results["train"], results["data"], arm.config.data.path == "checkable"
         kept.append(
             KeptArm(
                 setting=arm.setting,
@@ -263,7 +303,7 @@ def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: lis
                 seed=arm.config.seed,
                 sighted=arm.config.judge.sighted,
                 verdicts=name,
-                rows=data.get("test_sha256", ""),
+                rows=data.get("test_sha256", "")[:12] if made else file_of(arm.config.data.path),
                 source=source_of(run),
                 steps=float(train["steps"]),
                 tokens=float(train["tokens"]),
@@ -272,9 +312,11 @@ def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: lis
                 reference_computed=results["reference"]["misses"],
             )
         )
-        looks = [of for of in results.get("biases", []) if (of["judge"], of["look"]) == ("trained", "longer")]
+        role = "rewards" if contrast and contrast.readout == "rewards" else "trained"
+        looks = [of for of in results.get("biases", []) if (of["judge"], of["look"]) == (role, "longer")]
         kept[-1].update({"longer": looks[0]} if looks else {})
-    contrast = load_contrast(argv, *choices_of(arms))
+        if attacks := results.get("attacks", []):
+            kept[-1]["attacks"] = attacks
     written = Kept(
         name=arms[0].config.exp,
         question=load_question(argv),
@@ -286,9 +328,24 @@ def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: lis
     write_json(folder / "arms.json", written)
 
 
+def file_of(path: str) -> str:
+    """A file's name, told apart from one of the same name elsewhere, without where on this machine it lies."""
+    return f"{Path(path).name} {hashlib.sha256(path.encode()).hexdigest()[:8]}"
+
+
 def choices_of(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
     """What a contrast may name: settings and readouts."""
     return ["base", *dict.fromkeys(arm.setting for arm in arms)], list(READOUTS)
+
+
+def check_contrast(contrast: Contrast | None, arms: Sequence[Arm]) -> None:
+    """UserError where a side of the contrast will not have its readout."""
+    if contrast and contrast.readout == "rewards":
+        without = ["base", *(arm.setting for arm in arms if arm.config.judge.rewards == "off")]
+        if side := next((side for side in (contrast.a, contrast.b) if side in without), ""):
+            raise UserError(
+                f'sweep.contrast: readout = "rewards": {side} has none: a base never has, an arm needs judge.rewards'
+            )
 
 
 def _told(argument: str) -> bool:
@@ -307,7 +364,7 @@ def main(argv: list[str]) -> int:
     def command() -> int:
         mine, given = _own_arguments(argv)
         arms = load_sweep(given)
-        load_contrast(given, *choices_of(arms))
+        check_contrast(load_contrast(given, *choices_of(arms)), arms)
         any_source = mine["source"] == "any"
         if mine["--dry-run"]:
             check_arms(arms, any_source=any_source)
@@ -320,7 +377,7 @@ def main(argv: list[str]) -> int:
         print(f"{write_sweep_report(folder)}\nreport: {folder / 'report.html'}")
         return 1 if failed else 0
 
-    return exit_code(argv, USAGE, command)
+    return exit_code(argv, USAGE, command, "finished arms are whole; the same command goes on from here")
 
 
 def _own_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -2,8 +2,9 @@
 
     arms.json and a verdicts file an arm, as dpo/sweep.py keeps them -> report.md, report.html, report.json, plots/
 
-It reads nothing else, so `python -m dpo.report FOLDER` makes all of it again. A row is known by its id and a hash of
-the rows that it was judged with: seeds may share their rows or have their own. No dimension letters.
+It reads nothing else, so `python -m dpo.report FOLDER` makes all of it again. A row is known by its id and where
+it came from: of a file it is one row in all seeds, of checkable rows one in those that made the same. No dimension
+letters.
 Read next: dpo/judge/statistics.py, where intervals and tests come from.
 """
 
@@ -18,7 +19,7 @@ from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
-from dpo.judge.attacks import Bias
+from dpo.judge.attacks import Bias, Success
 from dpo.judge.local import read_verdicts
 from dpo.judge.statistics import (
     Floats,
@@ -68,14 +69,15 @@ class KeptArm(TypedDict):
     seed: int
     sighted: bool  # judge.sighted
     verdicts: str  # its file
-    rows: str  # a hash of the test rows' texts
+    rows: str  # where its rows are from: the file's name, or of checkable rows, a seed's own, a hash of the test rows
     source: str  # that of the product it ran under
     steps: float
     tokens: float  # that training ran forward
     train_s: float
     whole_s: float
     reference_computed: int  # completions that the reference was run on
-    longer: NotRequired[Bias]  # what its trained judge makes of length
+    longer: NotRequired[Bias]  # what its trained judge makes of length, or the rewards, where they are the contrast's
+    attacks: NotRequired[list[Success]]
 
 
 class Kept(TypedDict):
@@ -108,7 +110,7 @@ class Standing:
     pairs: int  # judged, of all seeds
     figures: dict[str, Figure]  # by readout
     averaged_range: list[float]  # the lowest and the highest of its seeds
-    subsets: dict[str, Figure]  # order-averaged accuracy
+    subsets: dict[str, Figure]  # by the readout asked for, where its runs have it
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ def _groups(verdicts: Sequence[Verdict]) -> list[str]:
     return [verdict.group for verdict in verdicts]
 
 
-def standing(setting: str, by_seed: Mapping[int, Judged]) -> Standing:
-    """One setting's figures, by every readout that all its runs have."""
+def standing(setting: str, by_seed: Mapping[int, Judged], by_subset: str = "averaged") -> Standing:
+    """One setting's figures, by every readout that all its runs have; a readout's also by subset."""
     figures = {}
     for readout, (role, score) in READOUTS.items():
         if all(role in judged for judged in by_seed.values()):
@@ -171,9 +173,11 @@ def standing(setting: str, by_seed: Mapping[int, Judged]) -> Standing:
     trained = [judged["trained"] for judged in by_seed.values()]
     means = [float(averaged_scores(of).mean()) for of in trained]
     subsets = {}
-    for name in sorted({verdict.subset for of in trained for verdict in of}):
-        parts = [part for of in trained if (part := [verdict for verdict in of if verdict.subset == name])]
-        subsets[name] = over_seeds([*map(averaged_scores, parts)], [*map(_groups, parts)], share=True)
+    role, score = READOUTS[by_subset]
+    read = [judged.get(role, []) for judged in by_seed.values()] if by_subset in figures else []
+    for name in sorted({verdict.subset for of in read for verdict in of}):
+        parts = [part for of in read if (part := [verdict for verdict in of if verdict.subset == name])]
+        subsets[name] = over_seeds([*map(score, parts)], [*map(_groups, parts)], share=True)
     return Standing(setting, list(by_seed), sum(map(len, trained)), figures, [min(means), max(means)], subsets)
 
 
@@ -224,7 +228,7 @@ def read_kept(folder: Path) -> tuple[Kept, Settings]:
     settings: Settings = {}
     for arm in kept["arms"]:
         judged = {
-            role: [replace(verdict, group=f"{arm['rows'][:12]} {verdict.group}") for verdict in of]
+            role: [replace(verdict, group=f"{arm['rows']} {verdict.group}") for verdict in of]
             for role, of in read_verdicts(folder / arm["verdicts"]).items()
         }
         if both:
@@ -341,7 +345,11 @@ def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout
             y, whiskers = zip(*(figures[one] for one in names), strict=True)
             marks.append(Mark(name, x, y, tone, "joined", whiskers))
             if log and len(x) > 2:
-                slopes = [slope for seed in settings[names[0]] if (slope := _slope(x, names, settings, seed, readout))]
+                slopes = [
+                    slope
+                    for seed in settings[names[0]]
+                    if (slope := _slope(x, names, settings, seed, readout)) is not None
+                ]
                 if len(slopes) > 1:
                     told = _percent((fmean(slopes), student(slopes)), "+")
                     blocks.append(Text("paragraph", f"{name}: {told} points of {readout} a doubling of {axis}."))
@@ -360,6 +368,34 @@ def _slope(x: Sequence[float], names: Sequence[str], settings: Settings, seed: i
     return float(np.polyfit(np.log2(x), means, 1)[0])
 
 
+def _attacks(kept: Kept) -> list[Block]:
+    """How often each attack wins over the trained judges of a setting: the mean of its seeds."""
+    shares: dict[str, dict[str, list[Success]]] = {}
+    for arm in kept["arms"]:
+        for of in arm.get("attacks", []):
+            if of["judge"] == "trained":
+                shares.setdefault(arm["setting"], {}).setdefault(of["attack"], []).append(of)
+    names = list(dict.fromkeys(name for of in shares.values() for name in of))
+    rows = [("setting", *names)]
+    for setting, by_name in shares.items():
+        cells = []
+        for name in names:
+            wins = [of["wins"] / of["n"] for of in by_name.get(name, [])]
+            ends = student(wins) if len(wins) > 1 else by_name[name][0]["interval"] if wins else []
+            cells.append(_percent((fmean(wins), [max(ends[0], 0.0), min(ends[1], 1.0)])) if wins else "")
+        rows.append((setting, *cells))
+    text = (
+        "Of answers that lose when clean, by the order-averaged log-odds of the trained judge, the share in % that "
+        "wins when attacked; in brackets 95 % intervals, Student's over seeds where there are several."
+    )
+    return [Table("Attacks on the trained judges", rows), Text("paragraph", text)] if names else []
+
+
+def _without_holm(of: Difference) -> dict[str, object]:
+    """Its figures; a contrast is one, and is not corrected."""
+    return {key: value for key, value in asdict(of).items() if key != "p_holm"}
+
+
 def _costs(kept: Kept) -> list[Block]:
     rows: list[tuple[str, ...]] = [
         ("setting", "arms", "steps", "tokens forward in training", "training, s", "all, s", "reference runs")
@@ -375,9 +411,9 @@ def _costs(kept: Kept) -> list[Block]:
 
 def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]:
     """The page, and its figures for report.json."""
-    standings = [standing(name, by_seed) for name, by_seed in settings.items()]
-    found = differences(settings)
     readout = (kept["contrast"] or {"readout": "averaged"})["readout"]
+    standings = [standing(name, by_seed, readout) for name, by_seed in settings.items()]
+    found = differences(settings)
     subsets = list(dict.fromkeys(name for one in standings for name in one.subsets))
     by_subset = [("setting", *subsets)]
     for one in standings:
@@ -392,12 +428,13 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
         "Settings": _standings(standings, kept["arms"]),
         "Differences": _differences(found) if found else [],
         "Axes": _axes(kept, settings, standings, readout),
-        "Order-averaged accuracy by subset": [Table("By subset", by_subset)] if len(subsets) > 1 else [],
+        f"By subset: {readout}": [Table("By subset", by_subset)] if len(subsets) > 1 else [],
+        "Attacks": _attacks(kept),
         "Cost": _costs(kept),
     }
     named = contrast_of(kept, settings)
     figures: dict[str, object] = {
-        "contrast": named and {**asdict(named[0]), "p_seeds": named[1]},
+        "contrast": named and {**_without_holm(named[0]), "p_seeds": named[1]},
         "settings": [asdict(one) for one in standings],
         "differences": [{**asdict(one), "resolved": one.resolved} for one in found],
     }
@@ -415,5 +452,5 @@ def write_sweep_report(folder: Path) -> str:
     text = to_markdown(page)
     atomic_write_text(folder / "report.md", text)
     atomic_write_text(folder / "report.html", to_html(page))
-    atomic_write_text(folder / "report.json", json.dumps(figures, indent=1) + "\n")
+    atomic_write_text(folder / "report.json", json.dumps(figures, indent=1, allow_nan=False) + "\n")
     return text

@@ -8,6 +8,7 @@ No dimension letters. Read next: dpo/loop.py, the training loop.
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from dpo.alarms import alarms_of
 from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
 from dpo.critiques import train_rounds
-from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks
+from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks, watch_ranks
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, set_up_cpu
 from dpo.judge.attacks import Success, biases, successes
 from dpo.judge.calibration import Floats
@@ -45,7 +46,7 @@ from dpo.report import write_report
 from dpo.results import read_metrics
 from dpo.routes import Note, keeps_routes, routes_of, store_missing, store_routes
 from dpo.rows import Row
-from dpo.runs import new_folder, resumed_folder, write_json
+from dpo.runs import new_folder, resumed_folder, sole_process, write_json
 from dpo.settings import help_text, load_config
 from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
@@ -118,6 +119,7 @@ def run(config: Config) -> Path:
     resumed = broadcast_first(resumed_folder(config) if config.run.resume and ranks.first else None, ranks)
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)
+    watch_ranks(ranks, config.run.hang_s)
     with stage("model", times):
         policy = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
         memo = inputs.cache / "fingerprints.json"
@@ -125,15 +127,33 @@ def run(config: Config) -> Path:
         fingerprint = weights_fingerprint(inputs.model_folder, memo, adapter)
         other = bool(config.reference.path)
         reference_fingerprint = weights_fingerprint(inputs.reference_folder, memo) if other else fingerprint
-        same = reference_fingerprint == fingerprint
     folder = resumed or broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
+    with sole_process(folder) if ranks.first else nullcontext():
+        train_and_judge(config, inputs, policy, (fingerprint, reference_fingerprint), ranks, folder, times)
+    leave_ranks(ranks)
+    return folder
 
+
+def train_and_judge(
+    config: Config,
+    inputs: Inputs,
+    policy: Decoder,
+    fingerprints: tuple[str, str],
+    ranks: Ranks,
+    folder: Path,
+    times: dict[str, float],
+) -> None:
+    """All that is written into the run folder; `fingerprints` of the policy's weights and the reference's."""
+    fingerprint, reference_fingerprint = fingerprints
+    same = reference_fingerprint == fingerprint
     usage = Usage()
     root = Path(config.reference.store) if config.reference.store else inputs.cache / "reference"
     used = used_kernels(policy, inputs, config, ranks)
     tag = numerics_tag(ranks.device, inputs.dtype, config.pack, used["linear_logprobs"])
-    if ranks.device.type == "cuda" and policy.config.experts is not None and policy.config.experts.packed:
-        tag["experts"] = "packed"  # other products than the grouped ones; on the CPU they are the same
+
+    def tag_of(model: Decoder) -> dict[str, str]:
+        packed = ranks.device.type == "cuda" and model.config.experts is not None and model.config.experts.packed
+        return tag | ({"experts": "packed"} if packed else {})  # other products; on the CPU they are the same
 
     def live(model: Decoder, label: str, routes: Path | None = None) -> Score:
         if routes is None:
@@ -146,7 +166,7 @@ def run(config: Config) -> Path:
 
     def stored(model: Decoder, weights: str, label: str, routes: Path | None = None) -> Score:
         score = live(model, label, routes)
-        return lambda trees: reference_logps(open_store(root, weights, tag), trees, score, ranks, usage)
+        return lambda trees: reference_logps(open_store(root, weights, tag_of(model)), trees, score, ranks, usage)
 
     def reply(score: Score, weights: str = "") -> Reply:
         """A judge by what it says in one forward, or writes: the policy, of these weights or of those it then has."""
@@ -174,7 +194,7 @@ def run(config: Config) -> Path:
         score = stored(reference, reference_fingerprint, "reference")
         kept = None
         if config.objective != "critiques" and keeps_routes(config, policy.config, reference.config):
-            kept = open_store(root, reference_fingerprint, tag | {"values": "routes"})
+            kept = open_store(root, reference_fingerprint, tag_of(reference) | {"values": "routes"})
         training_score = stored(reference, reference_fingerprint, "reference", kept)
         if config.objective != "critiques":
             train_references = training_references(inputs, config, training_score, ranks)
@@ -185,7 +205,7 @@ def run(config: Config) -> Path:
         validation_references = [tree_sums(*one, config.loss) for one in zip(scored, validation, strict=True)]
         test, rewards = inputs.splits.test, config.judge.rewards != "off"
         answers = token_trees(test, inputs.tokenizer, answer_settings(config), inputs.cache) if rewards else []
-        answer_references = [reference_sums(logps) for logps in score(answers)]
+        answer_references = [reference_sums(logps) * reads(config.loss, "reference") for logps in score(answers)]
         del reference, score, training_score, scored
 
     with stage("judge base", times):
@@ -258,21 +278,13 @@ def run(config: Config) -> Path:
         write_json(folder / "results.json", results)
         write_report([folder], inputs.splits.test)
         print(f"report: {folder / 'report.md'}")
-    leave_ranks(ranks)
-    return folder
 
 
 def main(argv: list[str]) -> int:
-    """The command line: 0 when all is written, 1 where another rank ended, else exit_code's."""
+    """The command line: 0 when all is written, else exit_code's."""
 
     def command() -> int:
-        try:
-            run(load_config(argv))
-        except RuntimeError as error:
-            if "by peer" not in str(error):
-                raise
-            print(f"error: rank {os.environ['RANK']} stops: another one ended, and says why", file=sys.stderr)
-            return 1
+        run(load_config(argv))
         return 0
 
     outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"

@@ -123,9 +123,10 @@ def _say(line: str) -> None:
     log.warning(line)
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int, trainable: bool) -> str:
-    """The path of linear_logprobs: "torch", "chunked" or "fused".
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int) -> str:
+    """The path of linear_logprobs: "torch", "chunked" or "fused"; the same for a frozen head and one that trains.
 
+    So a reference, which never trains, is computed as the policy is: choosing, the head counts as one that does.
     "triton" is the fused kernels, or the row kernel between library products where a fused one has no tile (fp32 too);
     ValueError says what is missing. "auto" on a GPU that Triton cannot serve says so once, and why.
     """
@@ -138,12 +139,12 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: i
     if backend == "triton":
         if missing is not None:
             raise ValueError(f"backend='triton' cannot be had: {missing}")
-        needed = ["linear_forward", "linear_hidden_grad"] + ["linear_weight_grad"] * trainable
+        needed = ["linear_forward", "linear_hidden_grad", "linear_weight_grad"]
         return "fused" if tiled and all(has_tile(arch, kernel) for kernel in needed) else "chunked"
     if missing is not None:
         _say(f"kernels: the torch path is used, because {missing}")
         return "torch"
-    return choose(arch, T, D, V, trainable) if tiled else "chunked"
+    return choose(arch, T, D, V, True) if tiled else "chunked"
 
 
 PATH_KERNELS = {
@@ -157,7 +158,7 @@ def describe(
     backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int, trainable: bool
 ) -> dict[str, str]:
     """What `resolve` picks, for a run's record: the path, why it is torch's, or the tile of each kernel in use."""
-    path, arch = resolve(backend, device, dtype, T, D, V, trainable), arch_of(device)
+    path, arch = resolve(backend, device, dtype, T, D, V), arch_of(device)
     said = {"asked": backend, "path": path, "arch": arch}
     if path == "torch":
         return said | {"why": why_not_triton(device, dtype) or "asked for" if backend != "torch" else "asked for"}
@@ -169,7 +170,7 @@ def describe(
 
 def describe_pairs(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The same of preference_loss, for losses that it has."""
-    path, arch = resolve(backend, device, dtype, 0, 1, 1, False), arch_of(device)
+    path, arch = resolve(backend, device, dtype, 0, 1, 1), arch_of(device)
     said = {"asked": backend, "path": "torch" if path == "torch" else "fused", "arch": arch}
     return said | ({} if path == "torch" else _tiles(arch, ["pair_forward", "pair_backward"]))
 

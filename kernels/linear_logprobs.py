@@ -303,8 +303,7 @@ def linear_logprobs(
         raise IndexError(f"the targets {targets_T[wrong_T][:5].tolist()} lie outside [0, {V})")
     if not torch.is_grad_enabled():  # the function would keep J and probabilities: it sees requires_grad alone
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
-    trains = weight_VD.requires_grad
-    path = backends.resolve(backend, hidden_TD.device, hidden_TD.dtype, T, hidden_TD.shape[1], V, trains)
+    path = backends.resolve(backend, hidden_TD.device, hidden_TD.dtype, T, hidden_TD.shape[1], V)
     local_T = (targets_T - vocab_start).where(scored_T & ~outside_T, -1)
     if path != "torch":
         from kernels.linear_triton import dense_rows

@@ -64,7 +64,7 @@ def tree_attention(
 # --- one SDPA a branch (CPU) ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=128)  # a pack's branches: every layer asks again; one may take a MB
 def _mask(before: int, tokens: int, span: Span, device: torch.device) -> Tensor:
     """[L, P + L], True where `tokens` after `before` others see. SDPA's `is_causal` is top-left aligned: wrong here."""
     query, key = torch.arange(before, before + tokens, device=device)[:, None], torch.arange(before + tokens).to(device)

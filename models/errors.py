@@ -1,5 +1,6 @@
 """The one exception that means: the user can mend this; and how every command tells of it."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,7 +18,8 @@ def show(value: object) -> str:
 def exit_code(argv: Sequence[str], usage: str, command: Callable[[], int], stopped: str = "nothing is written") -> int:
     """The code that `command` returns, or 0 after --help; told in a line on stderr, 2 for a mistake, 130 for Ctrl-C.
 
-    A mistake is the user's (UserError) or the disk's (OSError); `stopped` is told of a Ctrl-C without words of its own.
+    A mistake is the user's (UserError) or the disk's (OSError); 1 where another of many ranks made one. `stopped` is
+    told of a Ctrl-C without words of its own.
     """
     if {"-h", "--help"} & set(argv):
         print(usage)
@@ -30,6 +32,11 @@ def exit_code(argv: Sequence[str], usage: str, command: Callable[[], int], stopp
     except OSError as error:
         print(f"error: {error}; a full disk or a missing permission? What was there is whole", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # how a collective ends whose other side is gone
+            raise
+        print(f"error: rank {os.environ.get('RANK')} stops: another one ended, and says why", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         print(f"interrupted: {str(stop) or stopped}", file=sys.stderr)
         return 130

@@ -244,6 +244,20 @@ def test_all_rows_are_judged_or_those_that_a_training_would_judge(data: Path) ->
     assert test.test == trained.test and test.train == test.validation == ()
 
 
+@pytest.mark.parametrize("protocol", ["choose", "ties"])
+def test_what_is_held_out_does_not_hang_on_what_a_protocol_asks(tmp_path: Path, protocol: str) -> None:
+    rows = [
+        Row(name, subset, ({"role": "user", "content": name},), ("yes",), ("a", "b", "c"), name)
+        for i in range(40)
+        for name, subset in ((f"r{i}", "Math"), (f"ref:{i}", "Ties"))
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    given = ["exp=verdicts", f"data.path={tmp_path / 'rows.jsonl'}", f"run.cache={tmp_path}"]
+    held_out = {row.id for row in load_splits(load_config(given)).test}
+    asked = load_splits(load_config([*given, "judge.split=test", f"judge.protocol={protocol}"]), judging=True).test
+    assert {row.id for row in asked} == {name for name in held_out if name.startswith("ref:") is (protocol == "ties")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -223,7 +223,7 @@ def test_any_model_and_any_endpoint_is_attacked_without_training(
         results = json.loads((tmp_path / "runs" / "judge" / "latest" / "results.json").read_text())
         return {one["attack"]: (one["n"], one["wins"]) for one in results["attacks"]}
 
-    assert set(attack("model.path=tiny-random", "dtype=fp32")) == {*ATTACKS, "all others", "position"}
+    assert set(attack("model.path=tiny-random", "dtype=fp32")) == {*ATTACKS, "all", "position"}
 
     def gullible(body: dict, before: int) -> Reply:
         """Prefers what is right, or what speaks of "this answer" or "this one"; it is never fooled by the order."""

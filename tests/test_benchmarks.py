@@ -15,6 +15,7 @@ from dpo.judge.benchmarks import (
     ties_score,
 )
 from dpo.judge.statistics import Verdict
+from models.errors import UserError
 
 NAN = float("nan")
 
@@ -86,3 +87,8 @@ def test_rm_bench_is_hard_above_the_diagonal_and_averages_domains() -> None:
     assert (scores["chat"], scores["code"], scores["safety"]) == pytest.approx((2 / 3, 7 / 9, 1 / 2))
     assert scores["hard"] == pytest.approx((0 + 1 + 0.5) / 3) and scores["easy"] == pytest.approx((1 + 2 / 3 + 0.5) / 3)
     assert scores["score"] == pytest.approx((2 / 3 + 7 / 9 + 1 / 2) / 3)
+
+
+def test_rm_bench_needs_every_pair_of_a_row() -> None:
+    with pytest.raises(UserError, match=r"all nine pairs.*pairs_per_row=0"):
+        rm_bench([verdict(1, 0, pair, "chat") for pair in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))])

@@ -353,6 +353,18 @@ def test_cost_is_counted_and_the_limit_never_passed(tmp_path: Path) -> None:
         assert usage.cost == pytest.approx(40 * 0.11) and served.asked.total() == 40
 
 
+def test_what_may_be_charged_without_an_answer_counts_towards_the_limit(tmp_path: Path) -> None:
+    prices = tmp_path / "prices.toml"
+    prices.write_text("[judge-1]\ninput = 1000\noutput = 5000\n")
+    body = completion("pair 0").body
+    for number, torn in enumerate((Reply(body[:-20]), Reply(body, cut=20), Reply(body, delay_s=5.0))):
+        with serving(lambda asked, before, torn=torn: torn) as served:
+            message = refused(
+                served, tmp_path / str(number), 1, prices=str(prices), max_cost=3.0, max_retries=20, timeout_s=0.2
+            )
+            assert "endpoint.max_cost=3" in message and 1 <= served.asked.total() < 20, torn
+
+
 def test_a_price_is_known_or_asked_for(tmp_path: Path) -> None:
     with serving(says_its_number) as served:
         assert ask(served, tmp_path, 1)[1].cost is None

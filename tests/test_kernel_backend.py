@@ -56,14 +56,14 @@ def test_auto_takes_the_faster_by_its_own_model(monkeypatch):
 
 def test_a_fused_kernel_without_a_tile_is_not_chosen(monkeypatch, gpu):
     gpu(9, 0)
-    assert backend.resolve("triton", CUDA, BF16, 1, 1, 1, True) == "fused"
+    assert backend.resolve("triton", CUDA, BF16, 1, 1, 1) == "fused"
     monkeypatch.setitem(
         tiles.TILES, "sm_90", {k: v for k, v in tiles.TILES["sm_90"].items() if k != "linear_weight_grad"}
     )
     monkeypatch.setitem(backend.RATES, "sm_90", backend.Rates(800, 8000, 3.0))
     assert backend.choose("sm_90", *SHAPES["qwen3"], trainable=True) == "chunked"
     assert backend.choose("sm_90", *SHAPES["qwen3"], trainable=False) == "fused"
-    assert backend.resolve("triton", CUDA, BF16, 1, 1, 1, True) == "chunked"
+    assert backend.resolve("triton", CUDA, BF16, 1, 1, 1) == "chunked"
 
 
 def test_gpus_run_the_tiles_of_the_nearest_older_kind(gpu):
@@ -109,16 +109,16 @@ def test_where_triton_cannot_be_had_auto_says_so_once_and_triton_is_an_error(
         monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.1.0")
     dtype = torch.float64 if missing == "dtype" else BF16
     with caplog.at_level(logging.WARNING, logger="kernels"):
-        assert [backend.resolve("auto", CUDA, dtype, 1, 1, 1, False) for _ in range(2)] == ["torch", "torch"]
+        assert [backend.resolve("auto", CUDA, dtype, 1, 1, 1) for _ in range(2)] == ["torch", "torch"]
     (line,) = caplog.messages
     assert "the torch path is used" in line and said in line
     with pytest.raises(ValueError, match="backend='triton' cannot be had: .*"):
-        backend.resolve("triton", CUDA, dtype, 1, 1, 1, False)
+        backend.resolve("triton", CUDA, dtype, 1, 1, 1)
     assert said in backend.describe("auto", CUDA, dtype, 1, 1, 1, False)["why"]
 
 
 def test_on_the_cpu_auto_is_torch_in_silence_and_triton_needs_the_interpreter(monkeypatch, caplog):
-    assert backend.resolve("auto", CPU, BF16, 1, 1, 1, False) == "torch" and not caplog.messages
+    assert backend.resolve("auto", CPU, BF16, 1, 1, 1) == "torch" and not caplog.messages
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         linear_logprobs(torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), backend="triton")

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import dpo.train
 from dpo.config import PackConfig
 from dpo.inputs import read_inputs
 from dpo.logprobs import TreeLogps, score_trees
-from dpo.reference import Usage, forward_code, numerics_tag, reference_logps
+from dpo.reference import FORWARD, Usage, forward_code, numerics_tag, reference_logps
 from dpo.rows import Row, write_rows
 from dpo.settings import load_config
 from dpo.step import plan_steps
@@ -209,6 +211,19 @@ def test_other_code_of_the_forward_is_another_tag_and_a_comment_is_not(tmp_path)
             seen.add(forward_code(tmp_path))
             assert len(seen) == before + new, (change, file)
     assert tag()["code"] == forward_code(ROOT)
+
+
+def test_all_modules_that_a_decoder_needs_are_of_the_tag_or_known_to_change_no_bits():
+    harmless = {  # how a path is chosen (the path is in the tag), what is no forward, and what reads no weights
+        *("kernels/backend.py", "kernels/log_softmax.py", "kernels/preference_loss.py"),
+        *("models/errors.py", "models/files.py"),
+    }
+    code = "import sys, models.decoder, models.lora, models.generate; print(*(m.__file__ for m in sys.modules.values() "
+    code += "if m.__name__.startswith(('models.', 'kernels.'))), sep='\\n')"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    needed = {str(Path(file).relative_to(ROOT)) for file in ran.stdout.split()}
+    named = {str(path.relative_to(ROOT)) for pattern in FORWARD for path in ROOT.glob(pattern)}
+    assert len(needed) > 15 and needed - named - harmless == set()
 
 
 def test_another_number_of_threads_misses(tmp_path):

@@ -225,3 +225,15 @@ def test_bf16_gradients_on_two_ranks_are_at_most_twice_as_far_from_fp64_as_those
                 for one in (gradients, yardstick)
             )
             assert 0 < error <= 2 * allowed, case
+
+
+def test_the_gradients_norm_is_fp64s_over_blocks_of_any_size_and_clips_to_the_limit() -> None:
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 2**18 + 1, 5 * 2**18, 0)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    flat = torch.cat([parameter.grad.double() for parameter in parameters if parameter.grad is not None])
+    norm = clip_gradients(parameters, 0.5, Ranks(0, 1, torch.device("cpu")))
+    assert norm == pytest.approx(float(flat.norm()), rel=3e-6)
+    after = torch.cat([parameter.grad.double() for parameter in parameters if parameter.grad is not None])
+    torch.testing.assert_close(after, flat * (0.5 / norm), rtol=1e-6, atol=0)

@@ -229,6 +229,33 @@ def test_an_arm_of_other_sources_is_refused_unless_any_will_do(
     assert sweep.main([*finished, *SWEPT, "source=any"]) == 0
 
 
+def test_an_arm_that_was_finished_on_other_rows_is_refused(
+    finished: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", forbid)
+    path = Path(next(argument for argument in finished if argument.startswith("data.path=")).partition("=")[2])
+    before = path.read_text()
+    for old, new, told in (
+        ("No idea.", "No clue.", "test rows"),
+        ("train 0 + 1?", "train 0 + 2?", "training or valid"),
+    ):
+        try:
+            path.write_text(before.replace(old, new))
+            assert sweep.main([*finished, *SWEPT]) == 2
+        finally:
+            path.write_text(before)
+        message = capsys.readouterr().err
+        assert f"was finished with other {told}" in message and "the arm loss.beta=0.1" in message
+
+
+def test_a_contrast_of_rewards_that_no_arm_has_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for b, reward in (("plain", "off"), ("base", "sum")):
+        contrast = f'[sweep.contrast]\na = "ipo"\nb = "{b}"\nreadout = "rewards"'
+        given = arms_file(tmp_path / "e.toml", contrast)
+        assert sweep.main([*given, f"run.root={tmp_path / 'runs'}", f"judge.rewards={reward}"]) == 2
+        assert 'readout = "rewards": ' in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_the_same_command_again_runs_nothing_and_a_torn_arm_alone_is_resumed(
     finished: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

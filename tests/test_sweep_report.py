@@ -185,6 +185,18 @@ def test_judges_of_both_sights_have_a_base_and_a_readout_of_their_own(tmp_path: 
     assert settings["many"][0]["blind"] == settings["many"][0]["trained"] == settings["many"][0]["sighted"]
 
 
+def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> None:
+    made(tmp_path / "q", seeds=2)
+    kept = json.loads((tmp_path / "q" / "arms.json").read_text())
+    for arm in kept["arms"]:
+        of = {"attack": "verdict", "trained_on": True, "n": 10, "interval": [0.0, 0.5]}
+        wins = 1 + 2 * arm["seed"]
+        arm["attacks"] = [of | {"judge": "base", "wins": 9}, of | {"judge": "trained", "wins": wins}]
+    (tmp_path / "q" / "arms.json").write_text(json.dumps(kept))
+    text = write_sweep_report(tmp_path / "q")
+    assert "| setting | verdict |" in text and "| few | 20.0 [0.0, 100.0] |" in text
+
+
 def test_damaged_results_are_named(tmp_path: Path) -> None:
     made(tmp_path / "q", seeds=1)
     file = tmp_path / "q" / "few,seed=0.jsonl.gz"

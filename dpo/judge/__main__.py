@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo.config import Config
-from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks
+from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks, watch_ranks
 from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs, set_up_cpu
 from dpo.judge.asked import ask_rows
 from dpo.judge.attacks import Success, attacked_rows, biases, successes
@@ -67,6 +67,7 @@ def by_model(config: Config, ranks: Ranks) -> Judged:
     """
     config = with_adapter(config)
     inputs = read_inputs(config, ranks.device.type, judging=True)
+    watch_ranks(ranks, config.run.hang_s)
     model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
 
@@ -122,6 +123,8 @@ def run(config: Config) -> Path:
     """Judge, and write the run folder: config.json, env.json, verdicts.jsonl, results.json, and answers.jsonl."""
     times: dict[str, float] = {}
     set_up_cpu()
+    if config.data.format == "rmbench" and config.judge.protocol == "compare" and config.judge.pairs_per_row:
+        raise UserError("data.format=rmbench: its score needs all nine pairs of a row; set judge.pairs_per_row=0")
     ranks = join_ranks(pick_device(config), config.run.hang_s)
     if ranks.world > 1 and (config.endpoint.url or config.judge.critique != "off"):
         raise UserError("endpoint.url, judge.critique: one process asks or writes; run without torchrun")
@@ -210,7 +213,8 @@ def main(argv: list[str]) -> int:
         run(load_config(argv if named else ["exp=judge", *argv]))
         return 0
 
-    return exit_code(argv, f"{USAGE}\n{help_text()}", command)
+    stopped = "no run folder is written; what was answered or written is kept, and the same command goes on"
+    return exit_code(argv, f"{USAGE}\n{help_text()}", command, stopped)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def successes(
     for family, rows in rows_under.items():
         said = say(rows.take(place for place, row in enumerate(rows) if row.id in ids))
         won[family] = [(one.first < one.second, one.group) for one in said if (one.id, one.pair) in losing]
-    for name, seen in (("all that training saw", True), ("all others", False)):
+    for name, seen in (("all that training saw", True), ("all others" if trained_on else "all", False)):
         won[name] = [one for family in rows_under if (family in trained_on) is seen for one in won[family]]
     won["position"] = [(one.first < 0 or one.second > 0, one.group) for one in losing.values()]
     return [

@@ -5,7 +5,7 @@ reads a verdict from anywhere in the text (`official_choice`), where we read the
 whole number, so that it ties less often than a written one. Read next: dpo/judge/protocols.py.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
@@ -99,13 +99,14 @@ def rm_bench(verdicts: Sequence[Verdict]) -> dict[str, float]:
     the mean of the three, "score" of the domains; what stands behind a dash (safety-refuse) is averaged into one.
     """
     subsets: dict[str, dict[int, list[float]]] = defaultdict(lambda: {-1: [], 0: [], 1: []})
+    pairs = Counter(verdict.id for verdict in verdicts)
+    if few := next((row for row, count in pairs.items() if count != 9), ""):
+        raise UserError(f"{few}: RM-Bench's score needs all nine pairs of a row; set judge.pairs_per_row=0")
     for verdict in verdicts:
         i, j = verdict.pair
         subsets[verdict.subset][(i > j) - (i < j)].append(float(verdict.first > verdict.second))
     domains = defaultdict(list)
     for name, wins in sorted(subsets.items()):
-        if not all(wins.values()):
-            raise UserError(f"{name}: RM-Bench's score needs all nine pairs of a row; set judge.pairs_per_row=0")
         domains[name.partition("-")[0]].append([fmean(wins[level]) for level in (-1, 0, 1)])
     means = {name: np.mean(parts, axis=0) for name, parts in domains.items()}
     levels = dict(zip(("hard", "normal", "easy"), np.mean(list(means.values()), axis=0).tolist(), strict=True))

@@ -44,8 +44,8 @@ LEAST_LOG_P = -9999.0  # vLLM's own for -inf
 TEMPLATE_TOKENS = 256  # that a chat template may add to a prompt
 UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 INTERRUPTED = "interrupted"
-UNREACHABLE, TIMED_OUT, NO_CREDIT = 0, 408, 402
-RETRIED = (UNREACHABLE, TIMED_OUT, 409, 429)
+UNREACHABLE, LOST, TIMED_OUT, NO_CREDIT = 0, -1, 408, 402  # lost: reached, and then cut off
+RETRIED = (UNREACHABLE, LOST, TIMED_OUT, 409, 429)
 FATAL = {
     401: "the key is missing or wrong: set the environment variable {api_key_env} (endpoint.api_key_env names it)",
     NO_CREDIT: "the account has no credit left",
@@ -275,6 +275,11 @@ class _Job:
             self.stop = f"endpoint.max_cost={self.config.max_cost:g}: {spent}; raise it to go on"
         return False
 
+    def write_off(self, worker: int) -> None:
+        """Count what the worker's request can cost at most as spent: no answer was had, and it may be charged."""
+        if self.usage.cost is not None:
+            self.usage.cost += self.reserved.pop(worker, 0.0)
+
     def not_in_form(self) -> str:
         """What to say where more than 30 % of the answers are none."""
         answers = f"{self.invalid} of {self.answered + self.unanswered} answers of endpoint.model={self.config.model}"
@@ -319,7 +324,7 @@ async def _ask_all(waiting: list[tuple[str, Request]], job: _Job, take: Callable
     async def work(worker: int) -> None:
         while waiting and not job.ended() and job.may_spend(worker, waiting[-1][1]):
             name, request = waiting.pop()
-            answer = await _answer(client, request, job)
+            answer = await _answer(client, request, job, worker)
             job.reserved.pop(worker, None)
             take(name, answer)
 
@@ -327,7 +332,7 @@ async def _ask_all(waiting: list[tuple[str, Request]], job: _Job, take: Callable
         await asyncio.gather(*map(work, range(min(config.concurrency, len(waiting)))))
 
 
-async def _answer(client: "AsyncOpenAI", request: Request, job: _Job) -> Answer:
+async def _answer(client: "AsyncOpenAI", request: Request, job: _Job, worker: int) -> Answer:
     """The endpoint's answer, tried again until there is one; finish="error" where there is none.
 
     Sets job.stop where no other request would be answered either.
@@ -340,6 +345,9 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job) -> Answer:
                 job.stop = f"endpoint.url={config.url}: wants no request for {wait_s / 60:.0f} minutes"
             await asyncio.sleep(min(wait_s, 1.0))
             continue
+        if not (worker in job.reserved or job.may_spend(worker, request)):
+            await asyncio.sleep(0.1)  # until another is done with what it may cost; or the job ends
+            continue
         begin = time.perf_counter()
         status, headers, text = await _post(client, request, config.timeout_s)
         asked_s = asked_wait_s(headers)
@@ -349,7 +357,9 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job) -> Answer:
                 return read_answer(text, time.perf_counter() - begin)
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 text = f"no chat completion ({error!r}): {show(text)}"
-        fault = f"HTTP {status}: {text}" if status else f"cannot be reached: {text}"
+        if status in (200, TIMED_OUT, LOST):
+            job.write_off(worker)
+        fault = f"HTTP {status}: {text}" if status > 0 else f"cannot be reached: {text}"
         if status in FATAL and not job.stop:
             job.stop = f"{FATAL[status].format_map(config.model_dump())} ({fault})"
             job.stop += await _served(client) if status == 404 else ""
@@ -363,13 +373,14 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job) -> Answer:
         tried += not held
         if tried <= config.max_retries:
             await asyncio.sleep(min(BACKOFF_S * 2 ** max(tried - 1, 0), MOST_BACKOFF_S) * random.uniform(0.5, 1))
-    if status == UNREACHABLE:
+    if status in (UNREACHABLE, LOST):
         job.stop = job.stop or f"endpoint.url={config.url}: {fault}"
     return Answer(fault, "error", (), 0, 0, "", 0.0)
 
 
 async def _post(client: "AsyncOpenAI", request: Request, timeout_s: float) -> tuple[int, Headers, str]:
-    """Status, headers and text of the response; UNREACHABLE where there is none, and then the reason as its text."""
+    """Status, headers and text of the response; UNREACHABLE or LOST where there is none, its text the reason."""
+    from httpx import ConnectError, ConnectTimeout
     from openai import APIConnectionError, APIStatusError
 
     try:
@@ -385,7 +396,8 @@ async def _post(client: "AsyncOpenAI", request: Request, timeout_s: float) -> tu
         said = error.body.get("message") if isinstance(error.body, dict) else None
         return status, error.response.headers, str(said or error.message)[:300]
     except APIConnectionError as error:
-        return UNREACHABLE, {}, str(error.__cause__ or error)
+        reached = not isinstance(error.__cause__, ConnectError | ConnectTimeout)
+        return LOST if reached else UNREACHABLE, {}, str(error.__cause__ or error)
 
 
 async def _served(client: "AsyncOpenAI") -> str:

@@ -55,7 +55,8 @@ def reward_verdicts(
 ) -> list[Verdict]:
     """Verdicts by the answers' implicit rewards log pi(y|x) - log pi_ref(y|x), nats, or a token's `mean` of it.
 
-    Rafailov et al. 2023, eq. 5, without beta; a tree a row, `references` its sums. Such a verdict has no order.
+    Rafailov et al. 2023, eq. 5, without beta, so it is no log-odds; a tree a row, `references` its sums, zeros for a
+    loss without a reference. Such a verdict has no order.
     """
     found = []
     for row, tree, logps, reference_S in zip(rows, trees, scored, references, strict=True):
@@ -112,7 +113,7 @@ def judge_results(
     )
     conclusion = conclude(judged["trained"], controls, seed)
     return {
-        **{name: summarise(judge, seed) for name, judge in judged.items()},
+        **{name: summarise(judge, seed, odds=name != "rewards") for name, judge in judged.items()},
         "comparison": compare_judges(judged["trained"], judged["base"], seed),
         "subset_tests": compare_subsets(judged["trained"], judged["base"], seed),
         **conclusion,
