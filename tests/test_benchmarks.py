@@ -1,6 +1,7 @@
 """The benchmarks' official scores, against cases of their formulas worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -78,7 +79,8 @@ def test_llmbar_averages_the_orders_and_counts_the_pairs_of_one_verdict() -> Non
 
 def test_rm_bench_is_hard_above_the_diagonal_and_averages_domains() -> None:
     def row(wins: list[list[int]], domain: str) -> list[Verdict]:
-        return [verdict(2 * wins[i][j] - 1, 0, (i, j), domain) for i in range(3) for j in range(3)]
+        nine = [verdict(2 * wins[i][j] - 1, 0, (i, j), domain) for i in range(3) for j in range(3)]
+        return [replace(one, id=domain) for one in nine]
 
     judged = row([[1, 0, 0], [1, 1, 0], [1, 1, 1]], "chat")  # easy 1, normal 1, hard 0
     judged += row([[1, 1, 1], [1, 0, 1], [0, 1, 1]], "code")  # easy 2/3, normal 2/3, hard 1

@@ -194,7 +194,8 @@ def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> No
         arm["attacks"] = [of | {"judge": "base", "wins": 9}, of | {"judge": "trained", "wins": wins}]
     (tmp_path / "q" / "arms.json").write_text(json.dumps(kept))
     text = write_sweep_report(tmp_path / "q")
-    assert "| setting | verdict |" in text and "| few | 20.0 [0.0, 100.0] |" in text
+    cells = [line.split("|")[1:-1] for line in text.partition("## Attacks")[2].splitlines() if "few" in line][0]
+    assert [cell.strip() for cell in cells] == ["few", "20.0 [0.0, 100.0]"]
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:

@@ -380,7 +380,6 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job, worker: in
 
 async def _post(client: "AsyncOpenAI", request: Request, timeout_s: float) -> tuple[int, Headers, str]:
     """Status, headers and text of the response; UNREACHABLE or LOST where there is none, its text the reason."""
-    from httpx import ConnectError, ConnectTimeout
     from openai import APIConnectionError, APIStatusError
 
     try:
@@ -396,8 +395,8 @@ async def _post(client: "AsyncOpenAI", request: Request, timeout_s: float) -> tu
         said = error.body.get("message") if isinstance(error.body, dict) else None
         return status, error.response.headers, str(said or error.message)[:300]
     except APIConnectionError as error:
-        reached = not isinstance(error.__cause__, ConnectError | ConnectTimeout)
-        return LOST if reached else UNREACHABLE, {}, str(error.__cause__ or error)
+        never = type(error.__cause__).__name__ in ("ConnectError", "ConnectTimeout")  # of httpx
+        return UNREACHABLE if never else LOST, {}, str(error.__cause__ or error)
 
 
 async def _served(client: "AsyncOpenAI") -> str:
