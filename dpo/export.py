@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 0
 
-    return exit_code((), "", command)
+    return exit_code(command)
 
 
 if __name__ == "__main__":

@@ -377,7 +377,7 @@ def table(argv: Sequence[str], kind: str, lengths: Lengths) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     """The command line: 0 where the run fits, 1 where it does not, else exit_code's."""
-    return exit_code(argv, USAGE, lambda: tell(argv))
+    return exit_code(lambda: tell(argv), argv, USAGE)
 
 
 def tell(argv: list[str]) -> int:

@@ -410,7 +410,7 @@ def main(argv: list[str]) -> int:
         print(f"report: {home / 'report.html'}")
         return 0
 
-    return exit_code(argv, USAGE, command)
+    return exit_code(command, argv, USAGE)
 
 
 if __name__ == "__main__":

@@ -395,7 +395,7 @@ def try_pack(
     sparse = [layer.sparse for layer in layers]  # spans differ too, but attention is stood in for: by the mean
     period = next(n for n in range(1, count + 1) if (sparse[:n] * count)[:count] == sparse)
     keys = sum(seen_keys(pack, layer.span) for layer in layers) / count
-    path = path or choose(GPUS[gpu].arch, len(pack.rows_R), shape.hidden, shape.vocab, True)
+    path = path or choose(GPUS[gpu].arch, len(pack.rows_R), shape.hidden, shape.vocab)
     sizes = [min(n, count) for n in (period + 1, 2 * period + 1)]
     one, two = (
         _run(replace(shape, layers=layers[-n:]), config, dtype, world, pack, gpu, path, period, keys) for n in sizes

@@ -224,4 +224,4 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{root}: there is no such folder; a run makes it when it stores its first value")
         return COMMANDS[asked.command](root, asked)
 
-    return exit_code((), "", command, "what was removed is gone, the rest is whole")
+    return exit_code(command, stopped="what was removed is gone, the rest is whole")

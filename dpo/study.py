@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     """The command line: 0 when all is judged, 1 where an arm or an endpoint failed, else exit_code's."""
     named = any(argument.startswith("exp=") for argument in argv)
     stopped = "finished arms and answers are whole; the same command goes on from here"
-    return exit_code(argv, USAGE, lambda: study(load_sweep(argv if named else ["exp=study", *argv])), stopped)
+    return exit_code(lambda: study(load_sweep(argv if named else ["exp=study", *argv])), argv, USAGE, stopped)
 
 
 if __name__ == "__main__":

@@ -377,7 +377,7 @@ def main(argv: list[str]) -> int:
         print(f"{write_sweep_report(folder)}\nreport: {folder / 'report.html'}")
         return 1 if failed else 0
 
-    return exit_code(argv, USAGE, command, "finished arms are whole; the same command goes on from here")
+    return exit_code(command, argv, USAGE, "finished arms are whole; the same command goes on from here")
 
 
 def _own_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

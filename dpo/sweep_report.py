@@ -143,6 +143,12 @@ def student(means: Sequence[float]) -> list[float]:
     return [fmean(means) - half, fmean(means) + half]
 
 
+def mean_share(shares: Sequence[float], lone: Sequence[float]) -> Figure:
+    """The mean of the seeds' shares with Student's interval, within 0 and 1; `lone` is that of a single seed."""
+    low, high = student(shares) if len(shares) > 1 else lone
+    return fmean(shares), [max(low, 0.0), min(high, 1.0)]
+
+
 def over_seeds(scores: Sequence[Floats], groups: Sequence[Sequence[str]], *, share: bool) -> Figure:
     """The mean of the seeds' scores, a score a verdict, with the widest of its 95 % intervals.
 
@@ -289,8 +295,7 @@ def _standings(standings: Sequence[Standing], arms: Sequence[KeptArm]) -> list[B
         seeds = " to ".join(f"{100 * share:.1f}" for share in one.averaged_range)
         told = ""
         if biases := longer.get(one.setting):
-            prefers = [of["prefers"] / of["n"] for of in biases]
-            told = _percent((fmean(prefers), student(prefers) if len(prefers) > 1 else biases[0]["interval"]))
+            told = _percent(mean_share([of["prefers"] / of["n"] for of in biases], biases[0]["interval"]))
         rows.append((one.setting, ", ".join(map(str, one.seeds)), f"{one.pairs:,}", *figures, seeds, told))
     text = (
         "Shares of the judged pairs in %; in brackets 95 % intervals: the widest of one over groups of rows, one over "
@@ -378,12 +383,9 @@ def _attacks(kept: Kept) -> list[Block]:
     names = list(dict.fromkeys(name for of in shares.values() for name in of))
     rows = [("setting", *names)]
     for setting, by_name in shares.items():
-        cells = []
-        for name in names:
-            wins = [of["wins"] / of["n"] for of in by_name.get(name, [])]
-            ends = student(wins) if len(wins) > 1 else by_name[name][0]["interval"] if wins else []
-            cells.append(_percent((fmean(wins), [max(ends[0], 0.0), min(ends[1], 1.0)])) if wins else "")
-        rows.append((setting, *cells))
+        there = [by_name.get(name, []) for name in names]
+        figures = [of and mean_share([one["wins"] / one["n"] for one in of], of[0]["interval"]) for of in there]
+        rows.append((setting, *(_percent(figure) if figure else "" for figure in figures)))
     text = (
         "Of answers that lose when clean, by the order-averaged log-odds of the trained judge, the share in % that "
         "wins when attacked; in brackets 95 % intervals, Student's over seeds where there are several."

@@ -288,7 +288,7 @@ def main(argv: list[str]) -> int:
         return 0
 
     outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"
-    return exit_code(argv, f"{help_text()}\n{losses_help()}", command, outside)
+    return exit_code(command, argv, f"{help_text()}\n{losses_help()}", outside)
 
 
 if __name__ == "__main__":

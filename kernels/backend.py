@@ -109,13 +109,19 @@ def seconds(arch: str, path: str, T: int, D: int, V: int, trainable: bool) -> fl
     return flop / (rates.vendor_tflops * 1e12) + 10 * T * V / (rates.memory_tbps * 1e12)
 
 
-def choose(arch: str, T: int, D: int, V: int, trainable: bool) -> str:
-    """The path of backend "auto": torch on an arch not in RATES, else the faster of chunked and fused by `seconds`."""
+def _fused_fits(arch: str) -> bool:
+    return all(has_tile(arch, kernel) for kernel in ("linear_forward", "linear_hidden_grad", "linear_weight_grad"))
+
+
+def choose(arch: str, T: int, D: int, V: int) -> str:
+    """The path of backend "auto": torch on an arch not in RATES, else the faster of chunked and fused by `seconds`.
+
+    The head counts as one that trains: a reference, which never does, is computed as its policy is.
+    """
     if arch not in RATES:
         return "torch"
-    needed = ["linear_forward", "linear_hidden_grad"] + ["linear_weight_grad"] * trainable
-    paths = ["chunked"] + ["fused"] * all(has_tile(arch, kernel) for kernel in needed)
-    return min(paths, key=lambda path: seconds(arch, path, T, D, V, trainable))
+    paths = ["chunked"] + ["fused"] * _fused_fits(arch)
+    return min(paths, key=lambda path: seconds(arch, path, T, D, V, trainable=True))
 
 
 @cache
@@ -126,7 +132,6 @@ def _say(line: str) -> None:
 def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int) -> str:
     """The path of linear_logprobs: "torch", "chunked" or "fused"; the same for a frozen head and one that trains.
 
-    So a reference, which never trains, is computed as the policy is: choosing, the head counts as one that does.
     "triton" is the fused kernels, or the row kernel between library products where a fused one has no tile (fp32 too);
     ValueError says what is missing. "auto" on a GPU that Triton cannot serve says so once, and why.
     """
@@ -139,12 +144,11 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: i
     if backend == "triton":
         if missing is not None:
             raise ValueError(f"backend='triton' cannot be had: {missing}")
-        needed = ["linear_forward", "linear_hidden_grad", "linear_weight_grad"]
-        return "fused" if tiled and all(has_tile(arch, kernel) for kernel in needed) else "chunked"
+        return "fused" if tiled and _fused_fits(arch) else "chunked"
     if missing is not None:
         _say(f"kernels: the torch path is used, because {missing}")
         return "torch"
-    return choose(arch, T, D, V, True) if tiled else "chunked"
+    return choose(arch, T, D, V) if tiled else "chunked"
 
 
 PATH_KERNELS = {

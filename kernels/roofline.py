@@ -368,7 +368,7 @@ def modelled_report() -> list[str]:
         for head, (D, V) in HEADS.items():
             for trained in (False, True):
                 ms = {p: modelled_ms(gpu, p, steps(p, gpu, ROWS, D, V, trained)) for p in ("chunked", "fused")}
-                auto, floor = choose(arch, ROWS, D, V, trained), floor_ms(gpu, 2 + trained, ROWS, D, V)
+                auto, floor = choose(arch, ROWS, D, V), floor_ms(gpu, 2 + trained, ROWS, D, V)
                 times = "".join(f"{value:8.1f}{'*' if path == auto else ' '}" for path, value in ms.items())
                 case = f"  {gpu:<8}{told:<34}{head:<9}{'yes' if trained else 'no':<9}"
                 lines.append(f"{case}{floor:7.1f} {times}{ms[auto] / floor:9.2f}")
@@ -409,7 +409,7 @@ def published_report() -> list[str]:
     lines = ["PUBLISHED by the peers, theirs and not rerun, beside our model at their shape (ms, auto's path)"]
     for gpu, T, D, V, what, theirs, whose in PUBLISHED:
         arch, trained = GPUS[gpu].arch, what == "trained"
-        path = choose(arch, T, D, V, trained)
+        path = choose(arch, T, D, V)
         taken = steps(path, gpu, T, D, V, trained)
         if what == "forward":  # of the chunked path: one product and one row pass
             taken = [_library(T, V, D, 4), *(step for step in taken if step.kernel == "row_forward")]

@@ -15,11 +15,13 @@ def show(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def exit_code(argv: Sequence[str], usage: str, command: Callable[[], int], stopped: str = "nothing is written") -> int:
-    """The code that `command` returns, or 0 after --help; told in a line on stderr, 2 for a mistake, 130 for Ctrl-C.
+def exit_code(
+    command: Callable[[], int], argv: Sequence[str] = (), usage: str = "", stopped: str = "nothing is written"
+) -> int:
+    """The code that `command` returns, or 0 after `usage` where `argv` asks for --help.
 
-    A mistake is the user's (UserError) or the disk's (OSError); 1 where another of many ranks made one. `stopped` is
-    told of a Ctrl-C without words of its own.
+    Told in a line on stderr: 2 for a mistake, the user's (UserError) or the disk's (OSError); 1 where another of many
+    ranks made one; 130 for Ctrl-C, with `stopped` where it has no words of its own.
     """
     if {"-h", "--help"} & set(argv):
         print(usage)

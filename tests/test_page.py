@@ -104,6 +104,20 @@ def test_two_runs_are_compared_on_the_rows_that_they_share(runs: list[Path], pag
     assert "on 8 shared pairs" in page.with_name("report.md").read_text()
 
 
+def test_rows_that_cannot_be_read_again_are_shared_by_runs_that_judged_the_same_alone(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    for digest, expected in (("", 10), ("other", 0)):
+        other = write_judging(tmp_path / f"of {digest}", runs[0].parent / "rows.jsonl", "other", ODDS)
+        results = json.loads((other / "results.json").read_text())
+        results["data"]["test_sha256"] = digest or results["data"]["test_sha256"]
+        (other / "results.json").write_text(json.dumps(results))
+        config = json.loads((other / "config.json").read_text())
+        config["data"]["path"] = str(tmp_path / "gone.jsonl")
+        (other / "config.json").write_text(json.dumps(config))
+        assert len(shared_pairs(*judges_of([read_run(runs[0]), read_run(other)]))[0]) == expected
+
+
 def test_a_best_of_four_is_not_compared_with_a_verdict_on_a_pair(runs: list[Path], tmp_path: Path) -> None:
     for protocol, expected in (("rate", 10), ("choose", 0)):
         other = write_judging(tmp_path / protocol, runs[0].parent / "rows.jsonl", "other", ODDS)

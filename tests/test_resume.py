@@ -445,6 +445,7 @@ def test_resuming_on_rows_that_have_changed_since_is_refused(
         (SHARD, None, "No such file"),
         ("state.json", lambda data: data[:40], "is not what was written"),
         ("SHA256SUMS", lambda data: data[:40], "SHA256SUMS is not what was written"),
+        ("SHA256SUMS", lambda data: b"", "SHA256SUMS is not what was written"),
     ],
 )
 def test_a_checkpoint_that_was_damaged_is_named(

@@ -185,6 +185,21 @@ def test_judges_of_both_sights_have_a_base_and_a_readout_of_their_own(tmp_path: 
     assert settings["many"][0]["blind"] == settings["many"][0]["trained"] == settings["many"][0]["sighted"]
 
 
+def test_subsets_are_read_as_the_contrast_reads(tmp_path: Path) -> None:
+    made(tmp_path / "q")
+    kept = json.loads((tmp_path / "q" / "arms.json").read_text())
+    of = {}
+    for readout in ("averaged", "rewards"):
+        kept["contrast"]["readout"] = readout
+        (tmp_path / "q" / "arms.json").write_text(json.dumps(kept))
+        write_sweep_report(tmp_path / "q")
+        settings = json.loads((tmp_path / "q" / "report.json").read_text())["settings"]
+        of[readout] = {one["setting"]: one for one in settings if one["setting"] == "many"}["many"]
+        (subset,) = of[readout]["subsets"].values()  # there is one, so it is the whole
+        assert subset == of[readout]["figures"][readout]
+    assert of["averaged"]["subsets"] != of["rewards"]["subsets"]
+
+
 def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> None:
     made(tmp_path / "q", seeds=2)
     kept = json.loads((tmp_path / "q" / "arms.json").read_text())

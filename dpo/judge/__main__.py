@@ -214,7 +214,7 @@ def main(argv: list[str]) -> int:
         return 0
 
     stopped = "no run folder is written; what was answered or written is kept, and the same command goes on"
-    return exit_code(argv, f"{USAGE}\n{help_text()}", command, stopped)
+    return exit_code(command, argv, f"{USAGE}\n{help_text()}", stopped)
 
 
 if __name__ == "__main__":
