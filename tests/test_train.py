@@ -434,8 +434,10 @@ def test_a_training_whose_validation_gets_no_better_ends_after_so_many_of_them(r
         "train.epochs=9",
         "train.eval_every_steps=1",
     )
-    ended = runs.results(*settings, "train.patience=2")["train"]
+    ended = runs.results(*settings, "train.patience=2", "train.checkpoint_every_steps=100")["train"]
     assert (ended["best_step"], ended["steps"]) == (1, 3)
+    checkpoints = runs.folder / "runs" / "smoke" / "latest" / "checkpoints"
+    assert [one.name for one in checkpoints.glob("step-*")] == ["step-000003"]  # the one at the end
 
 
 def test_pair_logps_holds_each_pairs_own_two_completions(tiny_folder):
