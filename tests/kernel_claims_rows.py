@@ -93,9 +93,9 @@ def rows_ignore_their_padding_and_write_nothing_beyond_a_buffer(k: ModuleType) -
     def run(z: Tensor) -> list[Tensor]:
         return gradients(lambda z: k.selective_log_softmax(z, y, backend="triton"), z, upstream=up)
 
-    clean = run(z)
-    with guarded_buffers():
+    with guarded_buffers():  # before anything is run without guards, which might write into the heap
         dirty = run(poisoned(z))
+    clean = run(z)
     taken = poisoned(z)
     whole = taken.as_strided((len(taken) + 40, taken.stride(0)), (taken.stride(0), 1))
     value = k.selective_log_softmax(taken.requires_grad_(), y, inplace_backward=True, backend="triton")
