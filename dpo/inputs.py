@@ -35,7 +35,7 @@ from models.tokenizer import Tokenizer, load_tokenizer, read_backend, read_varia
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-KEPT_BYTES = (2**30, 2**25)  # tensors up to this size come from memory that stays; the second where glibc is old
+KEPT_BYTES = 2**23  # tensors up to this size come from memory that stays: larger ones would leave holes
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Inputs:
 def set_up_cpu() -> None:
     """Make this process's arithmetic on CPUs fast; bits change only where they were denormal.
 
-    Peaked softmaxes make denormals, which slow a CPU thirty-fold. And glibc gives large tensors back to the kernel when
-    they are freed, to get them anew, page by page, a moment later: kept, they are copied and cast three times as fast.
+    Peaked softmaxes make denormals, which slow a CPU thirty-fold. And glibc gives tensors back to the kernel when they
+    are freed, to get them anew, page by page, a moment later: a layer's, kept, are copied and cast three times as fast.
     """
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        any(mallopt(M_MMAP_THRESHOLD, size) for size in KEPT_BYTES)  # the first that is not refused
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
