@@ -252,7 +252,9 @@ def test_the_command_counts_real_rows_and_says_that_they_fit(tmp_path, capsys):
 @pytest.mark.parametrize("gpus", ["64xH100", "256xH100"])
 def test_many_ranks_are_planned_within_a_minute(gpus, capsys):
     begin = time.perf_counter()
-    assert plan.main(["exp=study-large", f"gpus={gpus}", "lora.rank=0", "train.batch_pairs=256"]) == 0
+    assert (
+        plan.main(["exp=study-large", f"gpus={gpus}", "lora.rank=0", "train.batch_pairs=256", "pack.tokens=4096"]) == 0
+    )
     assert time.perf_counter() - begin < 60
     assert "gathered: root, a layer, the next" in capsys.readouterr().out
 
