@@ -54,17 +54,18 @@ DEEDS = {
 }
 
 
-def come_to_harm(moment: str) -> None:
+def come_to_harm(moment: str) -> int | None:
+    """Arranges it; the process that waits for a time, if it is one."""
     deed, _, when = moment.rpartition(" ")
     name, _, call = when.partition(":")
     victim = os.getpid()
     if not call:
-        if not os.fork():
-            time.sleep(float(when))
-            if os.getppid() == victim:
-                DEEDS[deed](victim)
-            os._exit(0)
-        return
+        if waiting := os.fork():
+            return waiting
+        time.sleep(float(when))
+        if os.getppid() == victim:
+            DEEDS[deed](victim)
+        os._exit(0)
     real, calls = OWNERS[name].__dict__[name], []
 
     def counting(*given: object, **named: object) -> object:
@@ -74,15 +75,18 @@ def come_to_harm(moment: str) -> None:
         return real(*given, **named)
 
     setattr(OWNERS[name], name, counting)
+    return None
 
 
 def one_rank(argv: list[str], kills: list[tuple[int, int, str]]) -> None:
-    for restart, rank, moment in kills:
-        if (restart, rank) == (int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])):
-            come_to_harm(moment)
+    here = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+    waiting = [come_to_harm(moment) for restart, rank, moment in kills if (restart, rank) == here]
     code = dpo.judge.__main__.main(argv[1:]) if argv[0] == "dpo.judge" else dpo.train.main(argv)
     if code:
         os._exit(code)
+    for process in filter(None, waiting):  # for a rank killed while it waits to return torch waits for ever
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 if __name__ == "__main__":
