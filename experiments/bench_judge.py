@@ -1,6 +1,6 @@
 """Judging speed: a local judge's verdicts against transformers', and what asking an endpoint costs.
 
-    python experiments/bench_judge.py [--rows 300] [--rounds 3] [--packs 1024 2048 4096] [--batches 1 2 4 8 16]
+    python experiments/bench_judge.py [--rows 300] [--rounds 3] [--packs 1024 1472 2176 4096] [--batches 1 2 4 8 16]
     python experiments/bench_judge.py --client [--rows 1000]
 
 Verdicts: rows of about 500 tokens in each order (a request of 90, two answers of 160, the judge's words), SmolLM2-135M,
@@ -202,7 +202,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--rows", type=int)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--packs", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--packs", type=int, nargs="+", default=[1024, 1472, 2176, 4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     asked = parser.parse_args()
     if asked.client:
