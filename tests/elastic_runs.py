@@ -2,16 +2,19 @@
 
 python tests/elastic_runs.py '[{"ranks": 2, "restarts": 1, "argv": [...], "kills": [[RESTART, RANK, MOMENT], ...]}]'
 A MOMENT is NAME:N, before the N-th call of a function, or a time in seconds after the rank's start. Then comes SIGKILL,
-or after "stop " SIGSTOP, or after "sleep " a very long sleep. Prints a line for each run: ended well, or not.
+or after "stop " SIGSTOP, "sleep " a very long sleep, "full " a full disk, "nan " a NaN in the first gradient given.
+Prints a line for each run: ended well, or not.
 """
 
+import errno
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import time
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 import safetensors.torch
 import torch._dynamo
@@ -27,9 +30,11 @@ import dpo.loop
 import dpo.reference
 import dpo.train
 import models.checkpoint
+from models.sharded import own_part
 
 OWNERS = {
     "learning_rate": dpo.loop,
+    "clip_gradients": dpo.loop,
     "save": safetensors.torch,
     "rename": os,
     "replace": os,
@@ -47,10 +52,16 @@ class Run(TypedDict):
     kills: list[tuple[int, int, str]]
 
 
-DEEDS = {
-    "": lambda victim: os.kill(victim, signal.SIGKILL),
-    "stop": lambda victim: os.kill(victim, signal.SIGSTOP),
-    "sleep": lambda victim: time.sleep(1e6),
+def fill_disk() -> NoReturn:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+DEEDS = {  # of the victim, and of what the call was given
+    "": lambda victim, *given: os.kill(victim, signal.SIGKILL),
+    "stop": lambda victim, *given: os.kill(victim, signal.SIGSTOP),
+    "sleep": lambda victim, *given: time.sleep(1e6),
+    "full": lambda victim, *given: fill_disk(),
+    "nan": lambda victim, parameters, *given: own_part(parameters[0].grad).values.fill_(math.nan),
 }
 
 
@@ -71,7 +82,7 @@ def come_to_harm(moment: str) -> int | None:
     def counting(*given: object, **named: object) -> object:
         calls.append(name)
         if len(calls) == int(call):
-            DEEDS[deed](victim)
+            DEEDS[deed](victim, *given)
         return real(*given, **named)
 
     setattr(OWNERS[name], name, counting)

@@ -17,6 +17,8 @@ import pytest
 from saved import saved_tensors
 from test_resume import litter, outcome
 
+from dpo.checkpoint import last_checkpoint
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     *("exp=smoke", "checkable.subsets=Focus", "checkable.train_rows=24", "checkable.test_rows=4"),
@@ -121,6 +123,29 @@ def test_begun_on_four_ranks_a_run_goes_on_with_two_with_one_and_with_four_again
     assert ends[0] == ends[-1] == "ended well" and all(end.startswith("failed") for end in ends[1:-1]), told[-4000:]
     one, other = (saved_tensors(folder_of(tmp_path, name) / "checkpoints" / "best") for name in ("whole", "run"))
     assert all((one[name] - other[name]).abs().max() <= 1e-9 for name in one)
+
+
+def test_a_nan_or_a_full_disk_of_one_rank_ends_both_with_the_last_checkpoint_whole(tmp_path):
+    """And a damaged part of a checkpoint is named; what is whole goes on to the bits of a run without a fault."""
+    faults = {"nan": "nan clip_gradients:3", "full": "full save:4"}  # save: steps 1, 2, the best at 2, step 3
+    given = [Run(name, [(0, 1, harm)], restarts=0) for name, harm in faults.items()]
+    ends, told = elastic(tmp_path, Run("unkilled"), *given)
+    assert ends[0] == "ended well" and [end[:6] for end in ends[1:]] == ["failed"] * 2, told[-4000:]
+    assert "error: step 2: the gradient's norm is nan; the weights are left as they were" in told
+    assert "step-000003: cannot write" in told and "No space left" in told and "\nTraceback" not in told
+    for name in faults:
+        checkpoints = folder_of(tmp_path, name) / "checkpoints"
+        assert last_checkpoint(checkpoints) == checkpoints / "step-000002" and not litter(checkpoints)
+
+    part = folder_of(tmp_path, "full") / "checkpoints" / "step-000002" / "shard-00002-model-00001-of-00001.safetensors"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-1])
+    (end,), told = elastic(tmp_path, Run("full", settings=("run.resume=latest",)))
+    assert end.startswith("failed") and f"{part.name} is not what was written" in told, told[-4000:]
+    part.write_bytes(whole)
+    ends, told = elastic(tmp_path, *(Run(name, settings=("run.resume=latest",)) for name in faults))
+    assert ends == ["ended well"] * 2, told[-4000:]
+    assert all(outcome(folder_of(tmp_path, name)) == outcome(folder_of(tmp_path, "unkilled")) for name in faults)
 
 
 def test_two_ranks_judge_each_row_once_with_the_verdicts_of_one_process(tmp_path):
