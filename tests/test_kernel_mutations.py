@@ -19,6 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 AT_ONCE = 2
 
+# The claims that run between guards, and run so first: what writes beyond a buffer is to meet them, not the heap.
+GUARDED = "padding_is_inert_and_nothing_is_written_beyond_a_buffer"
+GUARDED_ROWS = "rows_ignore_their_padding_and_write_nothing_beyond_a_buffer"
+
 # (file, claims that run: a list or a single one, what is replaced, by what); all occurrences are replaced
 MUTATIONS = {
     "nothing broken": ("triton_parts", "PAIRS", "", ""),
@@ -35,30 +39,30 @@ MUTATIONS = {
     "last part left out": ("triton_parts", "LINEAR", "range(0, parts)", "range(0, parts - 1)"),
     "parts not scaled": ("triton_parts", "LINEAR", "(scale * s_part)", "s_part"),
     "entropy of parts not shifted": ("triton_parts", "LINEAR", "(u_part + s_part.to(tl.float64) * shift)", "u_part"),
-    "sums of rows beyond T written": ("triton_parts", "padding_is_inert_and_nothing_is_written_beyond_a_buffer", "tl.store(S_OUT + t, s, mask=inside)", "tl.store(S_OUT + t, s)"),
+    "sums of rows beyond T written": ("triton_parts", GUARDED, "tl.store(S_OUT + t, s, mask=inside)", "tl.store(S_OUT + t, s)"),
     # linear_forward
     "words beyond V counted": ("linear_triton", "LINEAR", 'z = tl.where(v[None, :] < V, z, float("-inf"))', "z = z"),
     "tiles of words rounded down": ("linear_triton", "LINEAR", "tl.cdiv(T, BT), tl.cdiv(V, BV)", "tl.cdiv(T, BT), V // BV"),
     "one program too few": ("linear_triton", "LINEAR", '(triton.cdiv(T, tile["BT"]) * parts,)', '(triton.cdiv(T, tile["BT"]) * parts - 1,)'),
     "group of rows not cut at the end": ("linear_triton", "LINEAR", "tl.minimum(tiles_t - first, GROUP)", "GROUP"),
-    "maxima of rows beyond T written": ("linear_triton", "padding_is_inert_and_nothing_is_written_beyond_a_buffer", "tl.store(K + part, k, mask=t < T)", "tl.store(K + part, k)"),
+    "maxima of rows beyond T written": ("linear_triton", GUARDED, "tl.store(K + part, k, mask=t < T)", "tl.store(K + part, k)"),
     "target's logit by every tile": ("linear_triton", "LINEAR", " & (y >= v0) & (y < v0 + BV)", ""),
     "softcap's slope forgotten": ("linear_triton", "LINEAR", "e *= 1 - capped * capped", "e *= 1"),
     "target counted twice": ("linear_triton", "LINEAR", "rounded(tl.where(hit, 0.0, e)", "rounded(e"),
-    "exponentials beyond V or T written": ("linear_triton", "padding_is_inert_and_nothing_is_written_beyond_a_buffer", "mask=(t[:, None] < T) & (v[None, :] < V)", "mask=t[:, None] < T + 9"),
+    "exponentials beyond V or T written": ("linear_triton", GUARDED, "mask=(t[:, None] < T) & (v[None, :] < V)", "mask=t[:, None] < T + 9"),
     "32-bit offset of exponentials": ("linear_triton", "offsets_beyond_two_to_the_31_are_reached", "E + tl.cast(t0, tl.int64) * e_stride", "E + t0 * e_stride"),
     # linear_hidden_grad
     "tiles of columns rounded down": ("linear_triton", "LINEAR", "tiles_n = tl.cdiv(D, BN)", "tiles_n = tl.maximum(D // BN, 1)"),
     "scale of the wrong tile": ("linear_triton", "LINEAR", "tl.cast(v // BV, tl.int64)", "tl.cast(v // BK, tl.int64)"),
     "tiles not brought to one scale": ("linear_triton", "LINEAR", "power_of_two(k - k_row)[:, None]", "1.0"),
-    "gradient beyond T or D written": ("linear_triton", "padding_is_inert_and_nothing_is_written_beyond_a_buffer", "mask=(t[:, None] < T) & (n[None, :] < D)", "mask=t[:, None] < T"),
+    "gradient beyond T or D written": ("linear_triton", GUARDED, "mask=(t[:, None] < T) & (n[None, :] < D)", "mask=t[:, None] < T"),
     # linear_weight_grad, linear_target_rows
     "words always of the first scale": ("linear_triton", "LINEAR", "    K += tl.cast(v0 // BV, tl.int64) * T\n", ""),
     "chunks not added": ("linear_triton", "chunks_of_rows_and_recomputing_change_no_bits", "acc += tl.load(out, mask=inside, other=0.0)", "acc += 0"),
-    "weight gradient beyond V written": ("linear_triton", "padding_is_inert_and_nothing_is_written_beyond_a_buffer", "(v[:, None] < V) & (n[None, :] < D)", "(n[None, :] < D)"),
+    "weight gradient beyond V written": ("linear_triton", GUARDED, "(v[:, None] < V) & (n[None, :] < D)", "(n[None, :] < D)"),
     "only the first of equal targets": ("linear_triton", "LINEAR", "here = tl.load(Y + i, mask=i < T, other=-1)", "here = y - 1"),
     "every one of equal targets anew": ("linear_triton", "LINEAR", "if y != before", "if y >= 0"),
-    "target rows beyond D written": ("linear_triton", "padding_is_inert_and_nothing_is_written_beyond_a_buffer", "tl.store(out, acc, mask=n < D)", "tl.store(out, acc)"),
+    "target rows beyond D written": ("linear_triton", GUARDED, "tl.store(out, acc, mask=n < D)", "tl.store(out, acc)"),
     # row_forward, row_backward
     "row's maximum begins at 0": ("row_triton", "ROWS", 'top = tl.full([], float("-inf")', "top = tl.full([], 0.0"),
     "logits beyond V read": ("row_triton", "ROWS", 'mask=v < V, other=float("-inf")', 'mask=v < V + 9, other=float("-inf")'),
@@ -69,7 +73,7 @@ MUTATIONS = {
     "blocks of a row not rescaled": ("row_triton", "ROWS", "s = scale * s + ", "s = s + "),
     "entropy of blocks not shifted": ("row_triton", "ROWS", "(u + s * shift)", "u"),
     "first word never a target": ("row_triton", "ROWS", "(p == 0) & (y >= 0)", "(p == 0) & (y > 0)"),
-    "row's gradient beyond V written": ("row_triton", "rows_ignore_their_padding_and_write_nothing_beyond_a_buffer", "INTERPRET), mask=v < V)", "INTERPRET))"),
+    "row's gradient beyond V written": ("row_triton", GUARDED_ROWS, "INTERPRET), mask=v < V)", "INTERPRET))"),
     "target's own gradient forgotten": ("row_triton", "ROWS", "tl.where(v == y, at_target, out)", "out"),
     "ignored rows of nan": ("row_triton", "ROWS", "tl.where(factor == 0, 0.0, ", "tl.where(False, 0.0, "),
     # pair_forward, pair_backward
