@@ -108,8 +108,10 @@ class PackConfig(Section):
 class KernelsConfig(Section):
     """Which code computes the log-probs and the pairs' losses."""
 
-    backend: Literal["auto", "torch", "triton"] = Field(
-        "auto", description="auto = the fastest there is; triton on a CPU needs TRITON_INTERPRET=1 (for tests)"
+    backend: Literal["auto", "torch", "triton", "bf16"] = Field(
+        "auto",
+        description="auto = the fastest there is; triton on a CPU needs TRITON_INTERPRET=1 (for tests); bf16 rounds "
+        "the log-probs as most trainers do, to measure what that costs",
     )
 
 

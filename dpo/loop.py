@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, clip_gradients, gather, without_gradient
 from dpo.inputs import Inputs
 from dpo.log import MetricsLog, progress
-from dpo.pairs import TreeSums
+from dpo.logprobs import score_trees
+from dpo.pairs import TreeSums, tree_sums
 from dpo.routes import Routes
 from dpo.runs import write_json
 from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps, set_dropout
@@ -113,10 +114,16 @@ def train(
                 difference = float(torch.tensor(gather([sums["difference"]], ranks), dtype=torch.float64).max())
                 done.step0_loss, done.step0_max_difference = means(sums)["loss"], difference
                 if same_start and ranks.device.type == "cpu" and not difference <= STEP0_TOLERANCE:
+                    again = difference_again(policy, inputs, members, references, config, ranks)
                     raise UserError(
                         "step 0: policy and reference are the same weights, yet a completion's log-probs differ by "
-                        f"{difference:.2e} nats (allowed {STEP0_TOLERANCE}); the stored log-probs do not fit this "
-                        "machine or build: set reference.store to a new folder, and report this if it happens again"
+                        f"{difference:.2e} nats (allowed {STEP0_TOLERANCE}), computed once more by {again:.2e}; "
+                        + (
+                            "this machine gave two answers to one question: run again, and report this"
+                            if again <= STEP0_TOLERANCE
+                            else "the stored log-probs do not fit this machine or build: set reference.store to a new "
+                            "folder, and report this if it happens again"
+                        )
                     )
             rate = learning_rate(done.step, len(steps), config.train)
             grad_norm = clip_gradients(parameters, config.train.clip_norm, ranks)
@@ -176,6 +183,16 @@ def train(
     if ranks.first:
         write_json(finished, asdict(done))
     return done
+
+
+def difference_again(
+    policy: Decoder, inputs: Inputs, members: Sequence[int], references: TreeSums, config: Config, ranks: Ranks
+) -> float:
+    """The largest |policy - reference| of the completions of these trees, nats, by a pass of its own."""
+    trees = [inputs.train_trees[i] for i in members]
+    scored = score_trees(policy, trees, config.pack, ranks, "once more")
+    sums = [tree_sums(*of, config.loss) for of in zip(scored, trees, strict=True)]
+    return float((torch.cat(sums) - torch.cat([references[i] for i in members])).abs().max())
 
 
 def _same_run(state: dict[str, object], fresh: TrainState, place: Path) -> TrainState:

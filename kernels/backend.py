@@ -7,6 +7,8 @@ Three paths give the same numbers to fp32's accuracy:
     torch     plain torch, chunk by chunk: the CPU's, and whatever Triton cannot do
     chunked   the vendor's matrix product with fp32 output, our Triton row kernel, the vendor's product
     fused     our Triton kernels alone: no logits in memory, and a row's bits do not depend on the batch
+
+Backend "bf16" gives others: logits and softmax rounded as most trainers round them, to measure what that costs.
 """
 
 import importlib.metadata
@@ -20,7 +22,7 @@ import torch
 
 from kernels.tiles import ARCHS, TILES, has_tile, tile_of
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "bf16")
 OLDEST_TRITON = (3, 6)  # the oldest that the kernels were compiled with
 log = logging.getLogger("kernels")
 
@@ -133,11 +135,12 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: i
     """The path of linear_logprobs: "torch", "chunked" or "fused"; the same for a frozen head and one that trains.
 
     "triton" is the fused kernels, or the row kernel between library products where a fused one has no tile (fp32 too);
-    ValueError says what is missing. "auto" on a GPU that Triton cannot serve says so once, and why.
+    ValueError says what is missing. "auto" on a GPU that Triton cannot serve says so once, and why. "bf16" is the torch
+    path to all but the log-probs.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, BACKENDS))}")
-    if backend == "torch" or (backend == "auto" and device.type in ("cpu", "meta")):
+    if backend in ("torch", "bf16") or (backend == "auto" and device.type in ("cpu", "meta")):
         return "torch"
     missing, arch = why_not_triton(device, dtype), arch_of(device)
     tiled = dtype != torch.float32 or arch == "interpret"  # fp32 has no matrix units to feed, and its tiles spill
@@ -164,6 +167,8 @@ def describe(
     """What `resolve` picks, for a run's record: the path, why it is torch's, or the tile of each kernel in use."""
     path, arch = resolve(backend, device, dtype, T, D, V), arch_of(device)
     said = {"asked": backend, "path": path, "arch": arch}
+    if backend == "bf16":
+        return said | {"path": "bf16", "why": "asked for"}
     if path == "torch":
         return said | {"why": why_not_triton(device, dtype) or "asked for" if backend != "torch" else "asked for"}
     kernels = list(PATH_KERNELS[path])

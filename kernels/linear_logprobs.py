@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -78,6 +79,26 @@ def reference_linear_logprobs(
     ignored_T = targets_T == IGNORE_INDEX
     logp_T = logits_TV.log_softmax(-1).gather(1, targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
     return logp_T.masked_fill(ignored_T, 0.0)
+
+
+def rounded_logprobs(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """log softmax(logits)[target] with logits and softmax rounded to bf16, whole: as trainers do that keep such logits.
+
+    To measure what the rounding costs; no target may be ignored. Returns what linear_logprobs does.
+    """
+    bias_V = None if bias_V is None else bias_V.bfloat16()
+    logits_TV = F.linear(hidden_TD.bfloat16(), weight_VD.bfloat16(), bias_V)
+    if softcap is not None:
+        logits_TV = softcap * torch.tanh(logits_TV / softcap)
+    logp_TV = (logits_TV / temperature).log_softmax(-1)
+    return logp_TV.gather(1, targets_T[:, None])[:, 0].to(torch.promote_types(hidden_TD.dtype, torch.float32))
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -284,7 +305,8 @@ def linear_logprobs(
     every rank, to the same bits: sums run in rank order. The weight's gradient is the shard's.
 
     `chunk_tokens` is part of the torch path's numerics: rows at another chunk size may differ in the last bits.
-    `backend` is "auto", "torch" or "triton" (kernels/backend.py); "triton" where it cannot be had raises ValueError.
+    `backend` is "auto", "torch", "triton" or "bf16" (kernels/backend.py); "triton" where it cannot be had, and "bf16",
+    which is rounded_logprobs, with a shard or for more than log-probs, raise ValueError.
     """
     T, V = len(hidden_TD), len(weight_VD)
     assert hidden_TD.dim() == 2 and weight_VD.dim() == 2 and hidden_TD.shape[1] == weight_VD.shape[1], (
@@ -303,6 +325,11 @@ def linear_logprobs(
         raise IndexError(f"the targets {targets_T[wrong_T][:5].tolist()} lie outside [0, {V})")
     if not torch.is_grad_enabled():  # the function would keep J and probabilities: it sees requires_grad alone
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    if backend == "bf16":
+        if vocab_group is not None or return_lse or return_entropy:
+            raise ValueError("backend='bf16' has log-probs of a whole vocabulary alone")
+        found_T = rounded_logprobs(hidden_TD, weight_VD, targets_T.where(scored_T, 0), bias, temperature, softcap)
+        return found_T.where(scored_T, 0.0)
     path = backends.resolve(backend, hidden_TD.device, hidden_TD.dtype, T, hidden_TD.shape[1], V)
     local_T = (targets_T - vocab_start).where(scored_T & ~outside_T, -1)
     if path != "torch":

@@ -69,6 +69,21 @@ def test_two_steps_on_the_triton_kernels_give_the_losses_and_weights_of_the_torc
     assert (our_weights - weights).norm() <= 2 * (torch_weights - weights).norm()
 
 
+def test_log_probs_rounded_to_bf16_train_too_and_share_no_stored_reference_with_others(tmp_path):
+    runs = {}
+    for backend in ("torch", "bf16", "bf16"):
+        code, said = train(tmp_path, f"kernels.backend={backend}", "objective=responses")
+        assert code == 0, said
+        results = json.loads((tmp_path / "runs" / "smoke" / "latest" / "results.json").read_text())
+        assert results["step0_max_difference"] == 0
+        runs[backend] = outcome(tmp_path), results["reference"]["misses"], runs.get(backend, (0, None))[1]
+    (used, losses, _), misses, _ = runs["torch"]
+    (rounded, others, _), misses_again, misses_first = runs["bf16"]
+    assert (used["linear_logprobs"]["path"], rounded["linear_logprobs"]["path"]) == ("torch", "bf16")
+    assert misses == misses_first > 0 and misses_again == 0
+    assert 0 < abs(others[1] - losses[1]) < 0.05 and others[0] == losses[0]
+
+
 TREES = [random_tree(seed) for seed in range(8)]
 
 

@@ -125,6 +125,31 @@ def test_ignored_targets_score_zero_and_send_no_gradient_and_wrong_ones_are_refu
             linear_logprobs(hidden, weight, targets)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_backend_bf16_gives_what_torch_gives_of_bf16_logits_in_values_and_gradients(dtype):
+    hidden, weight, targets = make(33, 40, 97, dtype)
+    targets[3] = IGNORE_INDEX
+
+    def others(h, w, y):
+        logp = (h.bfloat16() @ w.bfloat16().T).log_softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0]
+        return logp.where(y >= 0, 0.0)
+
+    upstream = torch.randn(33, generator=torch.Generator().manual_seed(1))
+    ours = gradients(lambda h, w, y: linear_logprobs(h, w, y, backend="bf16"), hidden, weight, targets, upstream)
+    theirs = gradients(others, hidden, weight, targets, upstream)
+    assert ours[0].dtype == torch.promote_types(dtype, torch.float32)
+    for got, wanted in zip(ours, theirs, strict=True):
+        assert torch.equal(got.double(), wanted.double())
+    exact = reference_linear_logprobs(hidden.double(), weight.double(), targets)
+    assert (ours[0] - exact).abs().max() > 1000 * (linear_logprobs(hidden, weight, targets) - exact).abs().max()
+    rounded = linear_logprobs(hidden, weight, targets.clamp(min=0), backend="bf16", temperature=2.0, softcap=3.0)
+    plain = reference_linear_logprobs(hidden.double(), weight.double(), targets.clamp(min=0), None, 2.0, 3.0)
+    assert 0 < (rounded - plain).abs().max() < 0.1
+    for more in ({"return_lse": True}, {"return_entropy": True}, {"vocab_group": lambda x: [x]}):
+        with pytest.raises(ValueError, match="whole vocabulary"):
+            linear_logprobs(hidden, weight, targets, backend="bf16", **more)
+
+
 def test_nothing_of_tokens_times_vocabulary_is_held_when_the_head_is_frozen():
     """The largest tensor that the forward makes is one chunk's logits."""
     hidden, weight, targets = make(512, 16, 2000, torch.float32)

@@ -336,6 +336,18 @@ def test_a_stored_reference_that_does_not_fit_stops_the_run_at_step_0(runs, caps
     shutil.rmtree(store)
 
 
+def test_a_machine_that_computes_one_thing_twice_differently_is_told_from_a_store_that_does_not_fit(
+    runs, capsys, monkeypatch
+):
+    def off(*given, **named):
+        return accumulate_gradients(*given, **named) | {"difference": 0.003}
+
+    monkeypatch.setattr("dpo.loop.accumulate_gradients", off)
+    assert dpo.train.main(runs.argv()) == 2
+    said = capsys.readouterr().err
+    assert "computed once more by 0.00e+00" in said and "two answers" in said and "reference.store" not in said
+
+
 # --- learning, and picking the best ---------------------------------------------------------------------------------
 
 

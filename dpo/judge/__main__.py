@@ -28,12 +28,14 @@ from dpo.judge.statistics import Summary, Verdict, summarise
 from dpo.judge.written import Pen, written_replies
 from dpo.log import stage
 from dpo.logprobs import score_trees
+from dpo.packing import better_size
 from dpo.policy import load_policy, with_adapter
 from dpo.results import widest_interval
 from dpo.rows import Rows
 from dpo.runs import new_folder, write_json
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
+from dpo.trees import Tree
 from models.checkpoint import weights_fingerprint
 from models.errors import UserError, exit_code
 from models.files import atomic_write_text
@@ -45,6 +47,9 @@ usage: python -m dpo.judge [exp=NAME] [key=value ...]      (exp=judge where none
   python -m dpo.judge exp=quickstart judge.split=test model.path=path/to/model    (what that training judged)
   torchrun --nproc-per-node=8 -m dpo.judge model.path=path/to/model data.path=rows.jsonl    (one model over 8 GPUs)
 """
+
+
+HINTED_TREES = 256  # whose packing the hint is of
 
 
 class Judged(NamedTuple):
@@ -81,8 +86,22 @@ def by_model(config: Config, ranks: Ranks) -> Judged:
         return written_replies(pen, trees, most_invalid)
 
     name, rows = config.model.adapter or config.model.path, inputs.splits.test
+    if ranks.first and (hint := padding_hint(token_trees(rows, inputs.tokenizer, settings, inputs.cache), config)):
+        print(hint)
     said, answers = ask(rows, MOST_INVALID)
     return Judged(name, rows, inputs.attacked, said, answers, None, inputs.splits.report, lambda rows: ask(rows)[0])
+
+
+def padding_hint(trees: Sequence[Tree], config: Config) -> str:
+    """A line where packs of another size would be much fuller; by the first trees, "" where they fit well."""
+    better = better_size([trees[place] for place in range(min(len(trees), HINTED_TREES))], config.pack.tokens)
+    if better is None:
+        return ""
+    size, now, then = better
+    return (
+        f"packs of pack.tokens={config.pack.tokens} are {100 * now:.0f} % full; of {size} they would be "
+        f"{100 * then:.0f} %, and {now / then:.2f} of the tokens would run"
+    )
 
 
 def by_endpoint(config: Config) -> Judged:
