@@ -110,8 +110,7 @@ class KernelsConfig(Section):
 
     backend: Literal["auto", "torch", "triton", "bf16"] = Field(
         "auto",
-        description="auto = the fastest there is; triton on a CPU needs TRITON_INTERPRET=1 (for tests); bf16 rounds "
-        "the log-probs as most trainers do, to measure what that costs",
+        description="auto = the fastest; triton on a CPU needs TRITON_INTERPRET=1 (tests); bf16 = rounded as by others",
     )
 
 

@@ -16,13 +16,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event
+from threading import Event, Lock
 from typing import IO, NamedTuple, cast
 
 import torch
@@ -223,8 +223,13 @@ def locked(home: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def sweep(arms: Sequence[Arm], jobs: int = 1, *, any_source: bool) -> dict[str, int]:
-    """Run what is not finished, `jobs` arms at once; the exit codes of those that failed."""
+def sweep(
+    arms: Sequence[Arm], jobs: int = 1, *, any_source: bool, after: Callable[[], None] = lambda: None
+) -> dict[str, int]:
+    """Run what is not finished, `jobs` arms at once; the exit codes of those that failed.
+
+    `after` is called when an arm has finished, by one thread at a time.
+    """
     home = Path(arms[0].config.run.root).parent
     asks = check_arms(arms, any_source=any_source)
     todo = sum(not finished_folder(arm) for arm in arms)
@@ -232,7 +237,7 @@ def sweep(arms: Sequence[Arm], jobs: int = 1, *, any_source: bool) -> dict[str, 
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places_of(jobs, pick_device(arms[0].config)):
         free.put(place)
-    stopped = Event()
+    stopped, alone = Event(), Lock()
     leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that ask the same, and whether it is over
     for arm in arms:
         if name_of(arm) in asks:
@@ -269,6 +274,8 @@ def sweep(arms: Sequence[Arm], jobs: int = 1, *, any_source: bool) -> dict[str, 
             hours = sum(ended) / len(ended) * (todo - len(ended)) / jobs / 3600
             shares = f"averaged {100 * of['averaged_accuracy']:5.1f} % | consistent {100 * of['accuracy']:5.1f} %"
             print(f"| {told} | {shares} | {ended[-1] / 60:6.1f} min | {hours:5.1f} h left |", flush=True)
+            with alone:
+                after()
         return code
 
     with locked(home) as lock, interruptible() as interrupted, ThreadPoolExecutor(jobs) as pool:
@@ -370,9 +377,10 @@ def main(argv: list[str]) -> int:
             check_arms(arms, any_source=any_source)
             print(dry_run(arms, int(mine["jobs"])))
             return 0
-        failed = sweep(arms, int(mine["jobs"]), any_source=any_source)
         home = Path(arms[0].config.run.root).parent / "results"
         folder = Path(mine["results"]) / arms[0].config.exp if mine["results"] else home
+        # Verdicts are kept arm by arm: who stops a sweep of many hours has those of all that finished.
+        failed = sweep(arms, int(mine["jobs"]), any_source=any_source, after=lambda: keep(folder, arms, {}, given))
         keep(folder, arms, failed, given)
         print(f"{write_sweep_report(folder)}\nreport: {folder / 'report.html'}")
         return 1 if failed else 0

@@ -52,12 +52,17 @@ class Run(TypedDict):
     kills: list[tuple[int, int, str]]
 
 
+def kill(victim: int) -> None:
+    os.write(2, f"here comes SIGKILL to {victim}\n".encode())  # torch may name the other rank, which ends for it
+    os.kill(victim, signal.SIGKILL)
+
+
 def fill_disk() -> NoReturn:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 DEEDS = {  # of the victim, and of what the call was given
-    "": lambda victim, *given: os.kill(victim, signal.SIGKILL),
+    "": lambda victim, *given: kill(victim),
     "stop": lambda victim, *given: os.kill(victim, signal.SIGSTOP),
     "sleep": lambda victim, *given: time.sleep(1e6),
     "full": lambda victim, *given: fill_disk(),

@@ -325,23 +325,29 @@ def test_two_sweeps_never_share_a_folder(finished: list[str], capsys: pytest.Cap
     assert "a sweep, or an arm of one, runs there" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_the_arm_whole_and_starts_no_other(tmp_path: Path, finished: list[str]) -> None:
+def test_ctrl_c_ends_the_arm_whole_starts_no_other_and_leaves_the_verdicts_of_those_before(
+    tmp_path: Path, finished: list[str]
+) -> None:
     given = {argument.partition("=")[0]: argument for argument in finished}
-    given |= {"run.root": f"run.root={tmp_path}", "train.max_steps": "train.max_steps=0", "lr": "train.epochs=500"}
+    given |= {"run.root": f"run.root={tmp_path}", "train.max_steps": "train.max_steps=0"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "dpo.sweep", *given.values(), *SWEPT],
+        [sys.executable, "-m", "dpo.sweep", *given.values(), "sweep.train.epochs=1,500,501"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("smoke-sweep/*/smoke/*/metrics.jsonl")):
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("smoke-sweep/train.epochs=500/smoke/*/metrics.jsonl")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
     assert "the same command goes on" in err
-    assert out.count(": begins") == 1 and len(list(tmp_path.glob("smoke-sweep/*/smoke/latest/checkpoints/step-*"))) == 1
+    assert (
+        out.count(": begins") == 2 and len(list(tmp_path.glob("smoke-sweep/*00/smoke/latest/checkpoints/step-*"))) == 1
+    )
+    kept, settings = read_kept(tmp_path / "smoke-sweep" / "results")
+    assert [arm["setting"] for arm in kept["arms"]] == ["train.epochs=1"] and "train.epochs=1" in settings
 
 
 def test_a_broken_line_of_verdicts_is_named(tmp_path: Path) -> None:
