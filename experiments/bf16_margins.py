@@ -1,6 +1,6 @@
 """What log-probs rounded to bf16, as most trainers round them, do to a pair's margin: question i of questions.toml.
 
-    python experiments/bf16_margins.py exp=q_i_rank judge.split=test [model.adapter=RUN/model] [key=value ...]
+    python experiments/bf16_margins.py exp=q_i_rank judge.split=test [model.adapter=RUN/export/adapter] [key=value ...]
 
 Scores the held-out rows by kernels.backend=torch (fp32-grade log-probs) and by kernels.backend=bf16, same weights and
 same hidden states: as verdicts of one token, and as whole answers. The margin is log p(winner) - log p(loser), with

@@ -19,7 +19,6 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -56,11 +55,12 @@ def reference_logits(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """softcap * tanh((hidden weight^T + bias) / softcap) / temperature in fp64 [T, V]."""
-    logits_TV = hidden_TD.double() @ weight_VD.double().T
+    """softcap * tanh((hidden weight^T + bias) / softcap) / temperature, all of it in `dtype` [T, V]."""
+    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
     if bias_V is not None:
-        logits_TV = logits_TV + bias_V.double()
+        logits_TV = logits_TV + bias_V.to(dtype)
     if softcap is not None:
         logits_TV = softcap * torch.tanh(logits_TV / softcap)
     return logits_TV / temperature
@@ -73,32 +73,16 @@ def reference_linear_logprobs(
     bias_V: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """log softmax(logits)[target] in fp64, whole and slow; ignored targets give 0. Returns fp64 [T]."""
-    logits_TV = reference_logits(hidden_TD, weight_VD, bias_V, temperature, softcap)
+    """log softmax(logits)[target] in `dtype`, whole and slow; ignored targets give 0. Returns [T] in `dtype`.
+
+    In fp64 the truth; in bf16 what trainers get that keep logits and log-probs so (backend "bf16").
+    """
+    logits_TV = reference_logits(hidden_TD, weight_VD, bias_V, temperature, softcap, dtype)
     ignored_T = targets_T == IGNORE_INDEX
     logp_T = logits_TV.log_softmax(-1).gather(1, targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
     return logp_T.masked_fill(ignored_T, 0.0)
-
-
-def rounded_logprobs(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_T: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """log softmax(logits)[target] with logits and softmax rounded to bf16, whole: as trainers do that keep such logits.
-
-    To measure what the rounding costs; no target may be ignored. Returns what linear_logprobs does.
-    """
-    bias_V = None if bias_V is None else bias_V.bfloat16()
-    logits_TV = F.linear(hidden_TD.bfloat16(), weight_VD.bfloat16(), bias_V)
-    if softcap is not None:
-        logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    logp_TV = (logits_TV / temperature).log_softmax(-1)
-    return logp_TV.gather(1, targets_T[:, None])[:, 0].to(torch.promote_types(hidden_TD.dtype, torch.float32))
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------
@@ -306,7 +290,7 @@ def linear_logprobs(
 
     `chunk_tokens` is part of the torch path's numerics: rows at another chunk size may differ in the last bits.
     `backend` is "auto", "torch", "triton" or "bf16" (kernels/backend.py); "triton" where it cannot be had, and "bf16",
-    which is rounded_logprobs, with a shard or for more than log-probs, raise ValueError.
+    which has log-probs of a whole vocabulary alone, with a shard or for more, raise ValueError.
     """
     T, V = len(hidden_TD), len(weight_VD)
     assert hidden_TD.dim() == 2 and weight_VD.dim() == 2 and hidden_TD.shape[1] == weight_VD.shape[1], (
@@ -328,8 +312,9 @@ def linear_logprobs(
     if backend == "bf16":
         if vocab_group is not None or return_lse or return_entropy:
             raise ValueError("backend='bf16' has log-probs of a whole vocabulary alone")
-        found_T = rounded_logprobs(hidden_TD, weight_VD, targets_T.where(scored_T, 0), bias, temperature, softcap)
-        return found_T.where(scored_T, 0.0)
+        asked_T = targets_T.where(scored_T, IGNORE_INDEX)
+        rounded_T = reference_linear_logprobs(hidden_TD, weight_VD, asked_T, bias, temperature, softcap, torch.bfloat16)
+        return rounded_T.to(torch.promote_types(hidden_TD.dtype, torch.float32))
     path = backends.resolve(backend, hidden_TD.device, hidden_TD.dtype, T, hidden_TD.shape[1], V)
     local_T = (targets_T - vocab_start).where(scored_T & ~outside_T, -1)
     if path != "torch":

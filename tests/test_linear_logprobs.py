@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -130,21 +131,20 @@ def test_backend_bf16_gives_what_torch_gives_of_bf16_logits_in_values_and_gradie
     hidden, weight, targets = make(33, 40, 97, dtype)
     targets[3] = IGNORE_INDEX
 
-    def others(h, w, y):
-        logp = (h.bfloat16() @ w.bfloat16().T).log_softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0]
-        return logp.where(y >= 0, 0.0)
+    def others(h, w, y, softcap=None, temperature=1.0):
+        logits = h.bfloat16() @ w.bfloat16().T
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        return (logits / temperature).log_softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0].where(y >= 0, 0.0)
 
     upstream = torch.randn(33, generator=torch.Generator().manual_seed(1))
-    ours = gradients(lambda h, w, y: linear_logprobs(h, w, y, backend="bf16"), hidden, weight, targets, upstream)
-    theirs = gradients(others, hidden, weight, targets, upstream)
-    assert ours[0].dtype == torch.promote_types(dtype, torch.float32)
-    for got, wanted in zip(ours, theirs, strict=True):
-        assert torch.equal(got.double(), wanted.double())
-    exact = reference_linear_logprobs(hidden.double(), weight.double(), targets)
-    assert (ours[0] - exact).abs().max() > 1000 * (linear_logprobs(hidden, weight, targets) - exact).abs().max()
-    rounded = linear_logprobs(hidden, weight, targets.clamp(min=0), backend="bf16", temperature=2.0, softcap=3.0)
-    plain = reference_linear_logprobs(hidden.double(), weight.double(), targets.clamp(min=0), None, 2.0, 3.0)
-    assert 0 < (rounded - plain).abs().max() < 0.1
+    for more in ({}, {"softcap": 3.0, "temperature": 2.0}):
+        got, wanted, exact = (
+            gradients(partial(function, **more, **backend), hidden, weight, targets, upstream)
+            for function, backend in ((linear_logprobs, {"backend": "bf16"}), (others, {}), (linear_logprobs, {}))
+        )
+        assert got[0].dtype == exact[0].dtype == torch.promote_types(dtype, torch.float32)
+        for ours, theirs, unrounded in zip(got, wanted, exact, strict=True):
+            assert torch.equal(ours.double(), theirs.double()) and not torch.equal(ours, unrounded)
     for more in ({"return_lse": True}, {"return_entropy": True}, {"vocab_group": lambda x: [x]}):
         with pytest.raises(ValueError, match="whole vocabulary"):
             linear_logprobs(hidden, weight, targets, backend="bf16", **more)

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ def by_model(config: Config, ranks: Ranks) -> Judged:
 
 def padding_hint(trees: Sequence[Tree], config: Config) -> str:
     """A line where packs of another size would be much fuller; by the first trees, "" where they fit well."""
-    better = better_size([trees[place] for place in range(min(len(trees), HINTED_TREES))], config.pack.tokens)
+    better = better_size(list(islice(trees, HINTED_TREES)), config.pack.tokens)
     if better is None:
         return ""
     size, now, then = better
