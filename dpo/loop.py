@@ -114,17 +114,7 @@ def train(
                 difference = float(torch.tensor(gather([sums["difference"]], ranks), dtype=torch.float64).max())
                 done.step0_loss, done.step0_max_difference = means(sums)["loss"], difference
                 if same_start and ranks.device.type == "cpu" and not difference <= STEP0_TOLERANCE:
-                    again = difference_again(policy, inputs, members, references, config, ranks)
-                    raise UserError(
-                        "step 0: policy and reference are the same weights, yet a completion's log-probs differ by "
-                        f"{difference:.2e} nats (allowed {STEP0_TOLERANCE}), computed once more by {again:.2e}; "
-                        + (
-                            "this machine gave two answers to one question: run again, and report this"
-                            if again <= STEP0_TOLERANCE
-                            else "the stored log-probs do not fit this machine or build: set reference.store to a new "
-                            "folder, and report this if it happens again"
-                        )
-                    )
+                    raise refused_start(difference, policy, inputs, members, references, config, ranks)
             rate = learning_rate(done.step, len(steps), config.train)
             grad_norm = clip_gradients(parameters, config.train.clip_norm, ranks)
             if not math.isfinite(grad_norm):
@@ -185,14 +175,31 @@ def train(
     return done
 
 
-def difference_again(
-    policy: Decoder, inputs: Inputs, members: Sequence[int], references: TreeSums, config: Config, ranks: Ranks
-) -> float:
-    """The largest |policy - reference| of the completions of these trees, nats, by a pass of its own."""
+def refused_start(
+    difference: float,
+    policy: Decoder,
+    inputs: Inputs,
+    members: Sequence[int],
+    references: TreeSums,
+    config: Config,
+    ranks: Ranks,
+) -> UserError:
+    """What to tell where step 0 found this difference, nats; a second pass over its trees says who is at fault."""
     trees = [inputs.train_trees[i] for i in members]
     scored = score_trees(policy, trees, config.pack, ranks, "once more")
-    sums = [tree_sums(*of, config.loss) for of in zip(scored, trees, strict=True)]
-    return float((torch.cat(sums) - torch.cat([references[i] for i in members])).abs().max())
+    sums = torch.cat([tree_sums(*of, config.loss) for of in zip(scored, trees, strict=True)])
+    again = float((sums - torch.cat([references[i] for i in members])).abs().max())
+    if again <= STEP0_TOLERANCE:
+        why = "this machine gave two answers to one question: run again, and report this"
+    else:
+        why = (
+            "the stored log-probs do not fit this machine or build: set reference.store to a new folder, and report "
+            "this if it happens again"
+        )
+    return UserError(
+        "step 0: policy and reference are the same weights, yet a completion's log-probs differ by "
+        f"{difference:.2e} nats (allowed {STEP0_TOLERANCE}), computed once more by {again:.2e}; {why}"
+    )
 
 
 def _same_run(state: dict[str, object], fresh: TrainState, place: Path) -> TrainState:
