@@ -28,7 +28,7 @@ from dpo.sweep_report import write_sweep_report
 from models.errors import UserError, exit_code
 from models.files import atomic_write_text
 
-USAGE = "usage: python -m dpo.report RUN_FOLDER...   or a sweep's results, e.g. experiments/results/NAME"
+USAGE = "usage: python -m dpo.report RUN_FOLDER...   or sweeps' results, e.g. experiments/results/*"
 
 
 def report_page(runs: Sequence[Run]) -> Page:
@@ -402,12 +402,15 @@ def main(argv: list[str]) -> int:
     def command() -> int:
         if not argv:
             raise UserError(f"give a run folder, or several to compare. {USAGE}")
-        home = Path(argv[0])
-        if len(argv) == 1 and (home / "arms.json").is_file():
-            write_sweep_report(home)
-        else:
-            home = write_report([Path(argument) for argument in argv])
-        print(f"report: {home / 'report.html'}")
+        folders = [Path(argument) for argument in argv]
+        sweeps = [folder for folder in folders if (folder / "arms.json").is_file()]
+        if sweeps and len(sweeps) < len(folders):
+            named = ", ".join(map(str, sweeps))
+            raise UserError(f"{named}: results of a sweep, and the other folders are not; name either alone. {USAGE}")
+        for folder in sweeps:
+            write_sweep_report(folder)
+        for home in sweeps or [write_report(folders)]:
+            print(f"report: {home / 'report.html'}")
         return 0
 
     return exit_code(command, argv, USAGE)

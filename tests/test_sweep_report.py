@@ -20,6 +20,7 @@ from dpo.judge.statistics import (
     verdict_record,
     wilson_interval,
 )
+from dpo.report import main
 from dpo.sweep_report import Judged, difference, over_seeds, read_kept, write_sweep_report
 from models.errors import UserError
 
@@ -211,6 +212,17 @@ def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> No
     text = write_sweep_report(tmp_path / "q")
     cells = [line.split("|")[1:-1] for line in text.partition("## Attacks")[2].splitlines() if "few" in line][0]
     assert [cell.strip() for cell in cells] == ["few", "20.0 [0.0, 100.0]"]
+
+
+def test_the_command_makes_the_reports_of_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        made(folder, seeds=1)
+    assert main([str(folder) for folder in folders]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"report: {folder / 'report.html'}" for folder in folders]
+    assert all((folder / "report.html").is_file() for folder in folders)
+    assert main([str(folders[0]), str(tmp_path)]) == 2
+    assert f"{folders[0]}: results of a sweep" in capsys.readouterr().err
 
 
 def test_damaged_results_are_named(tmp_path: Path) -> None:
