@@ -374,23 +374,24 @@ def _slope(x: Sequence[float], names: Sequence[str], settings: Settings, seed: i
 
 
 def _attacks(kept: Kept) -> list[Block]:
-    """How often each attack wins over the trained judges of a setting: the mean of its seeds."""
-    shares: dict[str, dict[str, list[Success]]] = {}
+    """How often each attack wins over the base and the trained judges of a setting: the mean of its seeds."""
+    shares: dict[str, dict[str, dict[int, Success]]] = {"base": {}}  # by setting, attack and seed
     for arm in kept["arms"]:
         for of in arm.get("attacks", []):
-            if of["judge"] == "trained":
-                shares.setdefault(arm["setting"], {}).setdefault(of["attack"], []).append(of)
+            if of["judge"] in ("base", "trained"):
+                setting = arm["setting"] if of["judge"] == "trained" else "base"
+                shares.setdefault(setting, {}).setdefault(of["attack"], {})[arm["seed"]] = of
     names = list(dict.fromkeys(name for of in shares.values() for name in of))
     rows = [("setting", *names)]
     for setting, by_name in shares.items():
-        there = [by_name.get(name, []) for name in names]
+        there = [list(by_name.get(name, {}).values()) for name in names]
         figures = [of and mean_share([one["wins"] / one["n"] for one in of], of[0]["interval"]) for of in there]
         rows.append((setting, *(_percent(figure) if figure else "" for figure in figures)))
     text = (
-        "Of answers that lose when clean, by the order-averaged log-odds of the trained judge, the share in % that "
+        "Of answers that lose when clean, by the order-averaged log-odds of the same judge, the share in % that "
         "wins when attacked; in brackets 95 % intervals, Student's over seeds where there are several."
     )
-    return [Table("Attacks on the trained judges", rows), Text("paragraph", text)] if names else []
+    return [Table("Attacks on the judges", rows), Text("paragraph", text)] if names else []
 
 
 def _without_holm(of: Difference) -> dict[str, object]:

@@ -210,8 +210,9 @@ def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> No
         arm["attacks"] = [of | {"judge": "base", "wins": 9}, of | {"judge": "trained", "wins": wins}]
     (tmp_path / "q" / "arms.json").write_text(json.dumps(kept))
     text = write_sweep_report(tmp_path / "q")
-    cells = [line.split("|")[1:-1] for line in text.partition("## Attacks")[2].splitlines() if "few" in line][0]
-    assert [cell.strip() for cell in cells] == ["few", "20.0 [0.0, 100.0]"]
+    table = text.partition("## Attacks")[2].partition("##")[0]
+    rows = dict(re.findall(r"^\| (\w+) +\| +(.*?) \|$", table, flags=re.M))
+    assert rows["few"] == "20.0 [0.0, 100.0]" and rows["base"] == "90.0 [90.0, 90.0]"
 
 
 def test_the_command_makes_the_reports_of_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
