@@ -165,8 +165,8 @@ def chart(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
     return _svg(title, f"{y.label} over {x.label}. {'; '.join(told)}.", body, legend + LINE * len(marks) - 8)
 
 
-def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]]]], names: Sequence[str]) -> str:
-    """Shares in [0, 1] with their intervals, a bar for each of `names` in each group; dashed: one half."""
+def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]] | None]], names: Sequence[str]) -> str:
+    """Shares in [0, 1] with their intervals, a bar for each of `names` that a group has; dashed: one half."""
     left, right, y = 8, WIDTH - 48, 30.0
 
     def place(share: float) -> float:
@@ -176,7 +176,10 @@ def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]]
     for group, shares in groups.items():
         body.append(f'<text x="{left}" y="{y + 11:g}">{html.escape(group)}</text>')
         y += 17
-        for tone, (share, (low, high)) in enumerate(shares):
+        for tone, of in enumerate(shares):
+            if of is None:
+                continue
+            share, (low, high) = of
             colour = f"var(--tone{tone % len(SHAPES)})"
             body.append(
                 f'<rect x="{left}" y="{y:g}" width="{place(share) - left:.1f}" height="11" fill="{colour}" '

@@ -303,10 +303,9 @@ def _standings(standings: Sequence[Standing], arms: Sequence[KeptArm]) -> list[B
         "log-odds of both orders favour; consistent: right in both orders; rewards: by the implicit rewards of the "
         "answers. Prefers the longer: of pairs with answers of over 30 characters' difference; Student's over seeds."
     )
-    shared = [readout for readout in shown if all(readout in one.figures for one in standings)]
-    shares = {one.setting: [one.figures[readout] for readout in shared] for one in standings}
+    shares = {one.setting: [one.figures.get(readout) for readout in shown] for one in standings}
     title = "Every setting"
-    return [Plot("settings", title, bars(title, shares, shared)), Table(title, rows), Text("paragraph", text)]
+    return [Plot("settings", title, bars(title, shares, shown)), Table(title, rows), Text("paragraph", text)]
 
 
 def _differences(found: Sequence[Difference]) -> list[Block]:

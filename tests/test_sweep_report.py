@@ -186,6 +186,14 @@ def test_judges_of_both_sights_have_a_base_and_a_readout_of_their_own(tmp_path: 
     assert settings["many"][0]["blind"] == settings["many"][0]["trained"] == settings["many"][0]["sighted"]
 
 
+def test_the_plot_of_settings_has_what_each_of_them_has(tmp_path: Path) -> None:
+    made(tmp_path / "q", seeds=2)
+    write_sweep_report(tmp_path / "q")
+    drawn = (tmp_path / "q" / "plots" / "settings.svg").read_text()
+    assert "few, rewards: " in drawn and "base, averaged: " in drawn and "base, rewards: " not in drawn
+    assert drawn.count("<rect ") == 3 * 4 - 1  # of base, few, many; but a base has no implicit reward
+
+
 def test_subsets_are_read_as_the_contrast_reads(tmp_path: Path) -> None:
     made(tmp_path / "q")
     kept = json.loads((tmp_path / "q" / "arms.json").read_text())
