@@ -8,20 +8,15 @@ HTML's own policy lets no script run but page.js. No dimension letters. Read nex
 
 import base64
 import hashlib
-import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dpo.escape import escaped, visible
 from dpo.plots import STYLE
 
-# Controls, marks that turn or hide what follows, "tag" letters that nobody sees, halves of surrogate pairs.
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\uffff"
-    "\ud800-\udfff\U000e0000-\U000e007f]"
-)
 MARKS = {"win": "✓", "loss": "✗", "tie": "⇄", "invalid": "–"}
 SAYS = {"win": "right", "loss": "wrong", "tie": "flips", "invalid": "no verdict"}
 
@@ -83,11 +78,6 @@ class Page:
 # --- markdown -------------------------------------------------------------------------------------------------------
 
 
-def visible(text: str) -> str:
-    """The text with every character that would turn or hide others, or is none, spelled out as [U+202E]."""
-    return UNSEEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", text)
-
-
 def to_markdown(page: Page) -> str:
     """The page as GitHub-flavoured markdown; its plots are files in plots/."""
     sections = (f"## {_escaped(name)}\n\n{markdown(blocks)}" for name, blocks in page.sections.items())
@@ -133,10 +123,10 @@ def to_html(page: Page) -> str:
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     places = {name: f"section-{number}" for number, name in enumerate(page.sections, 1)}
     links = "".join(
-        f'<li><a href="#{place}">{_text(name.partition(":")[0])}</a></li>' for name, place in places.items()
+        f'<li><a href="#{place}">{escaped(name.partition(":")[0])}</a></li>' for name, place in places.items()
     )
     sections = "\n".join(
-        f'<section aria-labelledby="{places[name]}">\n<h2 id="{places[name]}">{_text(name)}</h2>\n{_html(blocks)}\n'
+        f'<section aria-labelledby="{places[name]}">\n<h2 id="{places[name]}">{escaped(name)}</h2>\n{_html(blocks)}\n'
         "</section>"
         for name, blocks in page.sections.items()
     )
@@ -144,15 +134,11 @@ def to_html(page: Page) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy};">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(page.title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
-        f'<a class="skip" href="#main">Skip to the figures</a>\n<header>\n<h1>{_text(page.title)}</h1>\n'
+        f"<title>{escaped(page.title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
+        f'<a class="skip" href="#main">Skip to the figures</a>\n<header>\n<h1>{escaped(page.title)}</h1>\n'
         f'{_html(page.lead)}\n</header>\n<nav aria-label="Sections"><ul>{links}</ul></nav>\n'
         f'<main id="main">\n{sections}\n</main>\n<script>{script}</script>\n</body>\n</html>\n'
     )
-
-
-def _text(text: str) -> str:
-    return html.escape(visible(text))
 
 
 def _html(blocks: Sequence[Block]) -> str:
@@ -169,14 +155,14 @@ def _block(block: Block) -> str:
     match block:
         case Table():
             header, *rows = block.rows
-            head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in header)
+            head = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in header)
             body = "\n".join(
-                f'<tr><th scope="row">{_text(row[0])}</th>{"".join(f"<td>{_text(cell)}</td>" for cell in row[1:])}</tr>'
-                for row in rows
+                f'<tr><th scope="row">{escaped(name)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in cells)}</tr>'
+                for name, *cells in rows
             )
             return (
-                f'<div class="wide" role="region" tabindex="0" aria-label="{_text(block.caption)}"><table>'
-                f"<caption>{_text(block.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+                f'<div class="wide" role="region" tabindex="0" aria-label="{escaped(block.caption)}"><table>'
+                f"<caption>{escaped(block.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
                 f"<tbody>\n{body}\n</tbody></table></div>"
             )
         case Plot():
@@ -184,9 +170,9 @@ def _block(block: Block) -> str:
         case Cases():
             return _cases(block.cases)
         case Text(kind="command"):
-            return f'<pre tabindex="0"><code>{_text(block.text)}</code></pre>'
+            return f'<pre tabindex="0"><code>{escaped(block.text)}</code></pre>'
         case _:
-            return f'<p class="{block.kind}">{_text(block.text)}</p>'
+            return f'<p class="{block.kind}">{escaped(block.text)}</p>'
 
 
 def _cases(cases: Sequence[Case]) -> str:
@@ -202,7 +188,7 @@ def _cases(cases: Sequence[Case]) -> str:
     }
     filters = ""
     for name, (label, all_of_them, options) in choices.items():
-        listed = "".join(f'<option value="{value}">{_text(shown)}</option>' for value, shown in options.items())
+        listed = "".join(f'<option value="{value}">{escaped(shown)}</option>' for value, shown in options.items())
         filters += (
             f'<label>{label} <select id="{name}"><option value="">{all_of_them}</option>{listed}</select></label>'
         )
@@ -217,19 +203,19 @@ def _case(case: Case, subsets: Sequence[str], judges: Sequence[str], whys: Seque
     said = " ".join(case.outcomes.get(name, "none") for name in judges)
     why = " ".join(str(whys.index(one)) for one in case.why)
     chips = "".join(
-        f' <span class="chip {outcome}">{MARKS[outcome]} <bdi>{_text(name)}</bdi> {SAYS[outcome]}</span>'
+        f' <span class="chip {outcome}">{MARKS[outcome]} <bdi>{escaped(name)}</bdi> {SAYS[outcome]}</span>'
         for name, outcome in case.outcomes.items()
     )
     odds: list[tuple[str, ...]] = [("judge", "chosen first", "chosen second", "averaged")]
     odds += [(name, *(f"{nats:+.2f}" for nats in (*of, sum(of) / 2))) for name, of in case.odds.items()]
     texts = "".join(
-        f'<div><h3>{_text(name)}</h3><div class="text" dir="auto" tabindex="0" role="group" aria-label="{_text(name)}">'
-        f"{_text(text)}</div></div>"
+        f'<div><h3>{escaped(name)}</h3><div class="text" dir="auto" tabindex="0" role="group" '
+        f'aria-label="{escaped(name)}">{escaped(text)}</div></div>'
         for name, text in case.texts.items()
     )
     return (
         f'<details data-subset="{subsets.index(case.subset)}" data-said="{said}" data-why="{why}"><summary>'
-        f'<bdi>{_text(case.subset)}</bdi> · <bdi class="id">{_text(case.id)}</bdi>{chips}</summary>\n'
-        f'<p>{_text("; ".join(case.why))}.</p><div class="texts">{texts}</div>\n'
+        f'<bdi>{escaped(case.subset)}</bdi> · <bdi class="id">{escaped(case.id)}</bdi>{chips}</summary>\n'
+        f'<p>{escaped("; ".join(case.why))}.</p><div class="texts">{texts}</div>\n'
         f"{_block(Table('Log-odds of the chosen answer (nats)', odds))}</details>"
     )

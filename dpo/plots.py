@@ -4,13 +4,13 @@ No dimension letters. A chart is 400 wide, so that its text is as large on a pho
 Read next: dpo/report.py.
 """
 
-import html
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dpo.escape import escaped
 from dpo.results import Metrics, Results, widest_interval
 
 WIDTH, LEFT, RIGHT, TOP, HEIGHT, LINE = 400, 46, 388, 30, 200, 17
@@ -80,7 +80,7 @@ def _label(axis: Axis, tick: float) -> str:
 
 
 def _svg(title: str, description: str, body: Sequence[str], height: float) -> str:
-    title, description = html.escape(title), html.escape(description)
+    title, description = escaped(title), escaped(description)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img">'
         f'<title>{title}</title><desc>{description}</desc><text class="name" x="4" y="16">{title}</text>\n'
@@ -109,7 +109,7 @@ def _legend(marks: Sequence[Mark], y: float) -> list[str]:
             lines.append(f'<path d="M{LEFT} {y - 4:g}h22" {_stroke(mark)}/>')
         if mark.kind in ("points", "joined"):
             lines.append(_point(LEFT + 11, y - 4, mark.tone))
-        lines.append(f'<text x="{LEFT + 30}" y="{y:g}">{html.escape(mark.name)}</text>')
+        lines.append(f'<text x="{LEFT + 30}" y="{y:g}">{escaped(mark.name)}</text>')
         y += LINE
     return lines
 
@@ -135,7 +135,7 @@ def chart(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
     for tick in scale_x[2]:
         at = place_x(10**tick if x.log else tick)
         body.append(f'<text x="{at:.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{_label(x, tick)}</text>')
-    label = html.escape(x.label)
+    label = escaped(x.label)
     body.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{TOP + HEIGHT + 35}" text-anchor="middle">{label}</text>')
     told = []
     for mark in marks:
@@ -174,7 +174,7 @@ def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]]
 
     body, told = [], []
     for group, shares in groups.items():
-        body.append(f'<text x="{left}" y="{y + 11:g}">{html.escape(group)}</text>')
+        body.append(f'<text x="{left}" y="{y + 11:g}">{escaped(group)}</text>')
         y += 17
         for tone, of in enumerate(shares):
             if of is None:

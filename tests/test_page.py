@@ -14,6 +14,7 @@ from dpo.judge.local import write_verdicts
 from dpo.judge.statistics import Verdict, averaged_scores, compare, summarise
 from dpo.judged import MOST_CHARACTERS, judges_of, read_run, shared_pairs
 from dpo.page import SAYS, Page, Table, to_html, to_markdown
+from dpo.plots import Axis, Mark, bars, chart
 from dpo.report import main, write_report
 from dpo.rows import read_rows
 
@@ -199,7 +200,8 @@ def test_a_long_answer_is_cut_with_a_note(page: Path) -> None:
 def test_marks_that_turn_or_hide_text_are_spelled_out() -> None:
     nasty = "a\u202eb\u200bc\x00d\ud800e\U000e0041f é 漢 \u200d"
     page = Page(nasty, [], {"rows": [Table(nasty, [(nasty, nasty)])]})
-    for text in (to_html(page), to_markdown(page)):
+    line = chart(nasty, Axis(nasty), Axis(nasty), [Mark(nasty, [0, 1], [0, 1])])
+    for text in (to_html(page), to_markdown(page), bars(nasty, {nasty: [(0.5, (0.4, 0.6))]}, [nasty]), line):
         assert "a[U+202E]b[U+200B]c[U+0000]d[U+D800]e[U+E0041]f é 漢 \u200d" in text
         assert not re.search("[\u202e\u200b\x00\ud800\U000e0041]", text)
         text.encode()
