@@ -62,6 +62,7 @@ class Judged(NamedTuple):
     replies: list[Floats]  # of each row (dpo/judge/protocols.py)
     answers: list[Answer]  # one a question, where it was written
     usage: Usage | None  # of an endpoint, for these answers
+    spent: Usage | None  # for all that it was asked so far
     data: dict[str, object]  # of the rows
     reply: Callable[[Rows], list[Floats]]  # of other rows
 
@@ -90,7 +91,9 @@ def by_model(config: Config, ranks: Ranks) -> Judged:
     if ranks.first and (hint := padding_hint(token_trees(rows, inputs.tokenizer, settings, inputs.cache), config)):
         print(hint)
     said, answers = ask(rows, MOST_INVALID)
-    return Judged(name, rows, inputs.attacked, said, answers, None, inputs.splits.report, lambda rows: ask(rows)[0])
+    return Judged(
+        name, rows, inputs.attacked, said, answers, None, None, inputs.splits.report, lambda rows: ask(rows)[0]
+    )
 
 
 def padding_hint(trees: Sequence[Tree], config: Config) -> str:
@@ -118,7 +121,8 @@ def by_endpoint(config: Config) -> Judged:
 
     said, answers = ask_rows(splits.test, ask, settings)
     attacked = attacked_rows(splits.test, config.judge.attacks, config.seed, cache)
-    return Judged(config.endpoint.model, splits.test, attacked, said, answers, replace(usage), splits.report, reply)
+    asked = replace(usage)  # what the attacks take is added to `usage` later
+    return Judged(config.endpoint.model, splits.test, attacked, said, answers, asked, usage, splits.report, reply)
 
 
 def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> dict[str, float]:
@@ -179,6 +183,8 @@ def run(config: Config) -> Path:
     results |= {"benchmark": benchmark} if benchmark else {}
     if judged.usage:
         results["endpoint"] = asdict(judged.usage)
+    if judged.spent and judged.attacked:
+        results["endpoint_with_attacks"] = asdict(judged.spent)
     write_json(folder / "results.json", results)
     print(told(folder, judged, summary, benchmark, attacks))
     return folder
@@ -217,12 +223,18 @@ def told(
         shares = ", ".join(f"{one['attack']} {100 * one['wins'] / one['n']:.1f} %" for one in attacks)
         lines.append(f"of answers that lose clean, so many win when attacked: {shares}")
     if usage := judged.usage:
-        cost = "no price known" if usage.cost is None else f"{usage.cost:.4f} dollars"
-        lines.append(
-            f"{len(judged.answers):,} answers: {usage.found:,} kept from before, {usage.unanswered:,} never had, "
-            f"{usage.failed_tries:,} failed tries; {usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens, {cost}"
-        )
+        lines.append(f"{len(judged.answers):,} answers: {_spent(usage)}")
+    if judged.spent and judged.attacked:
+        lines.append(f"with the attacks: {_spent(judged.spent)}")
     return "\n".join([*lines, f"results: {folder / 'results.json'}"])
+
+
+def _spent(usage: Usage) -> str:
+    cost = "no price known" if usage.cost is None else f"{usage.cost:.4f} dollars"
+    return (
+        f"{usage.found:,} kept from before, {usage.unanswered:,} never had, {usage.failed_tries:,} failed tries; "
+        f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens, {cost}"
+    )
 
 
 def main(argv: list[str]) -> int:
