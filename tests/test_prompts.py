@@ -76,6 +76,7 @@ def test_a_template_of_ones_own_is_read_and_rendered(tmp_path: Path) -> None:
         ("{{answer}}", '["good", "bad"]', "", "rate", "numbers, or some are `passing`"),
         ("{{answer}}", '["good", "bad"]', 'passing = ["great"]', "rate", "numbers, or some are `passing`"),
         ("{{answer}}", '["1"]', "", "rate", "labels are"),
+        ("{{answer}}", '["-1", "1"]', "", "rate", "labels are"),
         ("{{answer}}", '["1", "2"]', "rubric = 1", "rate", "the key rubric; allowed are labels"),
         ("{{answer}}", "1", "", "rate", "must be TOML with"),
         ("{{answer}}", "[", "", "rate", "must be TOML with"),

@@ -139,7 +139,8 @@ def test_the_last_boxed_letter_or_one_on_its_own_line_is_chosen(text: str, label
 @pytest.mark.parametrize(
     ("text", "rating"),
     [("7", "7"), ("Rating: 10", "10"), ("It is fine.\n\n**Score: 8/10**", "8"), ("[[3]]", "3"), ("11", None)]
-    + [("0", None), ("7 of 10 people", None), ("7\n8", None), ("7.5", None)],
+    + [("0", None), ("7 of 10 people", None), ("7\n8", None), ("7.5", None), ("8 / 10", "8"), ("Rating - 8", "8")]
+    + [("8/5", None), ("-8", None), ("Rating: -8", None), ("**−8**", None)],
 )
 def test_a_rating_is_a_whole_number_on_a_line_of_its_own(text: str, rating: str | None) -> None:
     labels = read_template("", "rate").labels

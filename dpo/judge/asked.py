@@ -95,8 +95,10 @@ def verdict_odds(answer: Answer) -> float:
 def _line_pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
     of_words = [f"(?i:{re.escape(label)})" if len(label) > 1 else re.escape(label) for label in labels]
     said = "(?:the )?(?:better |best )?(?:answer|verdict|choice|winner|rating|score)(?: is)?"
-    out_of = r"(?:\s*/\s*\d+)?" if all(label.isdecimal() for label in labels) else ""
-    return re.compile(rf"[\W_]*(?:(?i:{said})[\W_]+)?({'|'.join(of_words)}){out_of}[\W_]*")
+    signed, out_of = "", ""
+    if all(label.isdecimal() for label in labels):  # "-2" is no 2, and "8/5" none of ten
+        signed, out_of = r"(?<![-−])", rf"(?:\s*/\s*{max(map(int, labels))})?"
+    return re.compile(rf"[\W_]*(?:(?i:{said})[\W_]+)?{signed}({'|'.join(of_words)}){out_of}[\W_]*")
 
 
 def _own_line(text: str, labels: tuple[str, ...]) -> re.Match[str] | None:

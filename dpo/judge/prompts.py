@@ -25,6 +25,9 @@ from models.files import read_text
 Pairs = Sequence[tuple[int, int]]
 PRESETS = Path(__file__).with_name("templates")
 TIES_ID = re.compile(r"(ref|tied):(.+)")
+TURN_MARK = re.compile(  # what begins one: of ChatML, Llama 2 to 4, harmony; DeepSeek; Mistral; Gemma; a think block
+    r"([<\[])(?=\|[\w-]+\|>|｜[^<>]+｜>|/?(?:s|think|start_of_turn|end_of_turn)>|<?/?SYS>>|/?INST\])"
+)
 """RewardBench 2's two rows of a Ties question: one right answer asked for (ref), or all of them right (tied)."""
 SLOTS = {"compare": 2, "choose": 4, "rate": 1, "ties": 1}
 """judge.protocol -> how many answers a question shows."""
@@ -84,7 +87,7 @@ def read_template(name: str, protocol: str) -> Template:
         raise UserError(f"{where}: names {unknown[0]}; there are {', '.join(sorted(allowed))}")
     if said:
         raise UserError(f"{where}: the key {min(said)}; allowed are labels, passing, system and user")
-    numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
+    numbers = all(re.fullmatch(r"\d+", label) for label in labels)  # RewardBench 2 has -1 for no rating
     wanted = {
         "compare": (labels == ["A", "B"], '["A", "B"]'),
         "choose": (labels == ["A", "B", "C", "D"], '["A", "B", "C", "D"]'),
@@ -129,7 +132,7 @@ def judge_messages(
 ) -> tuple[Message, ...]:
     """The judge's messages for the answers in their slots; a blind judge is not shown the request.
 
-    A mark of the row like <|im_end|> is broken up: who serves an endpoint may read it as a turn's in any text.
+    A mark of the row like <|im_end|>, [/INST] or </s> is broken up: who serves an endpoint may read it as a turn's.
     UserError where the template does not name what there is to show, or writes what there is not.
     """
     given = dict(zip(slot_columns(len(answers)), answers, strict=True))
@@ -138,7 +141,7 @@ def judge_messages(
     if unused := sorted(given.keys() - columns(template)):
         hide = {"prompt": "judge.sighted=false", "reference_answer": "judge.reference_answer=false"}[unused[0]]
         raise UserError(f"judge.template={template.name} does not name the column {unused[0]}; name it, or set {hide}")
-    given = {column: re.sub(r"<(?=\|\w+\|>)", "< ", text) for column, text in given.items()}
+    given = {column: TURN_MARK.sub(r"\1 ", text) for column, text in given.items()}
     given["fence"] = fence(given.values())
     try:
         return (
