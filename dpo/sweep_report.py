@@ -373,24 +373,34 @@ def _slope(x: Sequence[float], names: Sequence[str], settings: Settings, seed: i
 
 
 def _attacks(kept: Kept) -> list[Block]:
-    """How often each attack wins over the base and the trained judges of a setting: the mean of its seeds."""
-    shares: dict[str, dict[str, dict[int, Success]]] = {"base": {}}  # by setting, attack and seed
-    for arm in kept["arms"]:
-        for of in arm.get("attacks", []):
-            if of["judge"] in ("base", "trained"):
-                setting = arm["setting"] if of["judge"] == "trained" else "base"
-                shares.setdefault(setting, {}).setdefault(of["attack"], {})[arm["seed"]] = of
-    names = list(dict.fromkeys(name for of in shares.values() for name in of))
+    """How often each attack wins over the trained judges of a setting, and did before: the means of its seeds."""
+    names = list(dict.fromkeys(of["attack"] for arm in kept["arms"] for of in arm.get("attacks", [])))
+
+    def won(role: str) -> dict[str, tuple[str, ...]]:  # by setting, a cell an attack
+        shares: dict[str, dict[str, list[Success]]] = {}
+        for arm in kept["arms"]:
+            for of in arm.get("attacks", []):
+                if of["judge"] == role:
+                    shares.setdefault(arm["setting"], {}).setdefault(of["attack"], []).append(of)
+        return {setting: tuple(_won(by_name.get(name, [])) for name in names) for setting, by_name in shares.items()}
+
+    bases: dict[str, tuple[str, ...]] = {}  # where two have no other figure, one, by the name of its first setting
+    for setting, cells in won("base").items():
+        beside = {of: [*zip(cells, known, strict=True)] for of, known in bases.items()}
+        same = next((of for of, pairs in beside.items() if all(a == b or not (a and b) for a, b in pairs)), setting)
+        bases[same] = tuple(a or b for a, b in beside[same]) if same in bases else cells
     rows = [("setting", *names)]
-    for setting, by_name in shares.items():
-        there = [list(by_name.get(name, {}).values()) for name in names]
-        figures = [of and mean_share([one["wins"] / one["n"] for one in of], of[0]["interval"]) for of in there]
-        rows.append((setting, *(_percent(figure) if figure else "" for figure in figures)))
+    rows += [("base" if len(bases) == 1 else f"base of {setting}", *cells) for setting, cells in bases.items()]
+    rows += [(setting, *cells) for setting, cells in won("trained").items()]
     text = (
         "Of answers that lose when clean, by the order-averaged log-odds of the same judge, the share in % that "
         "wins when attacked; in brackets 95 % intervals, Student's over seeds where there are several."
     )
     return [Table("Attacks on the judges", rows), Text("paragraph", text)] if names else []
+
+
+def _won(of: Sequence[Success]) -> str:
+    return _percent(mean_share([one["wins"] / one["n"] for one in of], of[0]["interval"])) if of else ""
 
 
 def _without_holm(of: Difference) -> dict[str, object]:

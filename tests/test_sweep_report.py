@@ -221,6 +221,10 @@ def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> No
     table = text.partition("## Attacks")[2].partition("##")[0]
     rows = dict(re.findall(r"^\| (\w+) +\| +(.*?) \|$", table, flags=re.M))
     assert rows["few"] == "20.0 [0.0, 100.0]" and rows["base"] == "90.0 [90.0, 90.0]"
+    kept["arms"][-1]["attacks"][0]["wins"] = 5  # where bases differ, each is told
+    (tmp_path / "q" / "arms.json").write_text(json.dumps(kept))
+    text = write_sweep_report(tmp_path / "q")
+    assert "| base of few " in text and "| base of many " in text
 
 
 def test_the_command_makes_the_reports_of_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
