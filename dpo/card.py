@@ -5,7 +5,9 @@
 No dimension letters. Read next: dpo/report.py, which writes it beside the weights.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from dpo.results import widest_interval
 from models.errors import UserError
 from models.gguf_import import SMOLLM2, resolve_model_path
 from models.hub import is_hub_id
+from models.tokenizer import load_tokenizer, read_variables
 
 KEPT = ("Verdicts", "By subset", "Position and looks", "Attacks", "Data", "Again")  # of the report's sections
 KNOWN = {SMOLLM2: ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
@@ -58,7 +61,26 @@ def limits(run: Run) -> list[Text]:
     return [Text("paragraph", line) for line in told if line]
 
 
-def how_to_ask(run: Run) -> list[Text]:
+def served(run: Run, folder: Path) -> tuple[str, str]:
+    """What the command that asks a server adds so that it renders the chat as here, and a warning where it cannot."""
+    try:
+        variables = read_variables(run.config.model.template_variables)
+        ours, bare = (load_tokenizer(folder, told) for told in (variables, {}))
+    except UserError:
+        return "", ""
+    asked = [{"role": "user", "content": "?"}]
+    extra = json.dumps([f"chat_template_kwargs={json.dumps(variables)}"])
+    more = f" {shlex.quote(f'endpoint.extra={extra}')}" if ours.render(asked) != bare.render(asked) else ""
+    opening = ours.decode(ours.verdict_prompt_ids(asked)[len(ours.prompt_ids(asked)) :])
+    if not opening:
+        return more, ""
+    return f"{more} endpoint.max_tokens=4096", (
+        f"Here its verdict stands right behind {opening!r}. A server does not write that for it: there it thinks first, "
+        "and is another judge than the one whose figures are below. Measure it so before you use it so."
+    )
+
+
+def how_to_ask(run: Run, folder: Path) -> list[Text]:
     """Commands, and the template of its question."""
     judge, critiques = run.config.judge, run.config.critiques
     template = judge_settings(run.config, sighted=judge.sighted).template
@@ -70,17 +92,19 @@ def how_to_ask(run: Run) -> list[Text]:
         here = f" judge.critique={judge.critique}{own} critiques.max_tokens={critiques.max_tokens}"
         there = f" judge.template={critiques.template or template.name} endpoint.max_tokens={critiques.max_tokens}"
         how = f"It writes a critique, then its verdict, {' or '.join(template.labels)}, on a line of its own"
+    more, warning = served(run, folder)
     commands = (
         f"python -m dpo.judge model.path=THIS_FOLDER data.path=rows.jsonl{sight}{here}\n"
         "vllm serve THIS_FOLDER --served-model-name judge\n"
         "python -m dpo.judge endpoint.url=http://localhost:8000/v1 endpoint.model=judge data.path=rows.jsonl"
-        f"{sight}{there}"
+        f"{sight}{there}{more}"
     )
     text = (
         f"{how}; it was asked in these words (system, then user, in Jinja's notation), with the answers in both orders:"
     )
     asked = f"{template.system.strip()}\n\n{template.user.strip()}"
-    return [Text("command", commands), Text("paragraph", text), Text("command", asked)]
+    warnings = [Text("paragraph", warning)] if warning else []
+    return [Text("command", commands), *warnings, Text("paragraph", text), Text("command", asked)]
 
 
 def model_card(run: Run, sections: Mapping[str, Sequence[Block]], folder: Path) -> str:
@@ -98,6 +122,6 @@ def model_card(run: Run, sections: Mapping[str, Sequence[Block]], folder: Path) 
     page = Page(
         f"A judge of answers: {run.config.exp}",
         [*summary(run), Text("paragraph", f"{origin}; its licence, which goes for this model too: {terms}.")],
-        {"How to ask it": how_to_ask(run), "Limits": limits(run), **kept},
+        {"How to ask it": how_to_ask(run, folder), "Limits": limits(run), **kept},
     )
     return "\n".join(["---", *lines, "tags: [llm-as-a-judge, dpo]", "---", "", to_markdown(page)])

@@ -21,7 +21,7 @@ from dpo.config import Config
 from dpo.judge.attacks import attack_share, attacked_rows
 from dpo.judge.prompts import ASKED, columns, judge_messages, read_template
 from dpo.losses import check_loss
-from dpo.rows import Rows, columns_of, keep_rows, read_rows, rows_digest
+from dpo.rows import Rows, columns_of, formats_of, keep_rows, read_rows, rows_digest
 from dpo.shards import ENDINGS
 from dpo.split import Splits, split_rows
 from dpo.tokens import Trees, token_trees
@@ -109,14 +109,18 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
     Training rows are attacked last: neither the split nor the validation knows of it. When `judging` nothing is
     trained: there are test rows only, those that judge.split says.
     """
-    dropped: Counter[str] = Counter()
+    dropped = Counter[str]()
+    formats: list[str] = [config.data.format]
     if config.data.path == "checkable":
+        formats = ["ours"]
         rows = keep_rows(make_rows(**config.checkable.model_dump(), seed=config.seed), cache_folder(config))
     else:
         path = config.data.path
         plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
         place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
         rows = read_rows(place, config.data.format, dropped, cache_folder(config))
+        if config.data.format == "auto":
+            formats = formats_of(place)
     data, seed = config.data, config.seed
     if judging and config.judge.split == "all":
         rows = keep_rows((replace(row, split="test") for row in rows), cache_folder(config))
@@ -138,6 +142,11 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
                 f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all"
             )
     more: dict[str, object] = {"dropped": dict(sorted(dropped.items())), "test_sha256": rows_digest(test)}
+    more["formats"] = formats
+    if judging and "rmbench" in formats and config.judge.protocol == "compare" and config.judge.pairs_per_row:
+        raise UserError(
+            f"data.path={data.path}: RM-Bench's score needs all nine pairs of a row; set judge.pairs_per_row=0"
+        )
     if data.attack_share and not judging:
         train, more["attacked"] = attack_share(train, data.attack_share, data.attacks, seed, cache_folder(config))
     splits = replace(splits, train=train, test=test, report=splits.report | more)

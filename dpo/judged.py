@@ -81,6 +81,12 @@ class Judge:
         return self.run.config.judge.protocol == "compare" and self.role != "rewards"
 
     @property
+    def asked(self) -> str:
+        """Which model it is, whatever it was asked."""
+        config = self.run.config
+        return config.endpoint.model if config.endpoint.url else config.model.adapter or config.model.path
+
+    @property
     def attacks(self) -> list[Success]:
         """On it alone."""
         return [one for one in self.run.results.get("attacks", []) if one["judge"] == self.role]

@@ -16,7 +16,9 @@ from pathlib import Path
 from dpo import report_run
 from dpo.card import model_card
 from dpo.config import EndpointConfig
+from dpo.judge.benchmarks import Benchmark, six_subsets
 from dpo.judge.endpoint import read_price
+from dpo.judge.protocols import PROTOCOLS
 from dpo.judge.statistics import Summary, reliability
 from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
@@ -39,6 +41,7 @@ def report_page(runs: Sequence[Run]) -> Page:
     sections: dict[str, Sequence[Block]] = {
         "Verdicts": _verdicts(judges, compared),
         "By subset": _by_subset(judges),
+        "Benchmark": _benchmarks(judges),
         "Position and looks": [*_position(judges), *_biases(judges)],
         "Calibration": _calibration(judges),
         "Cost and speed": _costs(judges),
@@ -169,6 +172,28 @@ def _by_subset(judges: Sequence[Judge]) -> list[Block]:
     meaning += " Its p is corrected by Holm over the subsets." * bool(tests)
     title = "Order-averaged accuracy by subset"
     return [Plot("subsets", title, bars(title, shares, names)), Table(title, rows), Text("paragraph", meaning)]
+
+
+def _benchmarks(judges: Sequence[Judge]) -> list[Block]:
+    """Their own scores, and RewardBench 2's of all six subsets where one model has both of its runs in order."""
+    tables: list[Block] = []
+    found = [(judge, judge.run.results["benchmark"]) for judge in judges if "benchmark" in judge.run.results]
+    for name in dict.fromkeys(benchmark["name"] for _, benchmark in found):
+        of = [(judge, benchmark) for judge, benchmark in found if benchmark["name"] == name]
+        keys = dict.fromkeys(key for _, benchmark in of for key in benchmark["figures"])
+        rows = [(name, *(judge.name for judge, _ in of))]
+        rows += [(key, *(_share(benchmark, key) for _, benchmark in of)) for key in keys]
+        tables.append(Table(f"{name}: its own score", rows))
+    sixth = {judge.asked: ties for judge, ties in found if ties["name"] == PROTOCOLS["ties"].benchmark}
+    whole = [("RewardBench 2, its six subsets", "score")]
+    for judge, best in found:
+        if best["name"] == PROTOCOLS["choose"].benchmark and judge.asked in sixth:
+            whole.append((judge.asked, _share(six_subsets(best, sixth[judge.asked]), "score")))
+    return [*tables, *[Table("Best of four, and Ties by rating: their unweighted mean", whole)] * (len(whole) > 1)]
+
+
+def _share(of: Benchmark, key: str) -> str:
+    return percent(of["figures"][key], of["intervals"].get(key, ())) if key in of["figures"] else ""
 
 
 def _position(judges: Sequence[Judge]) -> list[Block]:

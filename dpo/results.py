@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from dpo.judge.attacks import Bias, Success
+from dpo.judge.benchmarks import Benchmark
 from dpo.judge.controls import Conclusion
 from dpo.judge.statistics import Comparison, PairedTest, Summary
 from models.errors import UserError
@@ -32,6 +33,7 @@ class Data(TypedDict):
     subsets: dict[str, Counts]
     unused_rows: int
     dropped: Counts  # while reading, by reason
+    formats: NotRequired[list[str]]  # of the row files (dpo/formats.py)
     leaks: Counts  # by kind
     test_sha256: NotRequired[str]  # of the test rows' texts
     attacked: NotRequired[Counts]  # training rows whose wrong answers attack, by how
@@ -69,6 +71,7 @@ class Results(TypedDict):
     data: Data
     time_s: dict[str, float]
     answers: NotRequired[int]  # that dpo.judge had of its judge
+    benchmark: NotRequired[Benchmark]  # of its rows or protocol
     attacks: NotRequired[list[Success]]
     biases: NotRequired[list[Bias]]
     critiques: NotRequired[list[Counts]]  # of objective=critiques, by round

@@ -13,6 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,6 +145,12 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
     if not ids:
         left = f", but for {dropped.total()} dropped ones" if dropped else ""
         raise UserError(f"data.path={path}: there are no rows{left}")
+
+
+def formats_of(path: Path) -> list[str]:
+    """The formats of a file, or of those in a folder, each by its first row (iterate_rows' "auto")."""
+    firsts = (islice(records, 1) for records in read_records(path))
+    return sorted({_format_of(_record(raw, where), where, None)[0] for first in firsts for where, raw in first})
 
 
 def read_rows(

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.judge.prompts import COMPARE, QUESTIONS, SLOTS, Template, judge_messages
+from dpo.judge.prompts import COMPARE, QUESTIONS, SLOTS, Template, asked_by, judge_messages
 from dpo.rows import Row, pairs_of, values_of
 from models.errors import UserError
 from models.tokenizer import Tokenizer
@@ -165,7 +165,8 @@ def verdict_tree(
         )
     reference = row.reference_answer if reference_answer else ""
     questions = QUESTIONS[protocol](row, pairs, seed)
-    messages = [judge_messages(row.prompt, one, template, sighted=sighted, reference=reference) for one in questions]
+    words = asked_by(template, row)
+    messages = [judge_messages(row.prompt, one, words, sighted=sighted, reference=reference) for one in questions]
     asked = [tuple(tokenizer.verdict_prompt_ids(one)) for one in messages]
     if len(set(asked)) < len(set(questions)):
         raise UserError(

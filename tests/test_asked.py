@@ -61,6 +61,7 @@ def letter(text: str) -> str | None:
         "The better answer is A.",
         "Better answer: **A**",
     ]
+    + ["The first one is right, so [[A]].", "[[B]] is how it ends, but\n[[A]] is right: [[A]]"]
     + ["A\n\nAnswer B adds three numbers.", "B looks right, but\nA is.\n\nVerdict: A", "Winner: __A__", "verdict - A"],
 )
 def test_a_letter_on_the_first_or_the_last_line_is_a_verdict(text: str) -> None:

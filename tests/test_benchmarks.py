@@ -3,9 +3,11 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dpo.judge.benchmarks import (
+    Benchmark,
     choice_score,
     judgebench,
     llmbar,
@@ -13,6 +15,8 @@ from dpo.judge.benchmarks import (
     official_choice,
     rating_score,
     rm_bench,
+    scored,
+    six_subsets,
     ties_score,
 )
 from dpo.judge.statistics import Verdict
@@ -63,6 +67,44 @@ def test_the_final_score_weighs_subsets_alike_whatever_their_size() -> None:
         "b": 0.0,
         "score": pytest.approx(1 / 3),
     }
+
+
+def test_a_scores_interval_is_that_of_its_subsets_means() -> None:
+    rng = np.random.default_rng(0)
+    right = {subset: (rng.random(n) < p).astype(float) for subset, n, p in (("a", 400, 0.8), ("b", 100, 0.6))}
+    items = [(subset, float(x)) for subset, values in right.items() for x in values]
+    groups = [f"g{place}" for place in range(len(items))]
+    of = scored("x", lambda at: mean_of_subsets([items[place] for place in at]), groups, seed=0)
+    variance = {subset: x.var(ddof=1) / len(x) for subset, x in right.items()}
+    for key, exact in (variance | {"score": sum(variance.values()) / 4}).items():
+        low, high = of["intervals"][key]
+        assert (low + high) / 2 == pytest.approx(of["figures"][key])
+        assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(exact), rel=0.25)  # of 50 blocks: a tenth off
+    assert scored("x", lambda at: {"score": 0.5}, groups, 0)["intervals"] == {}  # nothing moves it
+    assert scored("x", lambda at: mean_of_subsets([items[p] for p in at]), groups[:1] * 500, 0)["intervals"] == {}
+
+
+def test_a_scores_interval_covers_what_is_true_where_rows_come_in_groups() -> None:
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(200):
+        base = rng.random(120) < 0.7
+        values = np.where(rng.random((120, 2)) < 0.5, base[:, None], rng.random((120, 2)) < 0.7).ravel()
+        of = scored(
+            "x", lambda at, v=values: {"score": float(v[list(at)].mean())}, [f"g{i // 2}" for i in range(240)], 0
+        )
+        hits += of["intervals"]["score"][0] <= 0.7 <= of["intervals"]["score"][1]
+    assert 0.91 <= hits / 200 <= 0.99
+
+
+def test_six_subsets_weigh_alike_and_their_errors_add_as_those_of_other_rows() -> None:
+    four = Benchmark(name="four", figures={s: 0.8 for s in "abcde"} | {"score": 0.8, "score_by_its_parser": 0.7},
+                     intervals={"score": [0.77, 0.83]})  # fmt: skip
+    ties = Benchmark(name="ties", figures={"Ties": 0.5, "score": 0.5}, intervals={"score": [0.42, 0.58]})
+    both = six_subsets(four, ties)
+    assert both["figures"]["score"] == pytest.approx((5 * 0.8 + 0.5) / 6)
+    low, high = both["intervals"]["score"]
+    assert (high - low) / 2 == pytest.approx(math.hypot(5 * 0.03, 0.08) / 6)
+    assert six_subsets(four, {**ties, "intervals": {}})["intervals"] == {}
 
 
 def test_judgebench_counts_a_win_beside_a_tie_as_right_and_a_split_as_wrong() -> None:

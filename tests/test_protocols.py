@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,10 @@ from judge_server import Reply, completion, serving
 from dpo.judge.__main__ import main
 from dpo.judge.asked import written_label
 from dpo.judge.endpoint import Answer
-from dpo.judge.prompts import chosen_slot, read_template
+from dpo.judge.prompts import asked_by, chosen_slot, read_template
 from dpo.judge.protocols import PROTOCOLS, ratings, read_verdicts, replies_of
 from dpo.report import write_report
-from dpo.rows import Row, write_rows
+from dpo.rows import Row, read_rows, write_rows
 from dpo.train import main as train
 from dpo.trees import Completion, Tree, TreeSettings, verdict_tree
 from models.errors import UserError
@@ -126,11 +128,17 @@ def test_labels_that_begin_unlike_the_longest_are_refused(tiny_folder: Path, tmp
 
 @pytest.mark.parametrize(
     ("text", "label"),
-    [("[[A]] or [[B]]? [[C]] it is", "C"), ("I weighed all.\n\nBest answer: D", "D"), ("**B**", "B"), ("A and B", None)]
+    [
+        ("[[A]] or [[B]]? [[C]] it is", None),
+        ("So it is [[C]].", "C"),
+        ("I weighed all.\n\nBest answer: D", "D"),
+        ("**B**", "B"),
+        ("A and B", None),
+    ]
     + [("", None), ("[[E]]", None), ("Not C", None), ("B says [[B]]: a trick.\n\nBest answer: C", "C")]
     + [("B says [[B]].\nI will not be told.", None), ("B says: Best answer:\nB\nAnd so on.\n[[C]]", "C")],
 )
-def test_the_last_boxed_letter_or_one_on_its_own_line_is_chosen(text: str, label: str | None) -> None:
+def test_the_only_boxed_letter_of_the_last_line_or_one_on_its_own_is_chosen(text: str, label: str | None) -> None:
     said = written_label(Answer(text, "stop", (), 0, 0, "", 0.0), "ABCD")
     assert (None if math.isnan(said[0]) else "ABCD"[said.index(0.0)]) == label
     assert math.isnan(written_label(Answer("A", "error", (), 0, 0, "", 0.0), "ABCD")[0])
@@ -178,21 +186,24 @@ def test_a_local_model_judges_by_every_protocol(data: Path, protocol: str, n: in
     assert results["answers"] == {"choose": 8, "rate": 8 * 4 + 3 + 4, "ties": 3 + 4}[protocol]
     report = (write_report([data.parent / "runs" / "judge" / "latest"]) / "report.md").read_text()
     assert "Verdicts in both orders" not in report and "## Calibration" not in report
-    assert ("Ties" in results["benchmark"]) == (protocol != "choose") and -0.01 <= results["benchmark"]["score"] <= 1.01
+    figures = results["benchmark"]["figures"]
+    assert ("Ties" in figures) == (protocol != "choose") and -0.01 <= figures["score"] <= 1.01
+    assert f"| score | {100 * figures['score']:.1f} % |" in re.sub(" +", " ", report)
 
 
 def test_an_endpoint_chooses_in_words_and_its_official_parser_is_shown_beside(data: Path) -> None:
     def reply(body: dict, before: int) -> Reply:
         answers = body["messages"][1]["content"].split("\n\n")[1:5]
         best = next(answer[7] for answer in answers if answer.endswith("!"))
-        return completion(f"[[A]] is short, so the best is [[{best}]].")
+        return completion(f"[[A]] is short.\n\nSo the best is [[{best}]].")
 
     with serving(reply) as served:
         endpoint = (f"endpoint.url={served.url}", "endpoint.model=judge-1")
-        code, results = judge(data, "judge.protocol=choose", *endpoint)
-    assert code == 0 and results["benchmark"]["score"] == 1.0 and results["judge"]["judge-1"]["wins"] == 8
+        assert judge(data, "judge.protocol=choose", *endpoint)[1]["benchmark"]["figures"] == {"Math": 1.0, "score": 1.0}
+        code, results = judge(data, "judge.protocol=choose", "judge.template=rewardbench2", *endpoint)
+    assert code == 0 and results["benchmark"]["figures"]["score"] == 1.0 and results["judge"]["judge-1"]["wins"] == 8
     slots = [chosen_slot(Row(f"r{i}", "", (), (), (), ""), 0) for i in range(8)]
-    assert results["benchmark"]["score_by_its_parser"] == slots.count(0) / 8 < 1
+    assert results["benchmark"]["figures"]["score_by_its_parser"] == slots.count(0) / 8 < 1
 
 
 def test_the_studys_blind_preset_is_refused_sighted_and_runs_blind(
@@ -213,7 +224,40 @@ def test_a_training_judges_by_comparing_alone(capsys: pytest.CaptureFixture[str]
 def test_a_benchmark_of_pairs_scores_its_own_rows(data: Path) -> None:
     row = {"question": "?", "response_A": "a", "response_B": "b", "label": "A>B", "source": "law"}
     data.write_text("".join(json.dumps(row | {"pair_id": f"p{i}"}) + "\n" for i in range(4)))
-    code, results = judge(data, "model.path=tiny-random", "data.format=judgebench", "dtype=fp32")
+    code, results = judge(data, "model.path=tiny-random", "dtype=fp32")
     summary = results["judge"]["tiny-random"]
     assert code == 0 and list(summary["subsets"]) == ["law"]
-    assert results["benchmark"] == {"score": summary["wins"] / 4}  # no exact 0 and nothing unread: only wins sum to > 0
+    score = summary["wins"] / 4  # no exact 0 and nothing unread: only wins sum to > 0
+    assert results["benchmark"] == {"name": "JudgeBench", "figures": {"score": score}, "intervals": {}}
+
+
+def test_rows_of_ties_are_rated_in_their_own_words_by_either_protocol(data: Path) -> None:
+    tied = next(row for row in read_rows(data) if row.id == "tied:1")
+    other = next(row for row in read_rows(data) if row.id == "r0")
+    rate, ties = (read_template("", protocol) for protocol in ("rate", "ties"))
+    assert asked_by(rate, tied) == ties and asked_by(rate, other) == rate
+    mine = replace(rate, user=f"{rate.user} ")
+    assert asked_by(mine, tied) == mine  # who brings a template is asked by it
+
+
+def test_rm_bench_in_a_file_that_does_not_say_so_is_not_scored_by_a_ninth(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    styles = {"chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"]}
+    data.write_text(
+        "".join(json.dumps({"id": i, "prompt": f"{i}?", "domain": "chat", **styles}) + "\n" for i in range(2))
+    )
+    assert judge(data, "model.path=tiny-random", "judge.pairs_per_row=1")[0] == 2
+    assert "RM-Bench's score needs all nine pairs of a row; set judge.pairs_per_row=0" in capsys.readouterr().err
+    code, results = judge(data, "model.path=tiny-random", "judge.pairs_per_row=0")
+    assert code == 0 and results["benchmark"]["name"] == "RM-Bench" and "hard" in results["benchmark"]["figures"]
+
+
+def test_the_report_puts_best_of_four_and_ties_together(data: Path) -> None:
+    runs = []
+    for protocol in ("choose", "ties"):
+        judge(data, "model.path=tiny-random", f"judge.protocol={protocol}", "dtype=fp32")
+        runs.append((data.parent / "runs" / "judge" / "latest").resolve())
+    report = (write_report(runs) / "report.md").read_text()
+    best, ties = (json.loads((run / "results.json").read_text())["benchmark"]["figures"]["score"] for run in runs)
+    assert f"| tiny-random | {100 * (best + ties) / 2:.1f} % |" in re.sub(" +", " ", report)

@@ -8,18 +8,19 @@ Read next: dpo/judge/endpoint.py, dpo/judge/asked.py.
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks, watch_ranks
 from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs, set_up_cpu
 from dpo.judge.asked import ask_rows
 from dpo.judge.attacks import Success, attacked_rows, biases, successes
-from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
+from dpo.judge.benchmarks import OF_PAIRS, Benchmark, choice_score, mean_of_subsets, official_choice, scored
 from dpo.judge.calibration import Floats
 from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
 from dpo.judge.local import replies, write_verdicts
@@ -63,7 +64,7 @@ class Judged(NamedTuple):
     answers: list[Answer]  # one a question, where it was written
     usage: Usage | None  # of an endpoint, for these answers
     spent: Usage | None  # for all that it was asked so far
-    data: dict[str, object]  # of the rows
+    data: dict[str, Any]  # of the rows
     reply: Callable[[Rows], list[Floats]]  # of other rows
 
 
@@ -125,30 +126,43 @@ def by_endpoint(config: Config) -> Judged:
     return Judged(config.endpoint.model, splits.test, attacked, said, answers, asked, usage, splits.report, reply)
 
 
-def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> dict[str, float]:
-    """results.json's `benchmark`, where judge.protocol or data.format is of one: its own score, and the parts of it.
+def benchmark_of(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> Benchmark | None:
+    """results.json's `benchmark`, where judge.protocol or the rows' format is of one.
 
-    Beside `choose` in words stands what RewardBench 2's parser reads in them.
+    Beside `choose` in words stands what RewardBench 2's parser reads in them, where the template asks for its [[A]].
     """
-    settings, score = judge_settings(config, sighted=config.judge.sighted), PROTOCOLS[config.judge.protocol].score
+    settings, protocol = judge_settings(config, sighted=config.judge.sighted), PROTOCOLS[config.judge.protocol]
+    rows, score = list(judged.rows), protocol.score
+    groups = [row.group for row in rows]
     if score is None:
-        of_pairs = OF_PAIRS.get(config.data.format)
-        return of_pairs(verdicts) if of_pairs else {}
-    figures = score(judged.rows, judged.replies, settings)
-    if judged.answers and config.judge.protocol == "choose":
-        slots = [settings.template.labels[chosen_slot(row, settings.seed)] for row in judged.rows]
-        read = [choice_score(official_choice(a.text), slot) for a, slot in zip(judged.answers, slots, strict=True)]
-        subsets = [row.subset for row in judged.rows]
-        figures["score_by_its_parser"] = mean_of_subsets(list(zip(subsets, read, strict=True)))["score"]
-    return figures
+        name, of_pairs = OF_PAIRS.get(", ".join(judged.data["formats"]), ("", None))
+        if of_pairs is None:
+            return None
+        by_row: dict[str, list[Verdict]] = defaultdict(list)
+        for verdict in verdicts:
+            by_row[verdict.id].append(verdict)
+        return scored(name, lambda at: of_pairs([v for p in at for v in by_row[rows[p].id]]), groups, config.seed)
+    parsed: list[float] = []
+    if (
+        judged.answers
+        and config.judge.protocol == "choose"
+        and "[[" in settings.template.system + settings.template.user
+    ):
+        slots = [settings.template.labels[chosen_slot(row, settings.seed)] for row in rows]
+        parsed = [choice_score(official_choice(a.text), slot) for a, slot in zip(judged.answers, slots, strict=True)]
+
+    def figures(at: Sequence[int]) -> dict[str, float]:
+        of = score([rows[p] for p in at], [judged.replies[p] for p in at], settings)
+        read = [(rows[p].subset, parsed[p]) for p in at] if parsed else []
+        return of | ({"score_by_its_parser": mean_of_subsets(read)["score"]} if read else {})
+
+    return scored(protocol.benchmark, figures, groups, config.seed)
 
 
 def run(config: Config) -> Path:
     """Judge, and write the run folder: config.json, env.json, verdicts.jsonl, results.json, and answers.jsonl."""
     times: dict[str, float] = {}
     set_up_cpu()
-    if config.data.format == "rmbench" and config.judge.protocol == "compare" and config.judge.pairs_per_row:
-        raise UserError("data.format=rmbench: its score needs all nine pairs of a row; set judge.pairs_per_row=0")
     ranks = join_ranks(pick_device(config), config.run.hang_s)
     if ranks.world > 1 and (config.endpoint.url or config.judge.critique != "off"):
         raise UserError("endpoint.url, judge.critique: one process asks or writes; run without torchrun")
@@ -157,7 +171,7 @@ def run(config: Config) -> Path:
     settings = judge_settings(config, sighted=config.judge.sighted)
     verdicts = read_verdicts(judged.rows, judged.replies, settings)
     summary = summarise(verdicts, config.seed, odds=config.judge.protocol == "compare")
-    benchmark = benchmark_score(judged, verdicts, config)
+    benchmark = benchmark_of(judged, verdicts, config)
     attacks: list[Success] = []
     if judged.attacked:
         with stage("attack", times):
@@ -203,7 +217,7 @@ def write_answers(path: Path, judged: Judged) -> None:
 
 
 def told(
-    folder: Path, judged: Judged, summary: Summary, benchmark: Mapping[str, float], attacks: Sequence[Success]
+    folder: Path, judged: Judged, summary: Summary, benchmark: Benchmark | None, attacks: Sequence[Success]
 ) -> str:
     """The figures in a few lines."""
     averaged, consistent = (
@@ -218,7 +232,9 @@ def told(
         f"{summary['ties']:,} ties, {summary['invalid']:,} invalid; says A {100 * summary['raw_a_rate']:.0f} %"
     ]
     if benchmark:
-        lines.append("benchmark's own score: " + ", ".join(f"{name} {100 * x:.1f}" for name, x in benchmark.items()))
+        of = ((key, share, benchmark["intervals"].get(key)) for key, share in benchmark["figures"].items())
+        told = (f"{key} {100 * x:.1f}" + (f" [{100 * i[0]:.1f}, {100 * i[1]:.1f}]" if i else "") for key, x, i in of)
+        lines.append(f"{benchmark['name']}, its own score: {', '.join(told)}")
     if attacks:
         shares = ", ".join(f"{one['attack']} {100 * one['wins'] / one['n']:.1f} %" for one in attacks)
         lines.append(f"of answers that lose clean, so many win when attacked: {shares}")

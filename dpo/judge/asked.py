@@ -12,24 +12,25 @@ import numpy as np
 
 from dpo.judge.calibration import Floats
 from dpo.judge.endpoint import Answer, Ask
-from dpo.judge.prompts import QUESTIONS, judge_messages
-from dpo.rows import Row, pairs_of
+from dpo.judge.prompts import QUESTIONS, asked_by, judge_messages
+from dpo.rows import Message, Row, pairs_of
 from dpo.trees import TreeSettings
 from models.errors import UserError
 
 
 def ask_rows(rows: Sequence[Row], ask: Ask, settings: TreeSettings) -> tuple[list[Floats], list[Answer]]:
     """reply_QL of each row (dpo/judge/protocols.py), and the answers that they are read from, one a question."""
-    labels, prompts, counts = settings.template.labels, [], []
+    labels, counts = settings.template.labels, []
+    prompts: list[tuple[Message, ...]] = []
     for row in rows:
         reference = row.reference_answer if settings.reference_answer else ""
         try:
             questions = QUESTIONS[settings.protocol](row, pairs_of(row, settings.pairs_per_row), settings.seed)
-            for shown in questions:
-                messages = judge_messages(
-                    row.prompt, shown, settings.template, sighted=settings.sighted, reference=reference
-                )
-                prompts.append(messages)
+            words = asked_by(settings.template, row)
+            prompts += [
+                judge_messages(row.prompt, shown, words, sighted=settings.sighted, reference=reference)
+                for shown in questions
+            ]
         except UserError as error:
             raise UserError(f"{row.where or row.id}: {error}") from error
         counts.append(len(questions))
@@ -42,21 +43,18 @@ def ask_rows(rows: Sequence[Row], ask: Ask, settings: TreeSettings) -> tuple[lis
 def written_label(answer: Answer, labels: Sequence[str]) -> list[float]:
     """log p of each label: 0 of the one that is written, -inf of the others; NaN where none is.
 
-    It is the last one in [[ ]] on the last line, else one on a line of its own, the first or the last: in an answer
-    that is quoted between them may stand any.
+    It is the only one in [[ ]] on the last line, or one on a line of its own, the first or the last: in an answer that
+    is quoted between them may stand any.
     """
-    last = answer.text.strip().rpartition("\n")[2]
-    boxed = re.findall(rf"\[\[({'|'.join(map(re.escape, labels))})\]\]", last)
-    found = None if answer.finish == "error" else boxed[-1] if boxed else _own_line(answer.text, tuple(labels))
-    label = found if found is None or isinstance(found, str) else found[1]
-    if label is None:
+    found = _found(answer, tuple(labels))
+    if found is None:
         return [math.nan] * len(labels)
-    return [0.0 if one.lower() == label.lower() else -math.inf for one in labels]
+    return [0.0 if one.lower() == found[1].lower() else -math.inf for one in labels]
 
 
 def written_verdict(answer: Answer) -> str:
     """The letter of the better answer, or "Tie", where verdict_odds would look for it; "" where there is neither."""
-    found = _own_line(answer.text, ("A", "B", "Tie")) if answer.finish != "error" else None
+    found = _found(answer, ("A", "B", "Tie"))
     return found[1].capitalize() if found else ""
 
 
@@ -72,11 +70,11 @@ READERS: dict[str, Callable[[Answer, Sequence[str]], list[float]]] = {"compare":
 def verdict_odds(answer: Answer) -> float:
     """log p("A") - log p("B") (nats) where the answer gives its verdict; NaN where it gives none.
 
-    The verdict is a letter on a line of its own, the first or the last. Its odds are from what the endpoint says of the
-    tokens in that place, whatever spaces and marks they have; a letter that it does not name is as likely as it can be:
-    as the least likely one named, or as all that are not. Without such tokens the odds are 1 or -1.
+    The verdict stands where written_label looks for it. Its odds are from what the endpoint says of the tokens in that
+    place, whatever spaces and marks they have; a letter that it does not name is as likely as it can be: as the least
+    likely one named, or as all that are not. Without such tokens the odds are 1 or -1.
     """
-    found = _own_line(answer.text, ("A", "B")) if answer.finish != "error" else None
+    found = _found(answer, ("A", "B"))
     if found is None:
         return math.nan
     place = found.start(1)
@@ -99,6 +97,22 @@ def _line_pattern(labels: tuple[str, ...]) -> re.Pattern[str]:
     if all(label.isdecimal() for label in labels):  # "-2" is no 2, and "8/5" none of ten
         signed, out_of = r"(?<![-−])", rf"(?:\s*/\s*{max(map(int, labels))})?"
     return re.compile(rf"[\W_]*(?:(?i:{said})[\W_]+)?{signed}({'|'.join(of_words)}){out_of}[\W_]*")
+
+
+def _found(answer: Answer, labels: tuple[str, ...]) -> re.Match[str] | None:
+    """Where the answer gives one of the labels as its verdict: group 1."""
+    if answer.finish == "error":
+        return None
+    last_line = answer.text.rstrip().rfind("\n") + 1
+    boxed = list(_boxed(labels).finditer(answer.text, last_line))
+    if boxed:
+        return boxed[-1] if len({match[1] for match in boxed}) == 1 else None
+    return _own_line(answer.text, labels)
+
+
+@cache
+def _boxed(labels: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"\[\[({'|'.join(map(re.escape, labels))})\]\]")
 
 
 def _own_line(text: str, labels: tuple[str, ...]) -> re.Match[str] | None:

@@ -1,19 +1,41 @@
 """The benchmarks' own scoring rules, as pure functions of what a judge said. No dimension letters.
 
-Where we differ: RewardBench 2 puts the right answer into an unseeded slot, ours is seeded (dpo/judge/prompts.py), and
-reads a verdict from anywhere in the text (`official_choice`), where we read the last one. An expected rating is no
-whole number, so that it ties less often than a written one. Read next: dpo/judge/protocols.py.
+Where we differ: all are asked in our words (dpo/judge/templates), which template files replace. RewardBench 2 puts the
+right answer into an unseeded slot, ours is seeded (dpo/judge/prompts.py), and reads a verdict from anywhere in the text
+(`official_choice`), where we want one alone in its place. RM-Bench asks for one of five verdicts (A>>B to B>>A), we for
+two in both orders, whose average decides. An expected rating is no whole number, so that it ties less often than a
+written one. Read next: dpo/judge/protocols.py.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from statistics import fmean
+from typing import TypedDict
 
 import numpy as np
 
 from dpo.judge.prompts import TIES_ID
-from dpo.judge.statistics import Verdict, outcomes
+from dpo.judge.statistics import LEAST_CLUSTERS, Verdict, outcomes
 from models.errors import UserError
+
+BLOCKS, T_49 = 50, 2.0096  # and Student's 97.5 % point of one degree less
+MOST_ROWS = 20_000  # for an interval: it takes BLOCKS scores, and of so many rows it is narrow
+
+WHOLE = ("score", "score_by_its_parser")  # of RewardBench 2's figures those that are of no one subset
+
+Score = Callable[[Sequence[int]], Mapping[str, float]]
+"""A benchmark's figures for the rows at these places."""
+
+
+class Benchmark(TypedDict):
+    """A benchmark's own score of a judge, and the parts of it; shares, but for RewardBench 2's Ties up to 1.01."""
+
+    name: str
+    figures: dict[str, float]  # "score" is the whole
+    intervals: dict[str, list[float]]  # 95 %, of those that have one
+
 
 # ---- RewardBench 2
 
@@ -73,6 +95,18 @@ def mean_of_subsets(scores: Sequence[tuple[str, float]]) -> dict[str, float]:
     return means | {"score": fmean(means.values())}
 
 
+def six_subsets(best_of_four: Benchmark, ties: Benchmark) -> Benchmark:
+    """RewardBench 2's score: the unweighted mean of five subsets and Ties, which are judged apart, on other rows."""
+    name, parts = best_of_four["name"], (best_of_four, ties)
+    weights = np.array([sum(key not in WHOLE for key in best_of_four["figures"]), 1])
+    score = float(weights @ [of["figures"]["score"] for of in parts]) / weights.sum()
+    intervals = [of["intervals"].get("score") for of in parts]
+    if None in intervals:
+        return Benchmark(name=name, figures={"score": score}, intervals={})
+    reach = float(np.linalg.norm(weights * np.ptp(np.array(intervals), axis=1) / 2)) / weights.sum()
+    return Benchmark(name=name, figures={"score": score}, intervals={"score": [score - reach, score + reach]})
+
+
 # ---- benchmarks of pairs, judged in both orders
 
 
@@ -113,9 +147,32 @@ def rm_bench(verdicts: Sequence[Verdict]) -> dict[str, float]:
     return {name: float(mean.mean()) for name, mean in means.items()} | levels | {"score": fmean(levels.values())}
 
 
-OF_PAIRS: dict[str, Callable[[Sequence[Verdict]], dict[str, float]]] = {
-    "judgebench": judgebench,
-    "llmbar": llmbar,
-    "rmbench": rm_bench,
+# ---- how sure a score is
+
+
+def scored(name: str, score: Score, groups: Sequence[str], seed: int) -> Benchmark:
+    """The score of all rows, of which `groups` has the group of each, and the 95 % interval of each figure.
+
+    It is x +- t s by the delete-a-group jackknife (Kott, J. Off. Stat. 2001): groups are dealt to B blocks at random,
+    x_k is x without block k, s^2 = (B - 1) / B sum_k (x_k - mean)^2. It fits any figure, where a bootstrap would show a
+    row of Ties twice. None below LEAST_CLUSTERS groups, above MOST_ROWS rows, and where no block moves it.
+    """
+    figures, intervals = dict(score(range(len(groups)))), {}
+    names = sorted(set(groups))
+    if len(names) < LEAST_CLUSTERS or len(groups) > MOST_ROWS:
+        return Benchmark(name=name, figures=figures, intervals={})
+    block = dict(zip(np.random.default_rng(seed).permutation(names).tolist(), cycle(range(BLOCKS)), strict=False))
+    without = [score([place for place, name in enumerate(groups) if block[name] != k]) for k in range(BLOCKS)]
+    for key, figure in figures.items():
+        spread = math.sqrt(BLOCKS - 1) * float(np.std([left.get(key, figure) for left in without]))
+        if spread > 1e-12:
+            intervals[key] = [max(0.0, figure - T_49 * spread), min(1.0, figure + T_49 * spread)]
+    return Benchmark(name=name, figures=figures, intervals=intervals)
+
+
+OF_PAIRS: dict[str, tuple[str, Callable[[Sequence[Verdict]], dict[str, float]]]] = {
+    "judgebench": ("JudgeBench", judgebench),
+    "llmbar": ("LLMBar", llmbar),
+    "rmbench": ("RM-Bench", rm_bench),
 }
-"""data.format -> how a benchmark of pairs scores the `compare` verdicts on its rows."""
+"""The rows' format (dpo/formats.py) -> name, and how a benchmark of pairs scores the `compare` verdicts on its rows."""

@@ -25,10 +25,10 @@ from models.files import read_text
 Pairs = Sequence[tuple[int, int]]
 PRESETS = Path(__file__).with_name("templates")
 TIES_ID = re.compile(r"(ref|tied):(.+)")
+"""RewardBench 2's two rows of a Ties question: one right answer asked for (ref), or all of them right (tied)."""
 TURN_MARK = re.compile(  # what begins one: of ChatML, Llama 2 to 4, harmony; DeepSeek; Mistral; Gemma; a think block
     r"([<\[])(?=\|[\w-]+\|>|｜[^<>]+｜>|/?(?:s|think|start_of_turn|end_of_turn)>|<?/?SYS>>|/?INST\])"
 )
-"""RewardBench 2's two rows of a Ties question: one right answer asked for (ref), or all of them right (tied)."""
 SLOTS = {"compare": 2, "choose": 4, "rate": 1, "ties": 1}
 """judge.protocol -> how many answers a question shows."""
 
@@ -196,4 +196,9 @@ ASKED: dict[str, Callable[[Row], bool]] = {
 }
 """judge.protocol -> which rows it asks of: RewardBench 2 asks no best of four where several answers are right."""
 
-COMPARE = read_template("", "compare")
+COMPARE, RATE, TIES = (read_template("", protocol) for protocol in ("compare", "rate", "ties"))
+
+
+def asked_by(template: Template, row: Row) -> Template:
+    """What the row is asked by: as RewardBench 2 does, `rate` asks its rows of Ties in the words of `ties`."""
+    return TIES if template == RATE and TIES_ID.fullmatch(row.id) else template

@@ -95,17 +95,18 @@ def _by_rating(rows: Sequence[Row], replies: Sequence[Floats], settings: TreeSet
 
 
 class Protocol(NamedTuple):
-    """One way to judge."""
+    """One way to judge; RewardBench 2 has three, of which `benchmark` is the name and `score` the rule."""
 
     verdicts: Callable[[Row, Pairs, Floats, TreeSettings], list[Verdict]]
-    score: Callable[[Sequence[Row], Sequence[Floats], TreeSettings], dict[str, float]] | None
+    score: Callable[[Sequence[Row], Sequence[Floats], TreeSettings], dict[str, float]] | None = None
+    benchmark: str = ""
 
 
 PROTOCOLS = {
-    "compare": Protocol(_compare, None),
-    "choose": Protocol(_choose, _best_of_four),
-    "rate": Protocol(_rate, _by_rating),
-    "ties": Protocol(_rate, _by_rating),
+    "compare": Protocol(_compare),
+    "choose": Protocol(_choose, _best_of_four, "RewardBench 2, best of four"),
+    "rate": Protocol(_rate, _by_rating, "RewardBench 2, ratings"),
+    "ties": Protocol(_rate, _by_rating, "RewardBench 2, Ties"),
 }
 """judge.protocol -> how it is read."""
 
