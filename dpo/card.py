@@ -61,10 +61,13 @@ def limits(run: Run) -> list[Text]:
     return [Text("paragraph", line) for line in told if line]
 
 
-def served(run: Run, folder: Path) -> tuple[str, str]:
-    """What the command that asks a server adds so that it renders the chat as here, and a warning where it cannot."""
+def served(settings: list[str], folder: Path) -> tuple[str, str]:
+    """What the command that asks a server adds so that it renders the chat as here, and a warning where it cannot.
+
+    `settings`: model.template_variables.
+    """
+    variables = read_variables(settings)
     try:
-        variables = read_variables(run.config.model.template_variables)
         ours, bare = (load_tokenizer(folder, told) for told in (variables, {}))
     except UserError:
         return "", ""
@@ -74,9 +77,9 @@ def served(run: Run, folder: Path) -> tuple[str, str]:
     opening = ours.decode(ours.verdict_prompt_ids(asked)[len(ours.prompt_ids(asked)) :])
     if not opening:
         return more, ""
-    return f"{more} endpoint.max_tokens=4096", (
-        f"Here its verdict stands right behind {opening!r}. A server does not write that for it: there it thinks first, "
-        "and is another judge than the one whose figures are below. Measure it so before you use it so."
+    return more, (
+        f"Here its verdict stands right behind {opening!r}. A server does not write that for it: there it thinks first "
+        "(raise endpoint.max_tokens), and is another judge than the one that was measured here."
     )
 
 
@@ -92,7 +95,7 @@ def how_to_ask(run: Run, folder: Path) -> list[Text]:
         here = f" judge.critique={judge.critique}{own} critiques.max_tokens={critiques.max_tokens}"
         there = f" judge.template={critiques.template or template.name} endpoint.max_tokens={critiques.max_tokens}"
         how = f"It writes a critique, then its verdict, {' or '.join(template.labels)}, on a line of its own"
-    more, warning = served(run, folder)
+    more, warning = served(run.config.model.template_variables, folder)
     commands = (
         f"python -m dpo.judge model.path=THIS_FOLDER data.path=rows.jsonl{sight}{here}\n"
         "vllm serve THIS_FOLDER --served-model-name judge\n"

@@ -5,6 +5,7 @@ Those in tests/templates are ours, with every construct of the published ones: t
 
 import functools
 import importlib
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,8 +17,11 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from dpo.card import served
 from dpo.config import Config
+from dpo.judge.endpoint import request_of
 from dpo.rows import Row
+from dpo.settings import load_config
 from dpo.trees import response_tree, verdict_tree
 from models.errors import UserError
 from models.tokenizer import FROZEN_DATE, Tokenizer, byte_level_bpe, load_tokenizer, read_variables, write_tokenizer
@@ -313,6 +317,19 @@ def test_a_verdict_stands_where_the_answers_text_begins(root: Path, name: str) -
     row = Row("r", "s", (USER,), ("Eight.",), ("Six.",), "g")
     tree = verdict_tree(row, ours, [(0, 0)], "pair")
     assert all(ours.decode([*tree.prompt, *branch]).endswith(opening) for branch in tree.branches)
+
+
+def test_a_served_judge_is_asked_with_the_same_template_variables_or_its_thinking_is_told(
+    root: Path, name: str
+) -> None:
+    more, warning = served(["enable_thinking=false"], root / name)
+    assert bool(more) == (name == "qwen3") and bool(warning) == (name == "harmony")
+    if more:
+        config = load_config(["exp=judge", *shlex.split(more)])
+        request = request_of((USER,), config.endpoint)
+        assert request["chat_template_kwargs"] == {"enable_thinking": False}
+    if warning:
+        assert "'<|channel|>final<|message|>'" in warning
 
 
 def test_what_is_judged_ends_no_turn_and_opens_none(root: Path, name: str) -> None:
