@@ -300,8 +300,11 @@ def read_price(config: EndpointConfig) -> tuple[float, float] | None:
             return None
         return float(table[config.model]["input"]) / 1e6, float(table[config.model]["output"]) / 1e6
     except (ValueError, TypeError, LookupError) as error:
-        wanted = f'["{config.model}"] with input and output, numbers in dollars per million tokens'
-        raise UserError(f"endpoint.prices={path}: must be TOML that has {wanted}: {error!r}") from None
+        fault = error if isinstance(error, ValueError) else "it has no such entry, or not both"
+        raise UserError(
+            f'endpoint.prices={path}: must be TOML that has ["{config.model}"] with input and output, in dollars '
+            f"per million tokens, for endpoint.max_cost to hold: {fault}; write such a file and name it there"
+        ) from None
 
 
 def _cost(price: tuple[float, float], prompt_tokens: int, completion_tokens: int) -> float:
@@ -365,7 +368,7 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job, worker: in
             job.stop += await _served(client) if status == 404 else ""
         if status != 200 and status < 500 and status not in RETRIED:
             break
-        if job.usage.failed_tries == 0:
+        if job.usage.failed_tries == 0 and config.max_retries:
             print(f"endpoint.url={config.url}: {fault}; trying again", file=sys.stderr)
         job.usage.failed_tries += 1
         # A request that is only held back (429 with a time) has not failed; but it is not held back for ever.
@@ -374,7 +377,10 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job, worker: in
         if tried <= config.max_retries:
             await asyncio.sleep(min(BACKOFF_S * 2 ** max(tried - 1, 0), MOST_BACKOFF_S) * random.uniform(0.5, 1))
     if status in (UNREACHABLE, LOST):
-        job.stop = job.stop or f"endpoint.url={config.url}: {fault}"
+        job.stop = job.stop or (
+            f"endpoint.url={config.url}: {fault}; check the address (most end in /v1) and that a server runs there, or "
+            "raise endpoint.max_retries"
+        )
     return Answer(fault, "error", (), 0, 0, "", 0.0)
 
 
