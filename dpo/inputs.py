@@ -18,7 +18,7 @@ import torch
 
 from dpo.checkable import make_rows
 from dpo.config import Config
-from dpo.judge.attacks import attack_share, attacked_rows
+from dpo.judge.attacks import attack_share, attacked_rows, read_seen
 from dpo.judge.prompts import ASKED, columns, judge_messages, read_template
 from dpo.losses import check_loss
 from dpo.rows import Rows, columns_of, keep_rows, read_rows, rows_digest
@@ -51,6 +51,7 @@ class Inputs:
     train_trees: Trees
     validation_trees: Trees  # under the objective, for loss and margins
     attacked: dict[str, Rows]  # by each of judge.attacks, the test rows that fit
+    attacks_seen: list[str] | None  # families that training saw, this run's and those before it; None: not known
 
 
 def set_up_cpu() -> None:
@@ -303,6 +304,10 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     test = _fit("test", splits.test, judged, tokenizer, cache)
     under = attacked_rows(test.rows, config.judge.attacks, config.seed, cache)
     attacked = {name: _fit(f"test ({name})", rows, [judge], tokenizer, cache).rows for name, rows in under.items()}
+    seen = read_seen([model_folder, *([Path(config.model.adapter)] if config.model.adapter else [])])
+    if not judging:
+        own = config.data.attacks if config.data.attack_share else []
+        seen = list(dict.fromkeys([*(seen or []), *own]))
     parts = {"train": train, "validation": validation, "test": test}
     counts = {name: {split: part.counts[name] for split, part in parts.items()} for name in train.counts}
     report = {**splits.report, **counts}
@@ -316,4 +321,5 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
         train.trees,
         validation.trees,
         attacked,
+        seen,
     )

@@ -21,7 +21,7 @@ from dpo.config import Config
 from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks, watch_ranks
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, set_up_cpu
-from dpo.judge.attacks import Success, biases, successes
+from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
 from dpo.judge.local import (
     Reply,
@@ -33,6 +33,7 @@ from dpo.judge.local import (
     verdicts,
     write_verdicts,
 )
+from dpo.judge.robustness import Success, biases, successes
 from dpo.judge.statistics import Verdict
 from dpo.judge.written import Pen, written_replies
 from dpo.log import peak_rss_mib, stage
@@ -187,7 +188,8 @@ def train_and_judge(
         if not inputs.attacked:
             return []
         with stage(f"attack {name}", times):
-            return successes(name, judged[name], inputs.attacked, lambda rows: judge(rows, reply), config)
+            under, seen = inputs.attacked, inputs.attacks_seen
+            return successes(name, judged[name], under, lambda rows: judge(rows, reply), seen, config.seed)
 
     with stage("reference", times):
         reference = policy if same else load_reference(config, inputs.reference_folder, inputs.dtype, ranks)
@@ -258,6 +260,7 @@ def train_and_judge(
     with stage("export", times):
         export(folder / "export", policy, inputs.model_folder, config, ranks)
     if ranks.first:
+        write_seen(folder / "export", inputs.attacks_seen or [])
         with stage("statistics", times):
             judgement = judge_results(inputs, config, judged, base_validation)
         write_verdicts(folder / "verdicts.jsonl", judged)

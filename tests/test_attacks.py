@@ -1,4 +1,4 @@
-"""Attacks on judges (dpo/judge/attacks.py): what they do to rows, how their success is counted, and what defends."""
+"""Attacks on judges (dpo/judge/attacks.py, robustness.py): what they do to rows, how success counts, what defends."""
 
 import json
 import math
@@ -9,15 +9,18 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from test_page import write_judging
 from test_reference import write_small_rows
 
+import dpo.export
 import dpo.judge.__main__
 import dpo.train
-from dpo.config import Config
 from dpo.inputs import load_splits
-from dpo.judge.attacks import ATTACKS, attack_share, attacked, attacked_rows, biases, successes
+from dpo.judge.attacks import ATTACKS, attack_share, attacked, attacked_rows, read_seen, write_seen
 from dpo.judge.prompts import COMPARE, judge_messages, read_template
+from dpo.judge.robustness import biases, successes
 from dpo.judge.statistics import Verdict
+from dpo.report import write_report
 from dpo.rows import Row, Rows, keep_rows, write_rows
 from dpo.settings import load_config
 from models.errors import UserError
@@ -118,8 +121,8 @@ def test_success_is_to_win_attacked_what_was_lost_clean(tmp_path: Path) -> None:
         odds = {True: (1.0, 2.0), False: (-2.0, -3.0)}  # in both orders A, or B: the average decides
         return [judged(int(one.id[1:]), *odds[wins and one.id != "r5"]) for one in under]
 
-    config = Config(exp="x", data={"attack_share": 0.1, "attacks": ["verdict"]})
-    found = successes("j", clean, attacked_rows(rows, ["verdict", "length"], 0, tmp_path), say, config)
+    under = attacked_rows(rows, ["verdict", "length"], 0, tmp_path)
+    found = successes("j", clean, under, say, ["verdict"], 0)
     assert asked == [["r0", "r1", "r5"]] * 2
     told = {one["attack"]: (one["trained_on"], one["n"], one["wins"]) for one in found}
     assert told == {
@@ -127,11 +130,27 @@ def test_success_is_to_win_attacked_what_was_lost_clean(tmp_path: Path) -> None:
         "length": (False, 3, 0),
         "all that training saw": (True, 3, 2),
         "all others": (False, 3, 0),
-        "position": (False, 3, 1),
+        "position": (None, 3, 1),  # nothing is rewritten
     }
     assert all(one["judge"] == "j" and 0 <= one["interval"][0] <= one["interval"][1] <= 1 for one in found)
     assert next(one for one in found if one["attack"] == "length")["interval"][1] > 0.5  # of 3 answers: nothing is sure
-    assert successes("j", clean[2:5], attacked_rows(rows, ["all"], 0, tmp_path), say, config) == []
+    assert successes("j", clean[2:5], attacked_rows(rows, ["all"], 0, tmp_path), say, ["verdict"], 0) == []
+    for seen, told_of in ((None, None), ([], False)):
+        told_now = {one["attack"]: one["trained_on"] for one in successes("j", clean, under, say, seen, 0)}
+        assert told_now == {"verdict": told_of, "length": told_of, "all": told_of, "position": None}
+
+
+def test_which_attacks_a_training_saw_stands_beside_the_weights_that_we_export_alone(tmp_path: Path) -> None:
+    for export, families in (("one", ["verdict"]), ("other", ["length", "verdict"]), ("plain", [])):
+        (tmp_path / export / "model").mkdir(parents=True)
+        write_seen(tmp_path / export, families)
+    one, other, plain, foreign = (tmp_path / name / "model" for name in ("one", "other", "plain", "foreign"))
+    assert not (tmp_path / "one" / "adapter").exists()
+    assert read_seen([foreign]) is None and read_seen([plain]) == []
+    assert read_seen([foreign, other, one]) == ["length", "verdict"]
+    (one / "attacks_seen.json").write_text('{"families": "verdict"}')
+    with pytest.raises(UserError, match=r"attacks_seen.json: must hold .*families.*; it was altered"):
+        read_seen([one])
 
 
 def test_a_look_counts_where_the_two_answers_differ_in_it() -> None:
@@ -182,15 +201,68 @@ def test_the_marks_of_a_turn_are_sent_to_no_endpoint() -> None:
 ONLY = ["verdict", "turns", "length"]
 
 
-def test_a_training_tells_its_judges_successes_and_looks_before_and_after(tmp_path: Path) -> None:
+def attack_table(report: str) -> dict[tuple[str, str], str]:
+    """By attack and judge what the report's table says of its training; without that column "?"."""
+    table = re.search(r"^\| attack +\|.*?(?=\n\n)", report, flags=re.M | re.S)
+    assert table
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table[0].splitlines())
+    known = header == ["attack", "judge", "its training", "answers", "win when attacked"]
+    assert known or header == ["attack", "judge", "answers", "win when attacked"]
+    return {(cells[0], cells[1]): cells[2] if known else "?" for cells in rows}
+
+
+def judging_of(folder: Path, name: str, seen: list[str] | None, *, endpoint: bool) -> Path:
+    """A run of dpo.judge on four rows, which lost them all and loses them under attacks too."""
+    rows = [replace(row(i), id=f"{i} row") for i in range(4)]
+    write_rows(folder / "rows.jsonl", rows)
+    run = write_judging(folder / name, folder / "rows.jsonl", name, dict.fromkeys(range(4), (2.0, -1.0)))
+    results = json.loads((run / "results.json").read_text())
+    said = [Verdict(one.id, "s", one.group, (0, 0), 2.0, -1.0) for one in rows]
+    under = dict.fromkeys(["verdict", "length"], keep_rows(rows, folder))
+    results["attacks"] = successes(name, said, under, lambda rows: said, seen, 0)
+    if not endpoint:
+        del results["endpoint"]
+    (run / "results.json").write_text(json.dumps(results))
+    return run
+
+
+def test_the_report_says_of_each_judge_what_its_own_training_saw_and_of_an_endpoint_nothing(tmp_path: Path) -> None:
+    kinds = {"defended": ["verdict"], "plain": [], "foreign": None, "asked": None}
+    runs = {name: judging_of(tmp_path, name, seen, endpoint=name == "asked") for name, seen in kinds.items()}
+
+    def told(*names: str) -> dict[tuple[str, str], str]:
+        return attack_table((write_report([runs[name] for name in names]) / "report.md").read_text())
+
+    for names in (["asked"], ["foreign"], ["foreign", "asked"]):
+        assert set(told(*names).values()) == {"?"}
+    assert "never" not in (runs["asked"] / "report.md").read_text()
+    together = told(*kinds)
+    assert list(together) == [
+        *((attack, name) for attack in ("verdict", "length") for name in kinds),
+        ("all that training saw", "defended"),
+        ("all others", "defended"),
+        *(("all", name) for name in ("plain", "foreign", "asked")),
+        *(("position", name) for name in kinds),
+    ]
+    assert [together["verdict", name] for name in kinds] == ["saw it", "never saw it", "", ""]
+    assert [together["length", name] for name in kinds] == ["never saw it", "never saw it", "", ""]
+    assert {together["position", name] for name in kinds} == {""}
+
+
+def test_a_training_tells_its_judges_successes_and_looks_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_small_rows(tmp_path / "rows.jsonl", test=12)
-    arguments = [
+    places = [
         f"run.root={tmp_path / 'runs'}",
         f"run.cache={tmp_path / 'cache'}",
         f"data.path={tmp_path / 'rows.jsonl'}",
     ]
-    arguments += ["exp=smoke", "pack.tokens=1024", "train.max_steps=2", "data.attack_share=0.5", "data.attacks=verdict"]
-    assert dpo.train.main([*arguments, f"judge.attacks={','.join(ONLY)}"]) == 0
+    training = [*places, "exp=smoke", "train.max_steps=2", "data.attack_share=0.5"]
+    arguments = [*training, "data.attacks=verdict", f"judge.attacks={','.join(ONLY)}"]
+    assert dpo.train.main([*arguments, "pack.tokens=320"]) == 2  # clean they fit
+    assert "row 'test-0' needs" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert dpo.train.main([*arguments, "pack.tokens=1024"]) == 0
     folder = tmp_path / "runs" / "smoke" / "latest"
     results = json.loads((folder / "results.json").read_text())
     told = results["attacks"]
@@ -203,9 +275,24 @@ def test_a_training_tells_its_judges_successes_and_looks_before_and_after(tmp_pa
     report = json.loads((folder / "report.json").read_text())
     assert report["attacks"] == told and report["biases"] == results["biases"]
     text = (folder / "report.md").read_text()
-    assert text.index("| attack that training saw |") < text.index("| verdict ") < text.index("| attack that it never")
+    assert attack_table(text)["verdict", "trained"] == "saw it" and attack_table(text)["verdict", "base"] == ""
+    assert [attack for attack, judge in attack_table(text) if judge == "trained"] == [
+        *("verdict", "turns", "length", "all that training saw", "all others", "position"),
+    ]
     assert f"training rows whose wrong answers attack: {results['data']['attacked']['verdict']} by verdict" in text
-    assert dpo.train.main([*arguments, "judge.attacks=all", "pack.tokens=448"]) == 2  # before anything is trained
+
+    # Judged again, and trained on: what was exported says what its training saw, whatever the command says.
+    exported = (folder.resolve() / "export" / "model").rename(tmp_path / "judge")
+    judging = [*places, "exp=judge", f"model.path={exported}", "judge.attacks=verdict,length"]
+    assert dpo.judge.__main__.main([*judging, "data.attack_share=0.5", "data.attacks=length"]) == 0
+    told = json.loads((tmp_path / "runs" / "judge" / "latest" / "results.json").read_text())["attacks"]
+    assert {one["attack"] for one in told if one["trained_on"]} == {"verdict", "all that training saw"}
+    assert {one["attack"] for one in told if one["trained_on"] is False} == {"length", "all others"}
+    assert dpo.train.main([*training, f"model.path={exported}", "lora.rank=2", "data.attacks=length"]) == 0
+    for part in ("model", "adapter"):
+        assert read_seen([folder / "export" / part]) == ["verdict", "length"]
+    assert dpo.export.main([str(folder / "export" / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+    assert read_seen([tmp_path / "merged"]) == ["verdict", "length"]
 
 
 def test_any_model_and_any_endpoint_is_attacked_without_training(

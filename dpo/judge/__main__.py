@@ -18,13 +18,14 @@ from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks, watch_ranks
 from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs, set_up_cpu
 from dpo.judge.asked import ask_rows
-from dpo.judge.attacks import Success, attacked_rows, biases, successes
+from dpo.judge.attacks import attacked_rows
 from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
 from dpo.judge.calibration import Floats
 from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
 from dpo.judge.local import replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
 from dpo.judge.protocols import PROTOCOLS, read_verdicts
+from dpo.judge.robustness import Success, biases, successes
 from dpo.judge.statistics import Summary, Verdict, summarise
 from dpo.judge.written import Pen, written_replies
 from dpo.log import stage
@@ -59,6 +60,7 @@ class Judged(NamedTuple):
     judge: str
     rows: Rows
     attacked: Mapping[str, Rows]  # by each of judge.attacks
+    attacks_seen: list[str] | None  # by its training, as its export says
     replies: list[Floats]  # of each row (dpo/judge/protocols.py)
     answers: list[Answer]  # one a question, where it was written
     usage: Usage | None  # of an endpoint, for these answers
@@ -91,9 +93,8 @@ def by_model(config: Config, ranks: Ranks) -> Judged:
     if ranks.first and (hint := padding_hint(token_trees(rows, inputs.tokenizer, settings, inputs.cache), config)):
         print(hint)
     said, answers = ask(rows, MOST_INVALID)
-    return Judged(
-        name, rows, inputs.attacked, said, answers, None, None, inputs.splits.report, lambda rows: ask(rows)[0]
-    )
+    report, seen = inputs.splits.report, inputs.attacks_seen
+    return Judged(name, rows, inputs.attacked, seen, said, answers, None, None, report, lambda rows: ask(rows)[0])
 
 
 def padding_hint(trees: Sequence[Tree], config: Config) -> str:
@@ -122,7 +123,8 @@ def by_endpoint(config: Config) -> Judged:
     said, answers = ask_rows(splits.test, ask, settings)
     attacked = attacked_rows(splits.test, config.judge.attacks, config.seed, cache)
     asked = replace(usage)  # what the attacks take is added to `usage` later
-    return Judged(config.endpoint.model, splits.test, attacked, said, answers, asked, usage, splits.report, reply)
+    name, rows = config.endpoint.model, splits.test
+    return Judged(name, rows, attacked, None, said, answers, asked, usage, splits.report, reply)
 
 
 def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> dict[str, float]:
@@ -166,7 +168,8 @@ def run(config: Config) -> Path:
                 verdicts,
                 judged.attacked,
                 lambda rows: read_verdicts(rows, judged.reply(rows), settings),
-                config,
+                judged.attacks_seen,
+                config.seed,
             )
     folder = broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
     leave_ranks(ranks)
