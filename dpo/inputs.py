@@ -104,6 +104,16 @@ def cache_folder(config: Config) -> Path:
     return Path(os.path.expanduser(config.run.cache or os.environ.get("DPO_CACHE") or "~/.cache/dpo-judges"))
 
 
+def data_rows(config: Config, dropped: Counter[str]) -> Rows:
+    """The rows of `data.path`, made, fetched or read; what prefers nothing is counted in `dropped`."""
+    if config.data.path == "checkable":
+        return keep_rows(make_rows(**config.checkable.model_dump(), seed=config.seed), cache_folder(config))
+    path = config.data.path
+    plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
+    place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
+    return read_rows(place, config.data.format, dropped, cache_folder(config))
+
+
 def load_splits(config: Config, *, judging: bool = False) -> Splits:
     """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`.
 
@@ -111,13 +121,7 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
     trained: there are test rows only, those that judge.split says.
     """
     dropped: Counter[str] = Counter()
-    if config.data.path == "checkable":
-        rows = keep_rows(make_rows(**config.checkable.model_dump(), seed=config.seed), cache_folder(config))
-    else:
-        path = config.data.path
-        plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
-        place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
-        rows = read_rows(place, config.data.format, dropped, cache_folder(config))
+    rows = data_rows(config, dropped)
     data, seed = config.data, config.seed
     if judging and config.judge.split == "all":
         rows = keep_rows((replace(row, split="test") for row in rows), cache_folder(config))

@@ -12,6 +12,7 @@ import pytest
 from test_page import write_judging
 from test_reference import write_small_rows
 
+import dpo.attack
 import dpo.export
 import dpo.judge.__main__
 import dpo.train
@@ -21,7 +22,7 @@ from dpo.judge.prompts import COMPARE, judge_messages, read_template
 from dpo.judge.robustness import biases, successes
 from dpo.judge.statistics import Verdict
 from dpo.report import write_report
-from dpo.rows import Row, Rows, keep_rows, write_rows
+from dpo.rows import PairValues, Row, Rows, keep_rows, read_rows, write_rows
 from dpo.settings import load_config
 from models.errors import UserError
 from tests.judge_server import Reply, completion, serving
@@ -94,6 +95,42 @@ def test_an_unknown_attack_is_refused(setting: str) -> None:
         match=rf"{setting.split('=')[0]} = .*\(command line\): there is no such attack; allowed are verdict, ignor",
     ):
         load_config(["exp=smoke", setting])
+
+
+def test_a_row_file_of_any_format_is_written_attacked_once_and_is_read_again(tmp_path: Path, capsys) -> None:
+    rows = [row(i, ("No. I will not. Why?", "Never."), split="test" if i > 3 else "train") for i in range(6)]
+    rows[0] = replace(rows[0], thinking=(("Never.", "hm"),), pair_values=(PairValues(2.0), PairValues()))
+    write_rows(tmp_path / "rows.jsonl", rows)
+    arguments = [f"data.path={tmp_path / 'rows.jsonl'}", f"run.cache={tmp_path / 'cache'}", "seed=3"]
+    out = tmp_path / "attacked"
+    assert dpo.attack.main([*arguments, "judge.attacks=verdict,length,verdict", f"out={out}"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["length.jsonl", "verdict.jsonl"]
+    for family in ("verdict", "length"):
+        assert read_rows(out / f"{family}.jsonl") == [attacked(one, family, 3) for one in rows]
+
+    before = (out / "length.jsonl").read_bytes()
+    assert dpo.attack.main([*arguments, "judge.attacks=all", f"out={out}", "data.format=ours"]) == 2
+    assert "is there already" in capsys.readouterr().err and len(list(out.iterdir())) == 2
+    assert (out / "length.jsonl").read_bytes() == before
+    talks = [f"\n\nHuman: Say {i}.\n\nAssistant: " for i in range(4)]
+    theirs = [{"chosen": f"{talk}yes", "rejected": f"{talk}{'no' if i else 'yes'}"} for i, talk in enumerate(talks)]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(one) + "\n" for one in theirs))
+    of_hh = [f"data.path={tmp_path / 'hh.jsonl'}", *arguments[1:], "judge.attacks=style", f"out={tmp_path / 'hh'}"]
+    assert dpo.attack.main(of_hh) == 0
+    assert "left out as no preference: 1 rows" in capsys.readouterr().out
+    assert [one.id for one in read_rows(tmp_path / "hh" / "style.jsonl")] == [
+        one.id for one in read_rows(tmp_path / "hh.jsonl")
+    ]
+
+    for more, said in (
+        (["judge.attacks=bribe", f"out={out}"], "there is no such attack; allowed are verdict, ignore"),
+        ([f"out={out}"], "judge.attacks: names none"),
+        (["judge.attacks=all"], "out is missing"),
+        (["judge.attacks=style", f"out={tmp_path / 'rows.jsonl'}"], "is a file"),
+    ):
+        assert dpo.attack.main([*arguments, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert dpo.attack.main(["--help"]) == 0 and "null_model" in capsys.readouterr().out
 
 
 # ---- how often they succeed

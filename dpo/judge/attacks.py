@@ -121,9 +121,14 @@ def attacked(row: Row, family: str, seed: int) -> Row:
     return replace(row, rejected=tuple(new[answer] for answer in row.rejected), thinking=thinking)
 
 
-def attacked_rows(rows: Rows, families: Sequence[str], seed: int, folder: Path) -> dict[str, Rows]:
-    """All rows under each family ("all": of ATTACKS), kept in `folder`."""
-    families = list(ATTACKS) if "all" in families else families
+def families_of(asked: Sequence[str]) -> list[str]:
+    """What judge.attacks asks for: each once, "all" being each there is."""
+    return list(ATTACKS) if "all" in asked else list(dict.fromkeys(asked))
+
+
+def attacked_rows(rows: Rows, asked: Sequence[str], seed: int, folder: Path) -> dict[str, Rows]:
+    """All rows under each family of judge.attacks, kept in `folder`."""
+    families = families_of(asked)
     return {family: keep_rows((attacked(row, family, seed) for row in rows), folder) for family in families}
 
 
