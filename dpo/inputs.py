@@ -237,8 +237,13 @@ def judge_settings(config: Config, *, sighted: bool) -> TreeSettings:
 
 
 def answer_settings(config: Config) -> TreeSettings:
-    """What the trees of judged rows' answers depend on, whose implicit rewards are compared."""
+    """What the trees of judged rows' answers depend on, whose implicit rewards or likelihoods are compared."""
     return replace(judge_settings(config, sighted=True), objective="responses", max_tokens=0, room=0)
+
+
+def scores_answers(config: Config) -> bool:
+    """Whether those trees are asked for."""
+    return config.judge.rewards != "off" or config.judge.self_preference
 
 
 @dataclass(frozen=True)
@@ -303,7 +308,7 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     trained = [critique_settings(config)] * (config.objective == "critiques") + [objective]
     train = _fit("train", splits.train, trained, tokenizer, cache)
     validation = _fit("validation", splits.validation, [judge, validated], tokenizer, cache)
-    judged = [answer_settings(config)] * (config.judge.rewards != "off")
+    judged = [answer_settings(config)] * scores_answers(config)
     judged += [judge_settings(config, sighted=True)] * config.judge.sighted_control + [judge]
     test = _fit("test", splits.test, judged, tokenizer, cache)
     under = attacked_rows(test.rows, config.judge.attacks, config.seed, cache)

@@ -17,7 +17,7 @@ from dpo import report_run
 from dpo.card import model_card
 from dpo.config import EndpointConfig
 from dpo.judge.endpoint import read_price
-from dpo.judge.robustness import Success
+from dpo.judge.robustness import LIKELIER, Success
 from dpo.judge.statistics import Summary, reliability
 from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
@@ -317,6 +317,11 @@ def _biases(judges: Sequence[Judge]) -> list[Block]:
         "Of pairs in which one answer alone has the look (longer: by over 30 characters): how often a judge prefers "
         "that answer, how often it is the right one, and how often the judge is right where it is and where it is not."
     )
+    if any(of["look"] == LIKELIER for judge in judges for of in judge.biases):
+        text += (
+            " Likelier: of the higher mean log-prob a token, as a reply to the request, under the model that judges; "
+            "accuracy where right less where wrong is arXiv:2410.21819's self-preference, the likelier for its own."
+        )
     return [Table("What is preferred for its looks", rows), Text("paragraph", text)]
 
 

@@ -20,7 +20,7 @@ from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
 from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks, watch_ranks
-from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, set_up_cpu
+from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, scores_answers, set_up_cpu
 from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
 from dpo.judge.local import (
@@ -28,6 +28,7 @@ from dpo.judge.local import (
     Score,
     evaluation,
     judge_results,
+    likelihood_leads,
     replies,
     reward_verdicts,
     verdicts,
@@ -203,17 +204,20 @@ def train_and_judge(
         if kept is not None:
             store_missing(kept, inputs.train_trees, live(reference, "reference's routes", kept), ranks)
         validation = inputs.validation_trees
-        scored = score(validation)
-        validation_references = [tree_sums(*one, config.loss) for one in zip(scored, validation, strict=True)]
-        test, rewards = inputs.splits.test, config.judge.rewards != "off"
-        answers = token_trees(test, inputs.tokenizer, answer_settings(config), inputs.cache) if rewards else []
-        answer_references = [reference_sums(logps) * reads(config.loss, "reference") for logps in score(answers)]
+        validated = zip(score(validation), validation, strict=True)
+        validation_references = [tree_sums(*one, config.loss) for one in validated]
+        test, rewards, own = inputs.splits.test, config.judge.rewards != "off", config.judge.self_preference
+        settings = answer_settings(config)
+        answers = token_trees(test, inputs.tokenizer, settings, inputs.cache) if scores_answers(config) else []
+        scored = score(answers if rewards else [])
+        answer_references = [reference_sums(logps) * reads(config.loss, "reference") for logps in scored]
         del reference, score, training_score, scored
 
     with stage("judge base", times):
         base = reply(stored(policy, fingerprint, "judging base"), fingerprint)
         judged = {"base": judge(test, base)}
         base_validation = judge(inputs.splits.validation, base)
+        base_leads = likelihood_leads(test, answers, stored(policy, fingerprint, "answers")(answers)) if own else {}
     attacks = attacks_on("base", base)
 
     def evaluate() -> dict[str, float]:
@@ -252,11 +256,14 @@ def train_and_judge(
     if wanted:
         with stage(f"judge {control}", times):
             judged[control] = judge(test, reply(live(policy, f"judging {control}")), sighted=not sighted)
-    if rewards:
-        with stage("judge rewards", times):
+    leads = {}
+    if answers:
+        with stage("judge rewards" if rewards else "answers", times):
             scored = live(policy, "answers")(answers)
-            mean = config.judge.rewards == "mean"
-            judged["rewards"] = reward_verdicts(test, answers, scored, answer_references, mean=mean)
+            leads = likelihood_leads(test, answers, scored) if own else {}
+    if rewards:
+        mean = config.judge.rewards == "mean"
+        judged["rewards"] = reward_verdicts(test, answers, scored, answer_references, mean=mean)
     with stage("export", times):
         export(folder / "export", policy, inputs.model_folder, config, ranks)
     if ranks.first:
@@ -270,7 +277,11 @@ def train_and_judge(
             "reference": asdict(usage),
             "judge": judgement,
             "attacks": attacks,
-            "biases": [bias for name, said in judged.items() for bias in biases(name, test, said, config.seed)],
+            "biases": [
+                bias
+                for name, said in judged.items()
+                for bias in biases(name, test, said, config.seed, base_leads if name == "base" else leads)
+            ],
             "train": train_results(done, inputs.dtype),
             "alarms": alarms_of(read_metrics(folder / "metrics.jsonl"), done.without_gradient),
             "kernels": used,

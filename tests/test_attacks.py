@@ -4,11 +4,13 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from test_page import write_judging
 from test_reference import write_small_rows
 
@@ -16,15 +18,20 @@ import dpo.attack
 import dpo.export
 import dpo.judge.__main__
 import dpo.train
+from dpo.formats import Message
 from dpo.inputs import load_splits
 from dpo.judge.attacks import ATTACKS, attack_share, attacked, attacked_rows, read_seen, write_seen
+from dpo.judge.local import read_verdicts
 from dpo.judge.prompts import COMPARE, judge_messages, read_template
-from dpo.judge.robustness import biases, successes
+from dpo.judge.robustness import LIKELIER, Bias, biases, successes
 from dpo.judge.statistics import Verdict
 from dpo.report import write_report
 from dpo.rows import PairValues, Row, Rows, keep_rows, read_rows, write_rows
 from dpo.settings import load_config
+from models.decoder import load_decoder, next_token_logits
 from models.errors import UserError
+from models.gguf_import import resolve_model_path
+from models.tokenizer import load_tokenizer
 from tests.judge_server import Reply, completion, serving
 
 REQUEST = ({"role": "user", "content": "Say it."},)
@@ -203,6 +210,13 @@ def test_a_look_counts_where_the_two_answers_differ_in_it() -> None:
     assert found == {"longer": (2, 1, 1, 1), "with a list": (2, 1, 1, 0), "with bold": (1, 0, 1, 0)}
     assert biases("j", rows, [judged(0, 1.0, 1.0), judged(1, math.nan, 0.0)], 0) == []
 
+    leads = {("r0", (0, 0)): 0.5, ("r1", (0, 0)): -0.1, ("r2", (0, 0)): 0.0, ("r3", (0, 0)): -2.0}  # nats a token
+    *looks, own = biases("j", rows, said, 0, leads)
+    assert looks == biases("j", rows, said, 0)
+    # Row 0 won as the likelier one, row 1 though the other is, row 3 lost to the likelier one; row 2 is equal.
+    assert (own["look"], own["n"], own["prefers"]) == ("likelier to its own model", 3, 2)
+    assert (own["chosen"], own["prefers_chosen"]) == (1, 1)
+
 
 # ---- defences
 
@@ -368,6 +382,56 @@ def test_any_model_and_any_endpoint_is_attacked_without_training(
     assert spent["endpoint"] == pytest.approx(16 * 0.11)  # eight rows in both orders
     assert spent["endpoint_with_attacks"] == pytest.approx(served.asked.total() * 0.11)
     assert told["ignore"] == (4, 4) and told["length"] == (4, 0)
+
+
+def test_self_preference_is_by_the_log_prob_a_token_under_the_model_that_judges(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [f"run.root={tmp_path / 'runs'}", f"run.cache={tmp_path / 'cache'}", "dtype=fp64", "exp=smoke"]
+    training = [*places, "train.lr=0.1", "train.max_steps=4", "loss.name=sft", "objective=responses"]
+    assert dpo.train.main([*training, "judge.self_preference=true", "judge.rewards=mean"]) == 0
+    folder = tmp_path / "runs" / "smoke" / "latest"
+
+    def told(run: Path) -> dict[str, Bias]:
+        results = json.loads((run / "results.json").read_text())
+        return {one["judge"]: one for one in results["biases"] if one["look"] == LIKELIER}
+
+    after = told(folder)
+    assert set(after) == {"base", "trained", "blind", "rewards"}
+    rewards = after["rewards"]  # of a loss without a reference: the log-prob a token itself, of the trained model
+    assert rewards["prefers"] == rewards["n"] == 32 and rewards["chosen"] == rewards["prefers_chosen"]
+    assert after["trained"]["chosen"] == after["blind"]["chosen"] == rewards["chosen"]
+    assert "| likelier to its own model | base " in re.sub(" +", " ", (folder / "report.md").read_text())
+
+    # The base judged alone says the same; and the truth, an answer at a time.
+    config = load_config([*places, "judge.split=test"])
+    assert dpo.judge.__main__.main([*places, "judge.split=test", "judge.self_preference=true"]) == 0
+    (alone,) = told(folder).values()
+    assert alone | {"judge": "base"} == after["base"]
+    place = resolve_model_path("tiny-random", tmp_path / "cache")
+    model = load_decoder(place, weight_dtype=torch.float64, compute_dtype=torch.float64)
+    tokenizer = load_tokenizer(place, {})
+
+    def mean(prompt: Sequence[Message], answer: str) -> float:
+        begin, tokens = tokenizer.prompt_ids(prompt), tokenizer.completion_ids(prompt, answer, "")
+        with torch.no_grad():
+            logp = next_token_logits(model, [*begin, *tokens]).log_softmax(-1)
+        return float(logp[range(len(begin) - 1, len(begin) + len(tokens) - 1), tokens].mean())
+
+    lead = {
+        one.id: mean(one.prompt, one.chosen[0]) - mean(one.prompt, one.rejected[0])
+        for one in load_splits(config, judging=True).test
+    }
+    (judge,) = read_verdicts(folder / "verdicts.jsonl").values()
+    decided = [(lead[one.id] > 0, one.first > one.second) for one in judge if one.first != one.second]
+    assert alone["n"] == len(decided) == 32
+    assert alone["prefers"] == sum(likelier is won for likelier, won in decided)
+    assert alone["chosen"] == sum(likelier for likelier, _ in decided)
+
+    url = ["endpoint.url=http://x", "endpoint.model=m"]
+    for more in (url, ["judge.protocol=choose"]):
+        assert dpo.judge.__main__.main([*places, "judge.self_preference=true", *more]) == 2
+        assert "judge.self_preference = true (command line): is of a local model's verdicts" in capsys.readouterr().err
 
 
 @pytest.mark.long

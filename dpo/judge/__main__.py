@@ -16,13 +16,22 @@ from typing import NamedTuple
 
 from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks, watch_ranks
-from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs, set_up_cpu
+from dpo.inputs import (
+    answer_settings,
+    cache_folder,
+    check_place,
+    judge_settings,
+    load_splits,
+    pick_device,
+    read_inputs,
+    set_up_cpu,
+)
 from dpo.judge.asked import ask_rows
 from dpo.judge.attacks import attacked_rows
 from dpo.judge.benchmarks import OF_PAIRS, choice_score, mean_of_subsets, official_choice
 from dpo.judge.calibration import Floats
 from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
-from dpo.judge.local import replies, write_verdicts
+from dpo.judge.local import likelihood_leads, replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
 from dpo.judge.protocols import PROTOCOLS, read_verdicts
 from dpo.judge.robustness import Success, biases, successes
@@ -61,6 +70,7 @@ class Judged(NamedTuple):
     rows: Rows
     attacked: Mapping[str, Rows]  # by each of judge.attacks
     attacks_seen: list[str] | None  # by its training, as its export says
+    leads: dict[tuple[str, tuple[int, int]], float]  # likelihood_leads under its own model, with judge.self_preference
     replies: list[Floats]  # of each row (dpo/judge/protocols.py)
     answers: list[Answer]  # one a question, where it was written
     usage: Usage | None  # of an endpoint, for these answers
@@ -93,8 +103,14 @@ def by_model(config: Config, ranks: Ranks) -> Judged:
     if ranks.first and (hint := padding_hint(token_trees(rows, inputs.tokenizer, settings, inputs.cache), config)):
         print(hint)
     said, answers = ask(rows, MOST_INVALID)
+    leads = {}
+    if config.judge.self_preference:
+        own = token_trees(rows, inputs.tokenizer, answer_settings(config), inputs.cache)
+        leads = likelihood_leads(rows, own, score_trees(model, own, config.pack, ranks, "answers"))
     report, seen = inputs.splits.report, inputs.attacks_seen
-    return Judged(name, rows, inputs.attacked, seen, said, answers, None, None, report, lambda rows: ask(rows)[0])
+    return Judged(
+        name, rows, inputs.attacked, seen, leads, said, answers, None, None, report, lambda rows: ask(rows)[0]
+    )
 
 
 def padding_hint(trees: Sequence[Tree], config: Config) -> str:
@@ -124,7 +140,7 @@ def by_endpoint(config: Config) -> Judged:
     attacked = attacked_rows(splits.test, config.judge.attacks, config.seed, cache)
     asked = replace(usage)  # what the attacks take is added to `usage` later
     name, rows = config.endpoint.model, splits.test
-    return Judged(name, rows, attacked, None, said, answers, asked, usage, splits.report, reply)
+    return Judged(name, rows, attacked, None, {}, said, answers, asked, usage, splits.report, reply)
 
 
 def benchmark_score(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> dict[str, float]:
@@ -181,7 +197,7 @@ def run(config: Config) -> Path:
     results: dict[str, object] = {"judge": {judged.judge: summary}, "data": judged.data, "time_s": times}
     results["attacks"] = attacks
     if config.judge.protocol != "choose":  # whose verdicts are on more than two answers
-        results["biases"] = biases(judged.judge, judged.rows, verdicts, config.seed)
+        results["biases"] = biases(judged.judge, judged.rows, verdicts, config.seed, judged.leads)
     results |= {"protocol": config.judge.protocol, "answers": sum(map(len, judged.replies))}
     results |= {"benchmark": benchmark} if benchmark else {}
     if judged.usage:

@@ -97,19 +97,31 @@ LOOKS: dict[str, tuple[Callable[[str], int], int]] = {
     "with bold": (lambda answer: bool(re.search(r"\*\*\S", answer)), 0),
 }
 """look -> how much an answer has of it, and by how much two must differ."""
+LIKELIER = "likelier to its own model"
 
 
-def biases(judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int) -> list[Bias]:
-    """How the judge's order-averaged verdicts on the rows go with each of LOOKS, where two answers differ in it."""
+def biases(
+    judge: str,
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+    seed: int,
+    leads: Mapping[tuple[str, tuple[int, int]], float] | None = None,
+) -> list[Bias]:
+    """How the judge's order-averaged verdicts on the rows go with each of LOOKS, where two answers differ in it.
+
+    And with likelihood under its own model, by `leads` (likelihood_leads): a judge prefers its own answers because it
+    prefers text that it would write (2410.21819, 2404.13076).
+    """
     said: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
         said.setdefault(verdict.id, []).append(verdict)
-    found: dict[str, list[tuple[bool, bool, str]]] = {look: [] for look in LOOKS}
+    found: dict[str, list[tuple[bool, bool, str]]] = {look: [] for look in (*LOOKS, LIKELIER)}
     for row in rows:
         for verdict in said.get(row.id, ()):
             odds = verdict.first - verdict.second
-            for look, (much, least) in LOOKS.items():
-                lead = much(row.chosen[verdict.pair[0]]) - much(row.rejected[verdict.pair[1]])
+            right, wrong = row.chosen[verdict.pair[0]], row.rejected[verdict.pair[1]]
+            differ = [(look, float(much(right) - much(wrong)), least) for look, (much, least) in LOOKS.items()]
+            for look, lead, least in (*differ, (LIKELIER, (leads or {}).get((row.id, verdict.pair), 0.0), 0)):
                 if abs(lead) > least and abs(odds) > 0:  # NaN is not
                     found[look].append(((odds > 0) is (lead > 0), lead > 0, verdict.group))
     return [
