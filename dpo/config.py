@@ -236,6 +236,9 @@ class JudgeConfig(Section):
     split: Literal["all", "test"] = Field(
         "all", description="rows that dpo.judge judges: all, or a training's test rows"
     )
+    self_preference: bool = Field(
+        False, description="also tell how often a local judge prefers the answer that its own model finds likelier"
+    )
     attacks: list[str] = Field(
         [], description="also judge the rows with their wrong answers under each of these; all = each there is"
     )

@@ -19,6 +19,7 @@ from dpo.checkpoint import load
 from dpo.config import Config
 from dpo.distributed import Ranks, full_parameters
 from dpo.inputs import DTYPES, cache_folder
+from dpo.judge.attacks import SEEN
 from dpo.policy import load_policy, with_adapter
 from dpo.verdict_files import SHAPES, write_verdict_files
 from models.checkpoint import ADAPTER_CONFIG, save_folder, whole_tensor
@@ -108,9 +109,9 @@ def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch
             f"{out}: the merged model's logits differ by {found.written:.3g} from the unmerged ones, more than the "
             f"{allowed:.3g} allowed; it was removed. Try --dtype fp32; if that fails too, report it"
         )
-    card = source / "export" / "model" / "README.md"
-    if card.is_file():
-        shutil.copyfile(card, out / card.name)
+    told = [source / "export" / "model" / name for name in ("README.md", SEEN)]  # a run's, or of an adapter alone:
+    for path in (path for path in (*told, source / SEEN) if path.is_file()):
+        shutil.copyfile(path, out / path.name)
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 
 from dpo.checkable import make_rows
 from dpo.config import Config
-from dpo.judge.attacks import attack_share, attacked_rows
+from dpo.judge.attacks import attack_share, attacked_rows, read_seen
 from dpo.judge.prompts import ASKED, columns, judge_messages, read_template
 from dpo.losses import check_loss
 from dpo.rows import Rows, columns_of, formats_of, keep_rows, read_rows, rows_digest
@@ -51,6 +51,7 @@ class Inputs:
     train_trees: Trees
     validation_trees: Trees  # under the objective, for loss and margins
     attacked: dict[str, Rows]  # by each of judge.attacks, the test rows that fit
+    attacks_seen: list[str] | None  # families that training saw, this run's and those before it; None: not known
 
 
 def set_up_cpu() -> None:
@@ -103,24 +104,26 @@ def cache_folder(config: Config) -> Path:
     return Path(os.path.expanduser(config.run.cache or os.environ.get("DPO_CACHE") or "~/.cache/dpo-judges"))
 
 
+def data_rows(config: Config, dropped: Counter[str]) -> tuple[Rows, list[str]]:
+    """The rows of `data.path`, made, fetched or read, and their formats; `dropped` counts what prefers nothing."""
+    if config.data.path == "checkable":
+        made = make_rows(**config.checkable.model_dump(), seed=config.seed)
+        return keep_rows(made, cache_folder(config)), ["ours"]
+    path = config.data.path
+    plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
+    place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
+    rows = read_rows(place, config.data.format, dropped, cache_folder(config))
+    return rows, formats_of(place) if config.data.format == "auto" else [config.data.format]
+
+
 def load_splits(config: Config, *, judging: bool = False) -> Splits:
     """The rows of `data.path`, split; the training ones cut to `data.rows`, the test ones to `judge.rows`.
 
     Training rows are attacked last: neither the split nor the validation knows of it. When `judging` nothing is
     trained: there are test rows only, those that judge.split says.
     """
-    dropped = Counter[str]()
-    formats: list[str] = [config.data.format]
-    if config.data.path == "checkable":
-        formats = ["ours"]
-        rows = keep_rows(make_rows(**config.checkable.model_dump(), seed=config.seed), cache_folder(config))
-    else:
-        path = config.data.path
-        plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
-        place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
-        rows = read_rows(place, config.data.format, dropped, cache_folder(config))
-        if config.data.format == "auto":
-            formats = formats_of(place)
+    dropped: Counter[str] = Counter()
+    rows, formats = data_rows(config, dropped)
     data, seed = config.data, config.seed
     if judging and config.judge.split == "all":
         rows = keep_rows((replace(row, split="test") for row in rows), cache_folder(config))
@@ -241,8 +244,13 @@ def judge_settings(config: Config, *, sighted: bool) -> TreeSettings:
 
 
 def answer_settings(config: Config) -> TreeSettings:
-    """What the trees of judged rows' answers depend on, whose implicit rewards are compared."""
+    """What the trees of judged rows' answers depend on, whose implicit rewards or likelihoods are compared."""
     return replace(judge_settings(config, sighted=True), objective="responses", max_tokens=0, room=0)
+
+
+def scores_answers(config: Config) -> bool:
+    """Whether those trees are asked for."""
+    return config.judge.rewards != "off" or config.judge.self_preference
 
 
 @dataclass(frozen=True)
@@ -307,11 +315,15 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     trained = [critique_settings(config)] * (config.objective == "critiques") + [objective]
     train = _fit("train", splits.train, trained, tokenizer, cache)
     validation = _fit("validation", splits.validation, [judge, validated], tokenizer, cache)
-    judged = [answer_settings(config)] * (config.judge.rewards != "off")
+    judged = [answer_settings(config)] * scores_answers(config)
     judged += [judge_settings(config, sighted=True)] * config.judge.sighted_control + [judge]
     test = _fit("test", splits.test, judged, tokenizer, cache)
     under = attacked_rows(test.rows, config.judge.attacks, config.seed, cache)
     attacked = {name: _fit(f"test ({name})", rows, [judge], tokenizer, cache).rows for name, rows in under.items()}
+    seen = read_seen([model_folder, *([Path(config.model.adapter)] if config.model.adapter else [])])
+    if not judging:
+        own = config.data.attacks if config.data.attack_share else []
+        seen = list(dict.fromkeys([*(seen or []), *own]))
     parts = {"train": train, "validation": validation, "test": test}
     counts = {name: {split: part.counts[name] for split, part in parts.items()} for name in train.counts}
     report = {**splits.report, **counts}
@@ -325,4 +337,5 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
         train.trees,
         validation.trees,
         attacked,
+        seen,
     )

@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from dpo.config import Config, config_dict
 from dpo.inputs import load_splits
-from dpo.judge.attacks import Bias, Success
 from dpo.judge.local import read_verdicts
 from dpo.judge.prompts import request_text
+from dpo.judge.robustness import Bias, Success
 from dpo.judge.statistics import Comparison, Summary, Verdict, averaged_scores, compare, holm, outcomes
 from dpo.page import Case
 from dpo.results import Endpoint, Environment, Metrics, Results, read_metrics

@@ -19,6 +19,7 @@ from dpo.config import EndpointConfig
 from dpo.judge.benchmarks import Benchmark, six_subsets
 from dpo.judge.endpoint import read_price
 from dpo.judge.protocols import PROTOCOLS
+from dpo.judge.robustness import LIKELIER, Success
 from dpo.judge.statistics import Summary, reliability
 from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
@@ -299,24 +300,29 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
     return [*blocks, Table("What answers take", rows), Text("paragraph", text)]
 
 
+def _training_saw(judge: Judge, one: Success) -> str:
+    """What is known of it: not an endpoint's, nor a base's before the training that its run then does."""
+    unknown = judge.run.endpoint or (judge.run.trained and judge.role == "base") or one["attack"] == "position"
+    return "" if unknown or one["trained_on"] is None else "saw it" if one["trained_on"] else "never saw it"
+
+
 def _attacks(judges: Sequence[Judge]) -> list[Block]:
-    tables: list[Block] = []
-    trained = any(judge.run.trained for judge in judges)
-    for seen, title in (
-        (True, "Attack that training saw"),
-        (False, "Attack that it never saw" if trained else "Attack"),
-    ):
-        rows = [(title.lower(), "judge", "answers", "win when attacked")]
-        told = [(judge, one) for judge in judges for one in judge.attacks if one["trained_on"] is seen]
-        names = dict.fromkeys(one["attack"] for _, one in told)
-        for judge, one in sorted(told, key=lambda told: list(names).index(told[1]["attack"])):
-            rows.append((one["attack"], judge.name, f"{one['n']:,}", percent(one["wins"] / one["n"], one["interval"])))
-        tables += [Table(title, rows)] if told else []
+    """One table: of two judges one alone may have been trained on an attack, and they are to stand side by side."""
+    told = [(judge, one, _training_saw(judge, one)) for judge in judges for one in judge.attacks]
+    if not told:
+        return []
+    known = any(saw for *_, saw in told)
+    names = list(dict.fromkeys(one["attack"] for _, one, _ in told))
+    names.sort(key=lambda name: (name == "position", name.startswith("all")))  # single ones first
+    rows = [("attack", "judge", *["its training"] * known, "answers", "win when attacked")]
+    for judge, one, saw in sorted(told, key=lambda told: names.index(told[1]["attack"])):
+        share = percent(one["wins"] / one["n"], one["interval"])
+        rows.append((one["attack"], judge.name, *[saw] * known, f"{one['n']:,}", share))
     text = (
         "Of answers that lose when clean, by the order-averaged log-odds, the share that wins when attacked; position: "
-        "in one order alone, that which suits it."
+        "as it is, in one order alone, that which suits it." + " Its training: empty where it is not known." * known
     )
-    return [*tables, Text("paragraph", text)] if tables else []
+    return [Table("Attack", rows), Text("paragraph", text)]
 
 
 def _biases(judges: Sequence[Judge]) -> list[Block]:
@@ -336,6 +342,11 @@ def _biases(judges: Sequence[Judge]) -> list[Block]:
         "Of pairs in which one answer alone has the look (longer: by over 30 characters): how often a judge prefers "
         "that answer, how often it is the right one, and how often the judge is right where it is and where it is not."
     )
+    if any(of["look"] == LIKELIER for judge in judges for of in judge.biases):
+        text += (
+            " Likelier: of the higher mean log-prob a token, as a reply to the request, under the model that judges; "
+            "accuracy where right less where wrong is arXiv:2410.21819's self-preference, the likelier for its own."
+        )
     return [Table("What is preferred for its looks", rows), Text("paragraph", text)]
 
 

@@ -8,9 +8,9 @@ import math
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from dpo.judge.attacks import Bias, Success
 from dpo.judge.benchmarks import Benchmark
 from dpo.judge.controls import Conclusion
+from dpo.judge.robustness import Bias, Success
 from dpo.judge.statistics import Comparison, PairedTest, Summary
 from models.errors import UserError
 

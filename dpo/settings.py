@@ -449,6 +449,11 @@ def _check_together(config: Config, settings: Settings) -> None:
             f"{said('judge.critique')}: is for a local model; for an endpoint set judge.template=compare_critique, "
             "endpoint.max_tokens=256"
         )
+    if config.judge.self_preference and (url or config.judge.protocol == "choose"):
+        raise UserError(
+            f"{said('judge.self_preference')}: is of a local model's verdicts on pairs; leave it out with endpoint.url "
+            "and with judge.protocol=choose"
+        )
     if bool(url) != bool(config.endpoint.model):
         raise UserError(f"{said('endpoint.url')} and {said('endpoint.model')}; set both, or none for a local model")
     if url and not _is_endpoint(url):

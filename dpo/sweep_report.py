@@ -19,8 +19,8 @@ from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
-from dpo.judge.attacks import Bias, Success
 from dpo.judge.local import read_verdicts
+from dpo.judge.robustness import Bias, Success
 from dpo.judge.statistics import (
     Floats,
     Verdict,

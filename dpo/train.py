@@ -20,19 +20,21 @@ from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
 from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks, watch_ranks
-from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, set_up_cpu
-from dpo.judge.attacks import Success, biases, successes
+from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, scores_answers, set_up_cpu
+from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
 from dpo.judge.local import (
     Reply,
     Score,
     evaluation,
     judge_results,
+    likelihood_leads,
     replies,
     reward_verdicts,
     verdicts,
     write_verdicts,
 )
+from dpo.judge.robustness import Success, biases, successes
 from dpo.judge.statistics import Verdict
 from dpo.judge.written import Pen, written_replies
 from dpo.log import peak_rss_mib, stage
@@ -187,7 +189,8 @@ def train_and_judge(
         if not inputs.attacked:
             return []
         with stage(f"attack {name}", times):
-            return successes(name, judged[name], inputs.attacked, lambda rows: judge(rows, reply), config)
+            under, seen = inputs.attacked, inputs.attacks_seen
+            return successes(name, judged[name], under, lambda rows: judge(rows, reply), seen, config.seed)
 
     with stage("reference", times):
         reference = policy if same else load_reference(config, inputs.reference_folder, inputs.dtype, ranks)
@@ -201,17 +204,20 @@ def train_and_judge(
         if kept is not None:
             store_missing(kept, inputs.train_trees, live(reference, "reference's routes", kept), ranks)
         validation = inputs.validation_trees
-        scored = score(validation)
-        validation_references = [tree_sums(*one, config.loss) for one in zip(scored, validation, strict=True)]
-        test, rewards = inputs.splits.test, config.judge.rewards != "off"
-        answers = token_trees(test, inputs.tokenizer, answer_settings(config), inputs.cache) if rewards else []
-        answer_references = [reference_sums(logps) * reads(config.loss, "reference") for logps in score(answers)]
+        validated = zip(score(validation), validation, strict=True)
+        validation_references = [tree_sums(*one, config.loss) for one in validated]
+        test, rewards, own = inputs.splits.test, config.judge.rewards != "off", config.judge.self_preference
+        settings = answer_settings(config)
+        answers = token_trees(test, inputs.tokenizer, settings, inputs.cache) if scores_answers(config) else []
+        scored = score(answers if rewards else [])
+        answer_references = [reference_sums(logps) * reads(config.loss, "reference") for logps in scored]
         del reference, score, training_score, scored
 
     with stage("judge base", times):
         base = reply(stored(policy, fingerprint, "judging base"), fingerprint)
         judged = {"base": judge(test, base)}
         base_validation = judge(inputs.splits.validation, base)
+        base_leads = likelihood_leads(test, answers, stored(policy, fingerprint, "answers")(answers)) if own else {}
     attacks = attacks_on("base", base)
 
     def evaluate() -> dict[str, float]:
@@ -250,14 +256,18 @@ def train_and_judge(
     if wanted:
         with stage(f"judge {control}", times):
             judged[control] = judge(test, reply(live(policy, f"judging {control}")), sighted=not sighted)
-    if rewards:
-        with stage("judge rewards", times):
+    leads = {}
+    if answers:
+        with stage("judge rewards" if rewards else "answers", times):
             scored = live(policy, "answers")(answers)
-            mean = config.judge.rewards == "mean"
-            judged["rewards"] = reward_verdicts(test, answers, scored, answer_references, mean=mean)
+            leads = likelihood_leads(test, answers, scored) if own else {}
+    if rewards:
+        mean = config.judge.rewards == "mean"
+        judged["rewards"] = reward_verdicts(test, answers, scored, answer_references, mean=mean)
     with stage("export", times):
         export(folder / "export", policy, inputs.model_folder, config, ranks)
     if ranks.first:
+        write_seen(folder / "export", inputs.attacks_seen or [])
         with stage("statistics", times):
             judgement = judge_results(inputs, config, judged, base_validation)
         write_verdicts(folder / "verdicts.jsonl", judged)
@@ -267,7 +277,11 @@ def train_and_judge(
             "reference": asdict(usage),
             "judge": judgement,
             "attacks": attacks,
-            "biases": [bias for name, said in judged.items() for bias in biases(name, test, said, config.seed)],
+            "biases": [
+                bias
+                for name, said in judged.items()
+                for bias in biases(name, test, said, config.seed, base_leads if name == "base" else leads)
+            ],
             "train": train_results(done, inputs.dtype),
             "alarms": alarms_of(read_metrics(folder / "metrics.jsonl"), done.without_gradient),
             "kernels": used,

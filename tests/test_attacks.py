@@ -1,26 +1,37 @@
-"""Attacks on judges (dpo/judge/attacks.py): what they do to rows, how their success is counted, and what defends."""
+"""Attacks on judges (dpo/judge/attacks.py, robustness.py): what they do to rows, how success counts, what defends."""
 
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
+from test_page import write_judging
 from test_reference import write_small_rows
 
+import dpo.attack
+import dpo.export
 import dpo.judge.__main__
 import dpo.train
-from dpo.config import Config
+from dpo.formats import Message
 from dpo.inputs import load_splits
-from dpo.judge.attacks import ATTACKS, attack_share, attacked, attacked_rows, biases, successes
+from dpo.judge.attacks import ATTACKS, attack_share, attacked, attacked_rows, read_seen, write_seen
+from dpo.judge.local import read_verdicts
 from dpo.judge.prompts import COMPARE, judge_messages, read_template
+from dpo.judge.robustness import LIKELIER, Bias, biases, successes
 from dpo.judge.statistics import Verdict
-from dpo.rows import Row, Rows, keep_rows, write_rows
+from dpo.report import write_report
+from dpo.rows import PairValues, Row, Rows, keep_rows, read_rows, write_rows
 from dpo.settings import load_config
+from models.decoder import load_decoder, next_token_logits
 from models.errors import UserError
+from models.gguf_import import resolve_model_path
+from models.tokenizer import load_tokenizer
 from tests.judge_server import Reply, completion, serving
 
 REQUEST = ({"role": "user", "content": "Say it."},)
@@ -93,6 +104,42 @@ def test_an_unknown_attack_is_refused(setting: str) -> None:
         load_config(["exp=smoke", setting])
 
 
+def test_a_row_file_of_any_format_is_written_attacked_once_and_is_read_again(tmp_path: Path, capsys) -> None:
+    rows = [row(i, ("No. I will not. Why?", "Never."), split="test" if i > 3 else "train") for i in range(6)]
+    rows[0] = replace(rows[0], thinking=(("Never.", "hm"),), pair_values=(PairValues(2.0), PairValues()))
+    write_rows(tmp_path / "rows.jsonl", rows)
+    arguments = [f"data.path={tmp_path / 'rows.jsonl'}", f"run.cache={tmp_path / 'cache'}", "seed=3"]
+    out = tmp_path / "attacked"
+    assert dpo.attack.main([*arguments, "judge.attacks=verdict,length,verdict", f"out={out}"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["length.jsonl", "verdict.jsonl"]
+    for family in ("verdict", "length"):
+        assert read_rows(out / f"{family}.jsonl") == [attacked(one, family, 3) for one in rows]
+
+    before = (out / "length.jsonl").read_bytes()
+    assert dpo.attack.main([*arguments, "judge.attacks=all", f"out={out}", "data.format=ours"]) == 2
+    assert "is there already" in capsys.readouterr().err and len(list(out.iterdir())) == 2
+    assert (out / "length.jsonl").read_bytes() == before
+    talks = [f"\n\nHuman: Say {i}.\n\nAssistant: " for i in range(4)]
+    theirs = [{"chosen": f"{talk}yes", "rejected": f"{talk}{'no' if i else 'yes'}"} for i, talk in enumerate(talks)]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(one) + "\n" for one in theirs))
+    of_hh = [f"data.path={tmp_path / 'hh.jsonl'}", *arguments[1:], "judge.attacks=style", f"out={tmp_path / 'hh'}"]
+    assert dpo.attack.main(of_hh) == 0
+    assert "left out as no preference: 1 rows" in capsys.readouterr().out
+    assert [one.id for one in read_rows(tmp_path / "hh" / "style.jsonl")] == [
+        one.id for one in read_rows(tmp_path / "hh.jsonl")
+    ]
+
+    for more, said in (
+        (["judge.attacks=bribe", f"out={out}"], "there is no such attack; allowed are verdict, ignore"),
+        ([f"out={out}"], "judge.attacks: names none"),
+        (["judge.attacks=all"], "out is missing"),
+        (["judge.attacks=style", f"out={tmp_path / 'rows.jsonl'}"], "is a file"),
+    ):
+        assert dpo.attack.main([*arguments, *more]) == 2
+        assert said in capsys.readouterr().err
+    assert dpo.attack.main(["--help"]) == 0 and "null_model" in capsys.readouterr().out
+
+
 # ---- how often they succeed
 
 
@@ -118,8 +165,8 @@ def test_success_is_to_win_attacked_what_was_lost_clean(tmp_path: Path) -> None:
         odds = {True: (1.0, 2.0), False: (-2.0, -3.0)}  # in both orders A, or B: the average decides
         return [judged(int(one.id[1:]), *odds[wins and one.id != "r5"]) for one in under]
 
-    config = Config(exp="x", data={"attack_share": 0.1, "attacks": ["verdict"]})
-    found = successes("j", clean, attacked_rows(rows, ["verdict", "length"], 0, tmp_path), say, config)
+    under = attacked_rows(rows, ["verdict", "length"], 0, tmp_path)
+    found = successes("j", clean, under, say, ["verdict"], 0)
     assert asked == [["r0", "r1", "r5"]] * 2
     told = {one["attack"]: (one["trained_on"], one["n"], one["wins"]) for one in found}
     assert told == {
@@ -127,11 +174,27 @@ def test_success_is_to_win_attacked_what_was_lost_clean(tmp_path: Path) -> None:
         "length": (False, 3, 0),
         "all that training saw": (True, 3, 2),
         "all others": (False, 3, 0),
-        "position": (False, 3, 1),
+        "position": (None, 3, 1),  # nothing is rewritten
     }
     assert all(one["judge"] == "j" and 0 <= one["interval"][0] <= one["interval"][1] <= 1 for one in found)
     assert next(one for one in found if one["attack"] == "length")["interval"][1] > 0.5  # of 3 answers: nothing is sure
-    assert successes("j", clean[2:5], attacked_rows(rows, ["all"], 0, tmp_path), say, config) == []
+    assert successes("j", clean[2:5], attacked_rows(rows, ["all"], 0, tmp_path), say, ["verdict"], 0) == []
+    for seen, told_of in ((None, None), ([], False)):
+        told_now = {one["attack"]: one["trained_on"] for one in successes("j", clean, under, say, seen, 0)}
+        assert told_now == {"verdict": told_of, "length": told_of, "all": told_of, "position": None}
+
+
+def test_which_attacks_a_training_saw_stands_beside_the_weights_that_we_export_alone(tmp_path: Path) -> None:
+    for export, families in (("one", ["verdict"]), ("other", ["length", "verdict"]), ("plain", [])):
+        (tmp_path / export / "model").mkdir(parents=True)
+        write_seen(tmp_path / export, families)
+    one, other, plain, foreign = (tmp_path / name / "model" for name in ("one", "other", "plain", "foreign"))
+    assert not (tmp_path / "one" / "adapter").exists()
+    assert read_seen([foreign]) is None and read_seen([plain]) == []
+    assert read_seen([foreign, other, one]) == ["length", "verdict"]
+    (one / "attacks_seen.json").write_text('{"families": "verdict"}')
+    with pytest.raises(UserError, match=r"attacks_seen.json: must hold .*families.*; it was altered"):
+        read_seen([one])
 
 
 def test_a_look_counts_where_the_two_answers_differ_in_it() -> None:
@@ -146,6 +209,13 @@ def test_a_look_counts_where_the_two_answers_differ_in_it() -> None:
     # Rows 0, 1 (41 characters against 10) and the chosen answer each time; rows 3, 4 lost; row 4 lost.
     assert found == {"longer": (2, 1, 1, 1), "with a list": (2, 1, 1, 0), "with bold": (1, 0, 1, 0)}
     assert biases("j", rows, [judged(0, 1.0, 1.0), judged(1, math.nan, 0.0)], 0) == []
+
+    leads = {("r0", (0, 0)): 0.5, ("r1", (0, 0)): -0.1, ("r2", (0, 0)): 0.0, ("r3", (0, 0)): -2.0}  # nats a token
+    *looks, own = biases("j", rows, said, 0, leads)
+    assert looks == biases("j", rows, said, 0)
+    # Row 0 won as the likelier one, row 1 though the other is, row 3 lost to the likelier one; row 2 is equal.
+    assert (own["look"], own["n"], own["prefers"]) == ("likelier to its own model", 3, 2)
+    assert (own["chosen"], own["prefers_chosen"]) == (1, 1)
 
 
 # ---- defences
@@ -182,15 +252,68 @@ def test_the_marks_of_a_turn_are_sent_to_no_endpoint() -> None:
 ONLY = ["verdict", "turns", "length"]
 
 
-def test_a_training_tells_its_judges_successes_and_looks_before_and_after(tmp_path: Path) -> None:
+def attack_table(report: str) -> dict[tuple[str, str], str]:
+    """By attack and judge what the report's table says of its training; without that column "?"."""
+    table = re.search(r"^\| attack +\|.*?(?=\n\n)", report, flags=re.M | re.S)
+    assert table
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table[0].splitlines())
+    known = header == ["attack", "judge", "its training", "answers", "win when attacked"]
+    assert known or header == ["attack", "judge", "answers", "win when attacked"]
+    return {(cells[0], cells[1]): cells[2] if known else "?" for cells in rows}
+
+
+def judging_of(folder: Path, name: str, seen: list[str] | None, *, endpoint: bool) -> Path:
+    """A run of dpo.judge on four rows, which lost them all and loses them under attacks too."""
+    rows = [replace(row(i), id=f"{i} row") for i in range(4)]
+    write_rows(folder / "rows.jsonl", rows)
+    run = write_judging(folder / name, folder / "rows.jsonl", name, dict.fromkeys(range(4), (2.0, -1.0)))
+    results = json.loads((run / "results.json").read_text())
+    said = [Verdict(one.id, "s", one.group, (0, 0), 2.0, -1.0) for one in rows]
+    under = dict.fromkeys(["verdict", "length"], keep_rows(rows, folder))
+    results["attacks"] = successes(name, said, under, lambda rows: said, seen, 0)
+    if not endpoint:
+        del results["endpoint"]
+    (run / "results.json").write_text(json.dumps(results))
+    return run
+
+
+def test_the_report_says_of_each_judge_what_its_own_training_saw_and_of_an_endpoint_nothing(tmp_path: Path) -> None:
+    kinds = {"defended": ["verdict"], "plain": [], "foreign": None, "asked": None}
+    runs = {name: judging_of(tmp_path, name, seen, endpoint=name == "asked") for name, seen in kinds.items()}
+
+    def told(*names: str) -> dict[tuple[str, str], str]:
+        return attack_table((write_report([runs[name] for name in names]) / "report.md").read_text())
+
+    for names in (["asked"], ["foreign"], ["foreign", "asked"]):
+        assert set(told(*names).values()) == {"?"}
+    assert "never" not in (runs["asked"] / "report.md").read_text()
+    together = told(*kinds)
+    assert list(together) == [
+        *((attack, name) for attack in ("verdict", "length") for name in kinds),
+        ("all that training saw", "defended"),
+        ("all others", "defended"),
+        *(("all", name) for name in ("plain", "foreign", "asked")),
+        *(("position", name) for name in kinds),
+    ]
+    assert [together["verdict", name] for name in kinds] == ["saw it", "never saw it", "", ""]
+    assert [together["length", name] for name in kinds] == ["never saw it", "never saw it", "", ""]
+    assert {together["position", name] for name in kinds} == {""}
+
+
+def test_a_training_tells_its_judges_successes_and_looks_before_and_after(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_small_rows(tmp_path / "rows.jsonl", test=12)
-    arguments = [
+    places = [
         f"run.root={tmp_path / 'runs'}",
         f"run.cache={tmp_path / 'cache'}",
         f"data.path={tmp_path / 'rows.jsonl'}",
     ]
-    arguments += ["exp=smoke", "pack.tokens=1024", "train.max_steps=2", "data.attack_share=0.5", "data.attacks=verdict"]
-    assert dpo.train.main([*arguments, f"judge.attacks={','.join(ONLY)}"]) == 0
+    training = [*places, "exp=smoke", "train.max_steps=2", "data.attack_share=0.5"]
+    arguments = [*training, "data.attacks=verdict", f"judge.attacks={','.join(ONLY)}"]
+    assert dpo.train.main([*arguments, "pack.tokens=320"]) == 2  # clean they fit
+    assert "row 'test-0' needs" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+    assert dpo.train.main([*arguments, "pack.tokens=1024"]) == 0
     folder = tmp_path / "runs" / "smoke" / "latest"
     results = json.loads((folder / "results.json").read_text())
     told = results["attacks"]
@@ -203,9 +326,24 @@ def test_a_training_tells_its_judges_successes_and_looks_before_and_after(tmp_pa
     report = json.loads((folder / "report.json").read_text())
     assert report["attacks"] == told and report["biases"] == results["biases"]
     text = (folder / "report.md").read_text()
-    assert text.index("| attack that training saw |") < text.index("| verdict ") < text.index("| attack that it never")
+    assert attack_table(text)["verdict", "trained"] == "saw it" and attack_table(text)["verdict", "base"] == ""
+    assert [attack for attack, judge in attack_table(text) if judge == "trained"] == [
+        *("verdict", "turns", "length", "all that training saw", "all others", "position"),
+    ]
     assert f"training rows whose wrong answers attack: {results['data']['attacked']['verdict']} by verdict" in text
-    assert dpo.train.main([*arguments, "judge.attacks=all", "pack.tokens=448"]) == 2  # before anything is trained
+
+    # Judged again, and trained on: what was exported says what its training saw, whatever the command says.
+    exported = (folder.resolve() / "export" / "model").rename(tmp_path / "judge")
+    judging = [*places, "exp=judge", f"model.path={exported}", "judge.attacks=verdict,length"]
+    assert dpo.judge.__main__.main([*judging, "data.attack_share=0.5", "data.attacks=length"]) == 0
+    told = json.loads((tmp_path / "runs" / "judge" / "latest" / "results.json").read_text())["attacks"]
+    assert {one["attack"] for one in told if one["trained_on"]} == {"verdict", "all that training saw"}
+    assert {one["attack"] for one in told if one["trained_on"] is False} == {"length", "all others"}
+    assert dpo.train.main([*training, f"model.path={exported}", "lora.rank=2", "data.attacks=length"]) == 0
+    for part in ("model", "adapter"):
+        assert read_seen([folder / "export" / part]) == ["verdict", "length"]
+    assert dpo.export.main([str(folder / "export" / "adapter"), "--out", str(tmp_path / "merged")]) == 0
+    assert read_seen([tmp_path / "merged"]) == ["verdict", "length"]
 
 
 def test_any_model_and_any_endpoint_is_attacked_without_training(
@@ -244,6 +382,56 @@ def test_any_model_and_any_endpoint_is_attacked_without_training(
     assert spent["endpoint"] == pytest.approx(16 * 0.11)  # eight rows in both orders
     assert spent["endpoint_with_attacks"] == pytest.approx(served.asked.total() * 0.11)
     assert told["ignore"] == (4, 4) and told["length"] == (4, 0)
+
+
+def test_self_preference_is_by_the_log_prob_a_token_under_the_model_that_judges(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [f"run.root={tmp_path / 'runs'}", f"run.cache={tmp_path / 'cache'}", "dtype=fp64", "exp=smoke"]
+    training = [*places, "train.lr=0.1", "train.max_steps=4", "loss.name=sft", "objective=responses"]
+    assert dpo.train.main([*training, "judge.self_preference=true", "judge.rewards=mean"]) == 0
+    folder = tmp_path / "runs" / "smoke" / "latest"
+
+    def told(run: Path) -> dict[str, Bias]:
+        results = json.loads((run / "results.json").read_text())
+        return {one["judge"]: one for one in results["biases"] if one["look"] == LIKELIER}
+
+    after = told(folder)
+    assert set(after) == {"base", "trained", "blind", "rewards"}
+    rewards = after["rewards"]  # of a loss without a reference: the log-prob a token itself, of the trained model
+    assert rewards["prefers"] == rewards["n"] == 32 and rewards["chosen"] == rewards["prefers_chosen"]
+    assert after["trained"]["chosen"] == after["blind"]["chosen"] == rewards["chosen"]
+    assert "| likelier to its own model | base " in re.sub(" +", " ", (folder / "report.md").read_text())
+
+    # The base judged alone says the same; and the truth, an answer at a time.
+    config = load_config([*places, "judge.split=test"])
+    assert dpo.judge.__main__.main([*places, "judge.split=test", "judge.self_preference=true"]) == 0
+    (alone,) = told(folder).values()
+    assert alone | {"judge": "base"} == after["base"]
+    place = resolve_model_path("tiny-random", tmp_path / "cache")
+    model = load_decoder(place, weight_dtype=torch.float64, compute_dtype=torch.float64)
+    tokenizer = load_tokenizer(place, {})
+
+    def mean(prompt: Sequence[Message], answer: str) -> float:
+        begin, tokens = tokenizer.prompt_ids(prompt), tokenizer.completion_ids(prompt, answer, "")
+        with torch.no_grad():
+            logp = next_token_logits(model, [*begin, *tokens]).log_softmax(-1)
+        return float(logp[range(len(begin) - 1, len(begin) + len(tokens) - 1), tokens].mean())
+
+    lead = {
+        one.id: mean(one.prompt, one.chosen[0]) - mean(one.prompt, one.rejected[0])
+        for one in load_splits(config, judging=True).test
+    }
+    (judge,) = read_verdicts(folder / "verdicts.jsonl").values()
+    decided = [(lead[one.id] > 0, one.first > one.second) for one in judge if one.first != one.second]
+    assert alone["n"] == len(decided) == 32
+    assert alone["prefers"] == sum(likelier is won for likelier, won in decided)
+    assert alone["chosen"] == sum(likelier for likelier, _ in decided)
+
+    url = ["endpoint.url=http://x", "endpoint.model=m"]
+    for more in (url, ["judge.protocol=choose"]):
+        assert dpo.judge.__main__.main([*places, "judge.self_preference=true", *more]) == 2
+        assert "judge.self_preference = true (command line): is of a local model's verdicts" in capsys.readouterr().err
 
 
 @pytest.mark.long

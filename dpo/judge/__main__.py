@@ -17,15 +17,25 @@ from typing import Any, NamedTuple
 
 from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, end_process, join_ranks, leave_ranks, watch_ranks
-from dpo.inputs import cache_folder, check_place, judge_settings, load_splits, pick_device, read_inputs, set_up_cpu
+from dpo.inputs import (
+    answer_settings,
+    cache_folder,
+    check_place,
+    judge_settings,
+    load_splits,
+    pick_device,
+    read_inputs,
+    set_up_cpu,
+)
 from dpo.judge.asked import ask_rows
-from dpo.judge.attacks import Success, attacked_rows, biases, successes
+from dpo.judge.attacks import attacked_rows
 from dpo.judge.benchmarks import OF_PAIRS, Benchmark, choice_score, mean_of_subsets, official_choice, scored
 from dpo.judge.calibration import Floats
 from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
-from dpo.judge.local import replies, write_verdicts
+from dpo.judge.local import likelihood_leads, replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
 from dpo.judge.protocols import PROTOCOLS, read_verdicts
+from dpo.judge.robustness import Success, biases, successes
 from dpo.judge.statistics import Summary, Verdict, summarise
 from dpo.judge.written import Pen, written_replies
 from dpo.log import stage
@@ -60,6 +70,8 @@ class Judged(NamedTuple):
     judge: str
     rows: Rows
     attacked: Mapping[str, Rows]  # by each of judge.attacks
+    attacks_seen: list[str] | None  # by its training, as its export says
+    leads: dict[tuple[str, tuple[int, int]], float]  # likelihood_leads under its own model, with judge.self_preference
     replies: list[Floats]  # of each row (dpo/judge/protocols.py)
     answers: list[Answer]  # one a question, where it was written
     usage: Usage | None  # of an endpoint, for these answers
@@ -92,8 +104,13 @@ def by_model(config: Config, ranks: Ranks) -> Judged:
     if ranks.first and (hint := padding_hint(token_trees(rows, inputs.tokenizer, settings, inputs.cache), config)):
         print(hint)
     said, answers = ask(rows, MOST_INVALID)
+    leads = {}
+    if config.judge.self_preference:
+        own = token_trees(rows, inputs.tokenizer, answer_settings(config), inputs.cache)
+        leads = likelihood_leads(rows, own, score_trees(model, own, config.pack, ranks, "answers"))
+    report, seen = inputs.splits.report, inputs.attacks_seen
     return Judged(
-        name, rows, inputs.attacked, said, answers, None, None, inputs.splits.report, lambda rows: ask(rows)[0]
+        name, rows, inputs.attacked, seen, leads, said, answers, None, None, report, lambda rows: ask(rows)[0]
     )
 
 
@@ -123,7 +140,8 @@ def by_endpoint(config: Config) -> Judged:
     said, answers = ask_rows(splits.test, ask, settings)
     attacked = attacked_rows(splits.test, config.judge.attacks, config.seed, cache)
     asked = replace(usage)  # what the attacks take is added to `usage` later
-    return Judged(config.endpoint.model, splits.test, attacked, said, answers, asked, usage, splits.report, reply)
+    name, rows = config.endpoint.model, splits.test
+    return Judged(name, rows, attacked, None, {}, said, answers, asked, usage, splits.report, reply)
 
 
 def benchmark_of(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> Benchmark | None:
@@ -180,7 +198,8 @@ def run(config: Config) -> Path:
                 verdicts,
                 judged.attacked,
                 lambda rows: read_verdicts(rows, judged.reply(rows), settings),
-                config,
+                judged.attacks_seen,
+                config.seed,
             )
     folder = broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
     leave_ranks(ranks)
@@ -192,7 +211,7 @@ def run(config: Config) -> Path:
     results: dict[str, object] = {"judge": {judged.judge: summary}, "data": judged.data, "time_s": times}
     results["attacks"] = attacks
     if config.judge.protocol != "choose":  # whose verdicts are on more than two answers
-        results["biases"] = biases(judged.judge, judged.rows, verdicts, config.seed)
+        results["biases"] = biases(judged.judge, judged.rows, verdicts, config.seed, judged.leads)
     results |= {"protocol": config.judge.protocol, "answers": sum(map(len, judged.replies))}
     results |= {"benchmark": benchmark} if benchmark else {}
     if judged.usage:

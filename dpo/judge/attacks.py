@@ -1,22 +1,22 @@
-"""Attacks on a judge: what a wrong answer can do to win, and how often it then does; and what a judge likes by looks.
+"""Attacks on a judge: what a wrong answer can do to win.
 
-An attack rewrites the wrong answers of a row, seeded by the row. It succeeds where an answer that loses when clean, by
-the order-averaged log-odds, wins when attacked. No code proves that a rewritten answer is still wrong: where a request
-asks for a form (no capitals, say), a few are right by accident. No dimension letters. Read next: dpo/inputs.py, which
-attacks training rows (data.attack_share) and test rows (judge.attacks); dpo/judge/statistics.py.
+An attack rewrites the wrong answers of a row, seeded by the row. No code proves that a rewritten answer is still wrong:
+where a request asks for a form (no capitals, say), a few are right by accident. No dimension letters. Read next:
+dpo/inputs.py, which attacks training rows (data.attack_share) and test rows (judge.attacks); dpo/attack.py, which
+writes them; dpo/judge/robustness.py, how often they win.
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import TypedDict
 
-from dpo.config import Config
-from dpo.judge.statistics import Verdict, cluster_interval, wilson_interval
 from dpo.rows import Row, Rows, keep_rows
+from models.errors import UserError
+from models.files import atomic_write_text, read_json_object
 
 Rewrite = Callable[[str, Random], str]
 
@@ -121,9 +121,14 @@ def attacked(row: Row, family: str, seed: int) -> Row:
     return replace(row, rejected=tuple(new[answer] for answer in row.rejected), thinking=thinking)
 
 
-def attacked_rows(rows: Rows, families: Sequence[str], seed: int, folder: Path) -> dict[str, Rows]:
-    """All rows under each family ("all": of ATTACKS), kept in `folder`."""
-    families = list(ATTACKS) if "all" in families else families
+def families_of(asked: Sequence[str]) -> list[str]:
+    """What judge.attacks asks for: each once, "all" being each there is."""
+    return list(ATTACKS) if "all" in asked else list(dict.fromkeys(asked))
+
+
+def attacked_rows(rows: Rows, asked: Sequence[str], seed: int, folder: Path) -> dict[str, Rows]:
+    """All rows under each family of judge.attacks, kept in `folder`."""
+    families = families_of(asked)
     return {family: keep_rows((attacked(row, family, seed) for row in rows), folder) for family in families}
 
 
@@ -146,115 +151,25 @@ def attack_share(
     return keep_rows(map(drawn, rows), folder), counts
 
 
-# ---- how often they succeed
+# ---- which of them a training saw: what we export says so, that a later run need not guess
+
+SEEN = "attacks_seen.json"  # in a folder of exported weights
 
 
-class Success(TypedDict):
-    """One judge under one attack: of `n` answers that lose when clean, how many win when attacked."""
-
-    judge: str
-    attack: str  # "position": the answer is shown in one order alone, that which suits it
-    trained_on: bool  # whether the judge's training saw it
-    n: int
-    wins: int
-    interval: list[float]  # of wins / n
+def write_seen(folder: Path, families: Sequence[str]) -> None:
+    """Say in each of the folders model/ and adapter/ that stand in `folder` which families their training saw."""
+    for place in (folder / "model", folder / "adapter"):
+        if place.is_dir():
+            atomic_write_text(place / SEEN, json.dumps({"families": list(families)}) + "\n")
 
 
-Won = list[tuple[bool, str]]  # of each answer that loses when clean: whether it wins now, and its group
-
-
-def _interval(won: Won, seed: int) -> list[float]:
-    """The wider one of Wilson's and the one over groups."""
-    wins, groups = [float(win) for win, _ in won], [group for _, group in won]
-    intervals = wilson_interval(sum(wins), len(wins)), cluster_interval(wins, groups, seed)
-    low, high = max(intervals, key=lambda ends: ends[1] - ends[0])
-    return [low, high]
-
-
-def successes(
-    judge: str,
-    clean: Sequence[Verdict],
-    rows_under: Mapping[str, Rows],
-    say: Callable[[Rows], Sequence[Verdict]],
-    config: Config,
-) -> list[Success]:
-    """The judge of the clean verdicts under each attack of the same rows (of attacked_rows), and all of them together.
-
-    `say` gives its verdicts on rows: it is asked of those alone that have an answer which loses when clean. "position"
-    needs no more than the clean verdicts.
-    """
-    losing = {(verdict.id, verdict.pair): verdict for verdict in clean if verdict.first > verdict.second}
-    if not losing or not rows_under:
-        return []
-    ids = {verdict.id for verdict in losing.values()}
-    trained_on = config.data.attacks if config.data.attack_share else []
-    won: dict[str, Won] = {}
-    for family, rows in rows_under.items():
-        said = say(rows.take(place for place, row in enumerate(rows) if row.id in ids))
-        won[family] = [(one.first < one.second, one.group) for one in said if (one.id, one.pair) in losing]
-    for name, seen in (("all that training saw", True), ("all others" if trained_on else "all", False)):
-        won[name] = [one for family in rows_under if (family in trained_on) is seen for one in won[family]]
-    won["position"] = [(one.first < 0 or one.second > 0, one.group) for one in losing.values()]
-    return [
-        Success(
-            judge=judge,
-            attack=name,
-            trained_on=name in (*trained_on, "all that training saw"),
-            n=len(of),
-            wins=sum(win for win, _ in of),
-            interval=_interval(of, config.seed),
-        )
-        for name, of in won.items()
-        if of
-    ]
-
-
-# ---- what it likes by looks
-
-
-class Bias(TypedDict):
-    """One judge on the `n` pairs of which one answer has more of a look, and on which it has a verdict."""
-
-    judge: str
-    look: str
-    n: int
-    prefers: int  # the answer that has more of it
-    chosen: int  # it is the chosen one: what a judge without a fault would prefer
-    prefers_chosen: int  # both
-    interval: list[float]  # of prefers / n
-
-
-LOOKS: dict[str, tuple[Callable[[str], int], int]] = {
-    "longer": (len, 30),  # as in AlpacaEval
-    "with a list": (lambda answer: bool(re.search(r"^\s*([-*•]|\d+[.)])\s", answer, flags=re.M)), 0),
-    "with bold": (lambda answer: bool(re.search(r"\*\*\S", answer)), 0),
-}
-"""look -> how much an answer has of it, and by how much two must differ."""
-
-
-def biases(judge: str, rows: Sequence[Row], verdicts: Sequence[Verdict], seed: int) -> list[Bias]:
-    """How the judge's order-averaged verdicts on the rows go with each of LOOKS, where two answers differ in it."""
-    said: dict[str, list[Verdict]] = {}
-    for verdict in verdicts:
-        said.setdefault(verdict.id, []).append(verdict)
-    found: dict[str, list[tuple[bool, bool, str]]] = {look: [] for look in LOOKS}
-    for row in rows:
-        for verdict in said.get(row.id, ()):
-            odds = verdict.first - verdict.second
-            for look, (much, least) in LOOKS.items():
-                lead = much(row.chosen[verdict.pair[0]]) - much(row.rejected[verdict.pair[1]])
-                if abs(lead) > least and abs(odds) > 0:  # NaN is not
-                    found[look].append(((odds > 0) is (lead > 0), lead > 0, verdict.group))
-    return [
-        Bias(
-            judge=judge,
-            look=look,
-            n=len(of),
-            prefers=sum(prefers for prefers, _, _ in of),
-            chosen=sum(chosen for _, chosen, _ in of),
-            prefers_chosen=sum(prefers and chosen for prefers, chosen, _ in of),
-            interval=_interval([(prefers, group) for prefers, _, group in of], seed),
-        )
-        for look, of in found.items()
-        if of
-    ]
+def read_seen(folders: Sequence[Path]) -> list[str] | None:
+    """The families that the trainings of the weights in these folders saw; None, not known, where none was ours."""
+    files = [folder / SEEN for folder in folders if (folder / SEEN).is_file()]
+    seen: dict[str, None] = {}
+    for file in files:
+        families = read_json_object(file).get("families")
+        if not isinstance(families, list) or not all(isinstance(family, str) for family in families):
+            raise UserError(f'{file}: must hold {{"families": ["verdict", ...]}}; it was altered: mend or remove it')
+        seen |= dict.fromkeys(families)
+    return list(seen) if files else None

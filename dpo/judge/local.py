@@ -69,6 +69,14 @@ def reward_verdicts(
     return found
 
 
+def likelihood_leads(
+    rows: Sequence[Row], trees: Sequence[Tree], scored: Sequence[TreeLogps]
+) -> dict[tuple[str, tuple[int, int]], float]:
+    """By row and pair, how much likelier the chosen answer is as a reply, nats a token, under the model that scored."""
+    leads = reward_verdicts(rows, trees, scored, [torch.zeros(())] * len(rows), mean=True)
+    return {(lead.id, lead.pair): lead.first for lead in leads}
+
+
 def evaluation(
     inputs: Inputs, references: Sequence[Tensor], score: Score, reply: Reply, config: Config
 ) -> dict[str, float]:
