@@ -23,6 +23,7 @@ from dpo.judge.statistics import (
     mcnemar_exact,
     minimum_detectable_difference,
     outcomes,
+    paired_interval,
     reliability,
     sign_flip_interval,
     sign_flip_p,
@@ -85,9 +86,11 @@ def test_exchanging_chosen_and_rejected_exchanges_wins_with_losses() -> None:
     assert one["wins"] > 0 and one["averaged_accuracy"] == pytest.approx(1 - other["averaged_accuracy"], abs=1e-15)
 
 
-def test_an_infinite_log_odds_is_refused() -> None:
+def test_an_infinite_log_odds_and_a_summary_of_nothing_are_refused() -> None:
     with pytest.raises(AssertionError, match="finite"):
         averaged_scores([make(math.inf, -1.0)])
+    with pytest.raises(AssertionError, match="at least one"):
+        summarise([])
 
 
 # ---- intervals
@@ -108,6 +111,7 @@ def test_wilson_bounds_solve_the_score_equation_and_hold_the_corners() -> None:
             assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / n, rel=1e-12)
     (low, below), (above, high) = wilson_interval(0, 5), wilson_interval(5, 5)
     assert (low, high) == (0.0, 1.0) and below == 1 - above == pytest.approx(1.96**2 / (5 + 1.96**2), rel=1e-15)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
 def test_wilson_covers_a_true_share_about_95_times_in_100() -> None:
@@ -213,6 +217,51 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
 def test_intervals_cover_93_to_97_times_in_100_over_2000_runs() -> None:
     for name, share in coverages(2000).items():
         assert 0.93 <= share <= 0.97, (name, share)
+
+
+def paired_coverages(runs: int, sizes: Sequence[int], shares: Sequence[float]) -> dict[tuple[int, float, int], float]:
+    """How often the interval of a paired difference holds the truth, by pairs, their discordant share, pairs a group.
+
+    Of the discordant pairs judge a wins a share that is drawn evenly; half the pairs of a group of two are one pair.
+    """
+    rng, covered = np.random.default_rng(8), {}
+    for pairs, share, per_group in itertools.product(sizes, shares, (1, 2)):
+        names, hits = [f"g{i // per_group}" for i in range(pairs)], 0
+        for run in range(runs):
+            wins, chance = share * rng.random(), rng.random(pairs)
+            chance = np.where(rng.random(pairs) < 0.5, chance, np.repeat(chance[::per_group], per_group))
+            low, high = paired_interval((chance < wins) - (chance > 1 - share + wins) * 1.0, names, run, samples=600)
+            hits += low <= 2 * wins - share <= high
+        covered[pairs, share, per_group] = hits / runs
+    return covered
+
+
+def test_paired_intervals_cover_the_truth_where_few_pairs_are_discordant() -> None:
+    shares = paired_coverages(100, [150], [0.02, 0.04]).values()
+    assert sum(shares) / len(shares) >= 0.93, shares  # over whole groups alone it is .84
+
+
+@pytest.mark.long
+def test_paired_intervals_cover_93_to_97_times_in_100_over_2000_runs() -> None:
+    shares = paired_coverages(2000, [150, 400], [0.02, 0.04, 0.1, 0.4])
+    assert 0.93 <= sum(shares.values()) / len(shares) <= 0.97, shares
+    assert min(shares.values()) >= 0.93, shares  # of three discordant pairs it may be too wide, never too narrow
+
+
+def test_without_a_discordant_pair_a_paired_interval_has_a_width() -> None:
+    ids = [str(i) for i in range(150)]
+    half_width = 1.96 * math.sqrt(2 / 152 / 152)
+    assert paired_interval([0.0] * 150, ids, seed=0) == pytest.approx([-half_width, half_width])
+    p12, p21 = 3 / 152, 1 / 152  # Bonett & Price's own form, two against none
+    half_width = 1.96 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / 152)
+    expected = pytest.approx([p12 - p21 - half_width, p12 - p21 + half_width])
+    assert paired_interval([1.0, 1.0, *[0.0] * 148], ids, seed=0) == expected
+    twice = [name for name in ids for _ in range(2)]  # two copies of a pair say no more than one
+    assert paired_interval([*[1.0] * 4, *[0.0] * 296], twice, seed=0) == expected
+    half_width = 1.96 * math.sqrt(2) / 302  # of pairs alike, and where groups cancel, a pair is one
+    for values in ([0.0] * 300, [1.0, -1.0] * 150):
+        assert paired_interval(values, twice, seed=0) == pytest.approx([-half_width, half_width])
+    assert paired_interval([1.0] * 150, ids, seed=0)[1] == 1.0
 
 
 # ---- tests
@@ -377,7 +426,8 @@ def test_exchanging_the_judges_negates_the_difference_and_keeps_p() -> None:
         assert (one["p"], one["p_clustered"]) == (other["p"], other["p_clustered"])
         assert one["interval"] == pytest.approx([-other["interval"][1], -other["interval"][0]], abs=1e-12)
     same = compare(a, a, seed=0)["averaged"]
-    assert (same["p"], same["p_clustered"], same["difference"], same["interval"]) == (1.0, 1.0, 0.0, [0.0, 0.0])
+    assert (same["p"], same["p_clustered"], same["difference"]) == (1.0, 1.0, 0.0)
+    assert same["interval"][0] == -same["interval"][1] < 0
 
 
 def test_judges_of_different_pairs_are_not_compared() -> None:
