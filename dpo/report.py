@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from dpo import report_run
 from dpo.card import model_card
@@ -105,15 +106,21 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("order-averaged accuracy", *(percent(j["averaged_accuracy"], widest_interval(j)) for j in of)),
         ("consistent accuracy", *(percent(j["accuracy"], j["accuracy_interval"]) for j in of)),
         ("wins / losses / ties / invalid", *("{wins} / {losses} / {ties} / {invalid}".format(**j) for j in of)),
-        ("same verdict in both orders", *(_of_orders(j, j.summary["position_consistency"]) for j in judges)),
-        ("says A", *(_of_orders(j, j.summary["raw_a_rate"]) for j in judges)),
+        ("same verdict in both orders", *(_of_orders(j, "position_consistency") for j in judges)),
+        ("says A", *(_of_orders(j, "raw_a_rate") for j in judges)),
         ("a tie counts one half", *(percent(j["tie_half_accuracy"], j["tie_half_interval"]) for j in of)),
         ("of decided pairs", *(_decided(j) for j in of)),
-        ("kappa", *(_known(j["kappa"]) for j in of)),
-        ("Brier score, calibration error", *(f"{_known(j['brier'])}, {_known(j['calibration_error'])}" for j in of)),
+        ("kappa", *(_known(j["kappa"], _interval(j, "kappa")) for j in of)),
+        ("Brier score", *(_known(j["brier"], _interval(j, "brier")) for j in of)),
+        ("calibration error", *(_known(j["calibration_error"]) for j in of)),
     ]
+    text = (
+        "In brackets: 95 % intervals, of shares in per cent Wilson's, or over groups of rows where that is wider. The "
+        "calibration error has none, for resampling only adds to it: the bins under Calibration have theirs."
+    )
+    blocks: list[Block] = [Table("The judges", figures), Text("paragraph", text)]
     if not compared:
-        return [Table("The judges", figures)]
+        return blocks
     many = len(compared) > 1
     header = ("difference", "pairs", "points", "95 % interval", "p, exact", "p, by group")
     tests = [(*header, *["p, corrected"] * many, "better / worse", "points that show")]
@@ -125,24 +132,29 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
             shows = f"{100 * test['minimum_detectable']:.1f}" if test["minimum_detectable"] else "-"
             tests.append((f"{one.b.name} less {one.a.name}, {name}", f"{one.n:,}", *points(test), *p, better, shows))
     text = (
-        "In brackets: 95 % intervals in per cent, Wilson's, or over groups of rows where that is wider. "
-        "p: McNemar's exact test over pairs, and a sign-flip test over groups of rows that belong together; quoted is "
-        f"the larger{', corrected by Holm over the comparisons' * many}. Points that show: a true difference of so "
-        "many would be found four times in five; none where no pair differs."
+        "Intervals: over groups of rows, or Bonett and Price's where that is wider. p: McNemar's exact test over "
+        "pairs, and a sign-flip test over groups of rows that belong together; quoted is the "
+        f"larger{', corrected by Holm over the comparisons' * many}. Points that show: a true difference of so many "
+        "would be found four times in five; none where no pair differs."
     )
-    return [Table("The judges", figures), Table("Their differences on the same pairs", tests), Text("paragraph", text)]
+    return [*blocks, Table("Their differences on the same pairs", tests), Text("paragraph", text)]
 
 
 def _decided(of: Summary) -> str:
     return "-" if of["decided_accuracy"] is None else percent(of["decided_accuracy"], of["decided_interval"] or ())
 
 
-def _of_orders(judge: Judge, share: float) -> str:
-    return percent(share) if judge.ordered else "-"
+def _interval(of: Summary, key: str) -> Sequence[float]:
+    return of.get("intervals", {}).get(key, ())
 
 
-def _known(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.3f}"
+def _of_orders(judge: Judge, key: Literal["position_consistency", "raw_a_rate"]) -> str:
+    return percent(judge.summary[key], _interval(judge.summary, key)) if judge.ordered else "-"
+
+
+def _known(figure: float | None, interval: Sequence[float] = ()) -> str:
+    ends = ", ".join(f"{end:.3f}" for end in interval)
+    return "-" if figure is None else f"{figure:.3f}" + (f" [{ends}]" if ends else "")
 
 
 def _by_subset(judges: Sequence[Judge]) -> list[Block]:
@@ -255,7 +267,8 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
     for judge in judges:
         pace_of = paces[judge.name]
         told = (COSTS[key][1].format(pace_of[key]) if key in pace_of else "" for key in known)
-        rows.append((judge.name, percent(judge.summary["averaged_accuracy"]), *told))
+        accuracy = percent(judge.summary["averaged_accuracy"], widest_interval(judge.summary))
+        rows.append((judge.name, accuracy, *told))
     blocks: list[Block] = []
     for key in ("dollars_per_1000_pairs", "answers_per_s"):
         marks = [

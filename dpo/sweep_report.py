@@ -27,10 +27,10 @@ from dpo.judge.statistics import (
     averaged_scores,
     consistent_scores,
     holm,
-    log_odds,
     mcnemar_exact,
     paired_interval,
     rows_by_seeds_bootstrap,
+    says_a_scores,
     share_interval,
     sign_flip_p,
     student_p,
@@ -46,18 +46,13 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t of 2, 3, ... 10 seeds; for more seeds the last, which is a little wide."""
 
 
-def _says_a(verdicts: Sequence[Verdict]) -> Floats:
-    first, second = log_odds(verdicts)
-    return ((first > 0).astype(float) + (second > 0)) / 2
-
-
 READOUTS: dict[str, tuple[str, Callable[[Sequence[Verdict]], Floats]]] = {
     "averaged": ("trained", averaged_scores),
     "consistent": ("trained", consistent_scores),
     "rewards": ("rewards", averaged_scores),
     "judged sighted": ("sighted", averaged_scores),
     "judged blind": ("blind", averaged_scores),
-    "says A": ("trained", _says_a),
+    "says A": ("trained", says_a_scores),
 }
 """By name: which of an arm's judges is read, and a pair's score. All but the last are accuracies."""
 

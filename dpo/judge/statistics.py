@@ -17,10 +17,17 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo.judge.calibration import Floats, brier, cohens_kappa, expected_calibration_error, selective_accuracy
+from dpo.judge.calibration import (
+    LEAST_CLUSTERS,
+    Floats,
+    agreement,
+    agreement_interval,
+    brier,
+    expected_calibration_error,
+    selective_accuracy,
+)
 
 BLOCK = 100  # flips or resamples drawn at once: a [BLOCK, G] array stays small whatever G is
-LEAST_CLUSTERS = 100  # for a bootstrap of whole groups: it is too narrow on fewer
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Summary(TypedDict):
     # a letter alone (log-odds of 1, 0 or -1) has none, nor what is no log-odds of a pair (summarise)
     calibration_error: float | None
     selective_accuracy: list[float]  # of the surest tenth, the surest two tenths, ... all of the valid verdicts
+    intervals: NotRequired[dict[str, list[float]]]  # 95 %, by key, of position_consistency, raw_a_rate, brier, kappa,
+    # where there is one; results.json of before has none of them
     subsets: NotRequired[dict[str, "Summary"]]
 
 
@@ -81,7 +90,11 @@ class Comparison(TypedDict):
     consistent: PairedTest
     averaged: PairedTest
     same_verdict: float  # share of the pairs with the same both-orders verdict
+    same_verdict_interval: NotRequired[
+        list[float]
+    ]  # share_interval's; not in results.json of before, as the next but one
     kappa: float | None
+    kappa_interval: NotRequired[list[float] | None]
 
 
 class Bin(TypedDict):
@@ -130,18 +143,10 @@ def averaged_scores(verdicts: Sequence[Verdict]) -> Floats:
     return np.where(first_R > second_R, 1.0, np.where(first_R == second_R, 0.5, 0.0))
 
 
-def agreement(outcome_a_R: NDArray[np.str_], outcome_b_R: NDArray[np.str_]) -> float | None:
-    """Cohen's kappa of two judges' `outcomes`, a tie and an invalid verdict classes of their own; None if undefined.
-
-    A pair counts twice, with the chosen answer named A and named B, so that chance knows as little as the judges do
-    which answer is the chosen one: against the label (all "win") a coin has 0, and so has a judge that only ties.
-    """
-    places = {"win": 0, "loss": 1, "tie": 2, "invalid": 3}
-    a_R, b_R = ([places[outcome] for outcome in one_R.tolist()] for one_R in (outcome_a_R, outcome_b_R))
-    counts_LL = np.bincount(np.array(a_R) * 4 + b_R, minlength=16).reshape(4, 4).astype(float)
-    exchanged = [1, 0, 2, 3]
-    kappa = cohens_kappa(counts_LL + counts_LL[exchanged][:, exchanged])
-    return None if math.isnan(kappa) else kappa
+def says_a_scores(verdicts: Sequence[Verdict]) -> Floats:
+    """0, 1/2 or 1, the share of a pair's two orders in which A is said; an invalid log-odds says nothing."""
+    first_R, second_R = log_odds(verdicts)
+    return ((first_R > 0).astype(np.float64) + (second_R > 0)) / 2
 
 
 def chosen_probabilities(verdicts: Sequence[Verdict]) -> Floats:
@@ -383,9 +388,18 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
     first_R, second_R = log_odds(verdicts)
     outcome_R, score_R = outcomes(verdicts), averaged_scores(verdicts)
     wins, losses, ties, invalid = (int((outcome_R == name).sum()) for name in ("win", "loss", "tie", "invalid"))
-    decided = wins + losses
+    decided, groups = wins + losses, [verdict.group for verdict in verdicts]
     chosen_R = chosen_probabilities(verdicts if odds else [])
     curve_R = selective_accuracy(chosen_R)
+    intervals = {
+        "position_consistency": share_interval(np.isin(outcome_R, ["win", "loss"]).astype(float), groups, seed),
+        "raw_a_rate": share_interval(says_a_scores(verdicts), groups, seed),
+    }
+    if len(chosen_R):
+        valid = np.asarray(groups)[outcome_R != "invalid"].tolist()
+        intervals["brier"] = list(cluster_interval((1 - chosen_R) ** 2, valid, seed))
+    if kappa := agreement_interval(outcome_R, np.full(n, "win"), groups, seed):
+        intervals["kappa"] = kappa
     return Summary(
         n=n,
         wins=wins,
@@ -396,7 +410,7 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
         accuracy_interval=list(wilson_interval(wins, n)),
         averaged_accuracy=float(score_R.mean()),
         averaged_interval=list(wilson_interval(float(score_R.sum()), n)),
-        averaged_cluster_interval=list(cluster_interval(score_R, [verdict.group for verdict in verdicts], seed)),
+        averaged_cluster_interval=list(cluster_interval(score_R, groups, seed)),
         position_consistency=decided / n,
         raw_a_rate=float((first_R > 0).sum() + (second_R > 0).sum()) / (2 * n),
         tie_half_accuracy=(wins + ties / 2) / n,
@@ -409,6 +423,7 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
         selective_accuracy=[float(curve_R[-(-len(curve_R) * tenth // 10) - 1]) for tenth in range(1, 11)]
         if len(curve_R)
         else [],
+        intervals=intervals,
     )
 
 
@@ -444,11 +459,15 @@ def compare(verdicts_a: Sequence[Verdict], verdicts_b: Sequence[Verdict], seed: 
     keys_a, keys_b = ([(v.id, v.pair, v.group) for v in verdicts] for verdicts in (verdicts_a, verdicts_b))
     assert keys_a == keys_b, "the two judges' verdicts are not on the same pairs, groups or in another order"
     groups = [verdict.group for verdict in verdicts_a]
+    outcome_a_R, outcome_b_R = outcomes(verdicts_a), outcomes(verdicts_b)
+    same_R = (outcome_a_R == outcome_b_R).astype(np.float64)
     return Comparison(
         consistent=_paired_test(consistent_scores(verdicts_a), consistent_scores(verdicts_b), groups, seed),
         averaged=_paired_test(averaged_scores(verdicts_a), averaged_scores(verdicts_b), groups, seed),
-        same_verdict=float(np.mean(outcomes(verdicts_a) == outcomes(verdicts_b))),
-        kappa=agreement(outcomes(verdicts_a), outcomes(verdicts_b)),
+        same_verdict=float(same_R.mean()),
+        same_verdict_interval=share_interval(same_R, groups, seed),
+        kappa=agreement(outcome_a_R, outcome_b_R),
+        kappa_interval=agreement_interval(outcome_a_R, outcome_b_R, groups, seed),
     )
 
 
