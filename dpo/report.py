@@ -10,18 +10,19 @@ dpo/page.py, and dpo/judge/statistics.py, where the figures come from.
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
-from dpo import report_run
+from dpo import report_run, report_seeds
 from dpo.card import model_card
 from dpo.config import EndpointConfig
 from dpo.judge.benchmarks import Benchmark, six_subsets
 from dpo.judge.endpoint import read_price
 from dpo.judge.protocols import PROTOCOLS
 from dpo.judge.robustness import LIKELIER, Success
-from dpo.judge.statistics import Summary, reliability
-from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, transitions
+from dpo.judge.statistics import PairedTest, Summary, compare_subsets, reliability
+from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, shared_pairs, transitions
 from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import Axis, Mark, bars, chart, file_text, training_plots
 from dpo.report_run import change, p_value, percent, points
@@ -40,7 +41,7 @@ def report_page(runs: Sequence[Run]) -> Page:
     compared = comparisons(judges)
     trained = [run for run in runs if run.trained]
     sections: dict[str, Sequence[Block]] = {
-        "Verdicts": _verdicts(judges, compared),
+        "Verdicts": [*_verdicts(judges, compared), *report_seeds.blocks(runs)],
         "By subset": _by_subset(judges),
         "Benchmark": _benchmarks(judges),
         "Position and looks": [*_position(judges), *_biases(judges)],
@@ -85,15 +86,28 @@ def _moved(one: Compared, many: bool) -> str:
     return change(one.before, one.after, one.test["averaged"], *[one.p_holm] * many)
 
 
+def _last(judges: Sequence[Judge]) -> list[Judge]:
+    """Each run's last judge, its rewards aside."""
+    return list({judge.run.folder: judge for judge in judges if judge.role != "rewards"}.values())
+
+
+def _subset_tests(judges: Sequence[Judge]) -> tuple[str, Mapping[str, PairedTest]]:
+    """By subset, and whose: of one run trained less base, of several the last one's last judge less the first one's."""
+    first, last = _last(judges)[0], _last(judges)[-1]
+    if first is last:
+        known = last.run.results["judge"].get("subset_tests", {}) if last.role == "trained" else {}
+        return "trained less base", known
+    of_first, of_last = shared_pairs(first, last)
+    return f"{last.name} less {first.name}", compare_subsets(of_last, of_first, first.run.config.seed)
+
+
 def _lead(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[str]:
     """A sentence for each run's last judge against the first run's."""
-    last = {judge.run.folder: judge.name for judge in judges if judge.role != "rewards"}
-    first = next(iter(last.values()))
-
+    first, *others = (judge.name for judge in _last(judges))
     lines = [
         f"{first} -> {one.b.name}: order-averaged accuracy {_moved(one, len(compared) > 1)} on {one.n:,} shared pairs."
         for one in compared
-        if one.a.name == first and one.b.name in last.values()
+        if one.a.name == first and one.b.name in others
     ]
     return lines or ["The runs have no judged pair in common: their figures stand side by side, and say nothing more."]
 
@@ -109,15 +123,21 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("order-averaged accuracy", *(percent(j["averaged_accuracy"], widest_interval(j)) for j in of)),
         ("consistent accuracy", *(percent(j["accuracy"], j["accuracy_interval"]) for j in of)),
         ("wins / losses / ties / invalid", *("{wins} / {losses} / {ties} / {invalid}".format(**j) for j in of)),
-        ("same verdict in both orders", *(_of_orders(j, j.summary["position_consistency"]) for j in judges)),
-        ("says A", *(_of_orders(j, j.summary["raw_a_rate"]) for j in judges)),
+        ("same verdict in both orders", *(_of_orders(j, "position_consistency") for j in judges)),
+        ("says A", *(_of_orders(j, "raw_a_rate") for j in judges)),
         ("a tie counts one half", *(percent(j["tie_half_accuracy"], j["tie_half_interval"]) for j in of)),
         ("of decided pairs", *(_decided(j) for j in of)),
-        ("kappa", *(_known(j["kappa"]) for j in of)),
-        ("Brier score, calibration error", *(f"{_known(j['brier'])}, {_known(j['calibration_error'])}" for j in of)),
+        ("kappa", *(_known(j["kappa"], _interval(j, "kappa")) for j in of)),
+        ("Brier score", *(_known(j["brier"], _interval(j, "brier")) for j in of)),
+        ("calibration error", *(_known(j["calibration_error"]) for j in of)),
     ]
+    text = (
+        "In brackets: 95 % intervals, of shares in per cent Wilson's, or over groups of rows where that is wider. The "
+        "calibration error has none, for resampling only adds to it: the bins under Calibration have theirs."
+    )
+    blocks: list[Block] = [Table("The judges", figures), Text("paragraph", text)]
     if not compared:
-        return [Table("The judges", figures)]
+        return blocks
     many = len(compared) > 1
     header = ("difference", "pairs", "points", "95 % interval", "p, exact", "p, by group")
     tests = [(*header, *["p, corrected"] * many, "better / worse", "points that show")]
@@ -129,34 +149,39 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
             shows = f"{100 * test['minimum_detectable']:.1f}" if test["minimum_detectable"] else "-"
             tests.append((f"{one.b.name} less {one.a.name}, {name}", f"{one.n:,}", *points(test), *p, better, shows))
     text = (
-        "In brackets: 95 % intervals in per cent, Wilson's, or over groups of rows where that is wider. "
-        "p: McNemar's exact test over pairs, and a sign-flip test over groups of rows that belong together; quoted is "
-        f"the larger{', corrected by Holm over the comparisons' * many}. Points that show: a true difference of so "
-        "many would be found four times in five; none where no pair differs."
+        "Intervals: over groups of rows, or Bonett and Price's where that is wider. p: McNemar's exact test over "
+        "pairs, and a sign-flip test over groups of rows that belong together; quoted is the "
+        f"larger{', corrected by Holm over the comparisons' * many}. Points that show: a true difference of so many "
+        "would be found four times in five; none where no pair differs."
     )
-    return [Table("The judges", figures), Table("Their differences on the same pairs", tests), Text("paragraph", text)]
+    return [*blocks, Table("Their differences on the same pairs", tests), Text("paragraph", text)]
 
 
 def _decided(of: Summary) -> str:
     return "-" if of["decided_accuracy"] is None else percent(of["decided_accuracy"], of["decided_interval"] or ())
 
 
-def _of_orders(judge: Judge, share: float) -> str:
-    return percent(share) if judge.ordered else "-"
+def _interval(of: Summary, key: str) -> Sequence[float]:
+    return of.get("intervals", {}).get(key, ())
 
 
-def _known(figure: float | None) -> str:
-    return "-" if figure is None else f"{figure:.3f}"
+def _of_orders(judge: Judge, key: Literal["position_consistency", "raw_a_rate"]) -> str:
+    return percent(judge.summary[key], _interval(judge.summary, key)) if judge.ordered else "-"
+
+
+def _known(figure: float | None, interval: Sequence[float] = ()) -> str:
+    ends = ", ".join(f"{end:.3f}" for end in interval)
+    return "-" if figure is None else f"{figure:.3f}" + (f" [{ends}]" if ends else "")
 
 
 def _by_subset(judges: Sequence[Judge]) -> list[Block]:
-    """The last judge's standing is told, with what training did to it, and that of all is drawn."""
+    """The last judge's standing is told, with what training did to it or its lead, and that of all is drawn."""
+    whose, tests = _subset_tests(judges)
     judges = [judge for judge in judges if judge.role != "rewards"] or judges
     of = [judge.summary["subsets"] for judge in judges]
     names = [judge.name for judge in judges]
-    tests = judges[-1].run.results["judge"].get("subset_tests", {}) if judges[-1].role == "trained" else {}
     columns = [f"{reading}, {name}" for reading in ("averaged", "consistent") for name in names]
-    rows, shares = [("subset", "pairs", *columns, "is", *["trained less base"] * bool(tests))], {}
+    rows, shares = [("subset", "pairs", *columns, "is", *[whose] * bool(tests))], {}
     for subset in dict.fromkeys(name for subsets in reversed(of) for name in subsets):
         last = next(subsets[subset] for subsets in reversed(of) if subset in subsets)
         there = [subsets.get(subset) for subsets in of]
@@ -170,7 +195,7 @@ def _by_subset(judges: Sequence[Judge]) -> list[Block]:
         if all(there):
             shares[f"{subset} ({last['n']:,})"] = [(j["averaged_accuracy"], widest_interval(j)) for j in there if j]
     meaning = f"At chance: the interval of {names[-1]}'s order-averaged accuracy contains 50 %."
-    meaning += " Its p is corrected by Holm over the subsets." * bool(tests)
+    meaning += f" {whose}: on the pairs that both judged; p is corrected by Holm over the subsets." * bool(tests)
     title = "Order-averaged accuracy by subset"
     return [Plot("subsets", title, bars(title, shares, names)), Table(title, rows), Text("paragraph", meaning)]
 
@@ -281,7 +306,8 @@ def _costs(judges: Sequence[Judge]) -> list[Block]:
     for judge in judges:
         pace_of = paces[judge.name]
         told = (COSTS[key][1].format(pace_of[key]) if key in pace_of else "" for key in known)
-        rows.append((judge.name, percent(judge.summary["averaged_accuracy"]), *told))
+        accuracy = percent(judge.summary["averaged_accuracy"], widest_interval(judge.summary))
+        rows.append((judge.name, accuracy, *told))
     blocks: list[Block] = []
     for key in ("dollars_per_1000_pairs", "answers_per_s"):
         marks = [
@@ -386,6 +412,7 @@ def _rows(runs: Sequence[Run], judges: Sequence[Judge]) -> list[Block]:
 def figures(runs: Sequence[Run]) -> dict[str, object]:
     """report.json: what the page says, for machines; verdicts.jsonl of each run holds every pair."""
     judges = judges_of(runs)
+    whose, tests = _subset_tests(judges)
     return {
         "runs": [{"folder": str(run.folder), "exp": run.config.exp, **run.environment} for run in runs],
         "judges": {
@@ -402,6 +429,8 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
             | {"changed": changed(one.a, one.b)}
             for one in comparisons(judges)
         ],
+        "seeds": report_seeds.over_runs(runs),
+        "subsets": {whose: tests},
         "attacks": [{**one, "judge": judge.name} for judge in judges for one in judge.attacks],
         "biases": [{**one, "judge": judge.name} for judge in judges for one in judge.biases],
     }

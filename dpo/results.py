@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 from dpo.judge.benchmarks import Benchmark
 from dpo.judge.controls import Conclusion
 from dpo.judge.robustness import Bias, Success
-from dpo.judge.statistics import Comparison, PairedTest, Summary
+from dpo.judge.statistics import Comparison, PairedTest, Summary, widest
 from models.errors import UserError
 
 Counts = dict[str, int]
@@ -88,8 +88,7 @@ class Environment(TypedDict):
 
 def widest_interval(judged: Summary) -> list[float]:
     """Of the order-averaged accuracy: Wilson's, or the one clustered by group where that is wider."""
-    intervals = judged["averaged_interval"], judged["averaged_cluster_interval"]
-    return max(intervals, key=lambda ends: ends[1] - ends[0])
+    return widest(judged["averaged_interval"], judged["averaged_cluster_interval"])
 
 
 def read_metrics(path: Path, *, torn: bool = False) -> Metrics:

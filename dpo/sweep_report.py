@@ -25,15 +25,16 @@ from dpo.judge.statistics import (
     Floats,
     Verdict,
     averaged_scores,
-    cluster_interval,
     consistent_scores,
     holm,
-    log_odds,
     mcnemar_exact,
+    paired_interval,
     rows_by_seeds_bootstrap,
+    says_a_scores,
+    share_interval,
     sign_flip_p,
     student_p,
-    wilson_interval,
+    widest,
 )
 from dpo.page import Block, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import Axis, Mark, bars, chart, file_text
@@ -45,18 +46,13 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t of 2, 3, ... 10 seeds; for more seeds the last, which is a little wide."""
 
 
-def _says_a(verdicts: Sequence[Verdict]) -> Floats:
-    first, second = log_odds(verdicts)
-    return ((first > 0).astype(float) + (second > 0)) / 2
-
-
 READOUTS: dict[str, tuple[str, Callable[[Sequence[Verdict]], Floats]]] = {
     "averaged": ("trained", averaged_scores),
     "consistent": ("trained", consistent_scores),
     "rewards": ("rewards", averaged_scores),
     "judged sighted": ("sighted", averaged_scores),
     "judged blind": ("blind", averaged_scores),
-    "says A": ("trained", _says_a),
+    "says A": ("trained", says_a_scores),
 }
 """By name: which of an arm's judges is read, and a pair's score. All but the last are accuracies."""
 
@@ -152,17 +148,16 @@ def mean_share(shares: Sequence[float], lone: Sequence[float]) -> Figure:
 def over_seeds(scores: Sequence[Floats], groups: Sequence[Sequence[str]], *, share: bool) -> Figure:
     """The mean of the seeds' scores, a score a verdict, with the widest of its 95 % intervals.
 
-    These are: cluster_interval's over groups of rows, a group's pairs of all seeds together; with more than one seed
-    that over rows and seeds, and Student's over the means of the seeds; Wilson's for a `share`.
+    These are: over groups of rows, a group's pairs of all seeds together, share_interval's of a `share`, of differences
+    paired_interval's; with more than one seed that over rows and seeds, and Student's over the means of the seeds.
     """
-    pooled, low, high = np.concatenate(scores), 0.0 if share else -1.0, 1.0
-    intervals = [[*cluster_interval(pooled, [name for of in groups for name in of], 0, bounds=(low, high))]]
+    pooled, names = np.concatenate(scores), [name for of in groups for name in of]
+    intervals = [share_interval(pooled, names, 0) if share else paired_interval(pooled, names, 0)]
     if len(scores) > 1:
         start, end = student([float(score.mean()) for score in scores])
-        intervals += [[*rows_by_seeds_bootstrap(scores, groups, 0)], [max(low, start), min(high, end)]]
-    if share:
-        intervals.append([*wilson_interval(float(pooled.sum()), len(pooled))])
-    return float(pooled.mean()), max(intervals, key=lambda ends: ends[1] - ends[0])
+        low = 0.0 if share else -1.0
+        intervals += [[*rows_by_seeds_bootstrap(scores, groups, 0)], [max(low, start), min(1.0, end)]]
+    return float(pooled.mean()), widest(*intervals)
 
 
 def _groups(verdicts: Sequence[Verdict]) -> list[str]:
@@ -317,9 +312,10 @@ def _differences(found: Sequence[Difference]) -> list[Block]:
     rows = [("difference", *shown)]
     rows += [(f"{b} less {a}", *(of.get(readout, "") for readout in shown)) for (b, a), of in cells.items()]
     text = (
-        "In points, on the same pairs of the same seeds. p: the largest of McNemar's exact test over pairs, the "
-        "sign-flip test over groups of rows, and Student's over seeds, corrected by Holm over all pairs of settings of "
-        "a column. Not resolved: the interval contains 0, or p is above .05."
+        "In points, on the same pairs of the same seeds; intervals as above, but Bonett and Price's "
+        "in place of Wilson's. p: the largest of McNemar's exact test over pairs, the sign-flip test over groups of "
+        "rows, and Student's over seeds, corrected by Holm over all pairs of settings of a column. Not resolved: the "
+        "interval contains 0, or p is above .05."
     )
     return [Table("Every two settings", rows), Text("paragraph", text)]
 

@@ -181,6 +181,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def share(judged: dict, key: str) -> str:
+    low, high = judged["intervals"][key]
+    return f"{percent(judged[key])} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 # the figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -223,8 +228,11 @@ def test_every_figure_of_the_judges_stands_in_both_renderings(run_folder: Path) 
             "wins / losses / ties / invalid": " / ".join(
                 str(judged[outcome]) for outcome in ("wins", "losses", "ties", "invalid")
             ),
-            "same verdict in both orders": percent(judged["position_consistency"]),
-            "says A": percent(judged["raw_a_rate"]),
+            "same verdict in both orders": share(judged, "position_consistency"),
+            "says A": share(judged, "raw_a_rate"),
+            "kappa": f"{judged['kappa']:.3f}",  # of 80 groups too few for an interval
+            "Brier score": "{:.3f} [{:.3f}, {:.3f}]".format(judged["brier"], *judged["intervals"]["brier"]),
+            "calibration error": f"{judged['calibration_error']:.3f}",
         }
         assert {row: rows[row][column] for row in shown} == shown
         assert rows["order-averaged accuracy"][column].startswith(percent(judged["averaged_accuracy"]))
@@ -269,6 +277,16 @@ def test_of_two_intervals_the_wider_is_shown(tmp_path: Path) -> None:
     write_report([write_run(tmp_path / "run", results, log={"plots": False})])
     row = next(row for row in html_page(tmp_path / "run").rows if row[0] == "order-averaged accuracy")
     assert row[1].endswith("[40.0, 60.0]") and row[2].endswith("[55.0, 75.0]")
+
+
+def test_figures_of_results_from_before_their_intervals_stand_without_these(tmp_path: Path) -> None:
+    results = results_of_a_run()
+    del results["judge"]["trained"]["intervals"]
+    write_report([write_run(tmp_path / "run", results, log={"plots": False})])
+    rows = {row[0]: row for row in html_page(tmp_path / "run").rows}
+    assert rows["says A"][1] == share(results["judge"]["base"], "raw_a_rate")
+    assert rows["says A"][2] == percent(results["judge"]["trained"]["raw_a_rate"])
+    assert "[" not in rows["Brier score"][2]
 
 
 # the pages ------------------------------------------------------------------------------------------------------------

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from dpo.judge.calibration import cohens_kappa
+from dpo.judge.calibration import agreement, agreement_interval, cohens_kappa
 from dpo.judge.statistics import (
     Verdict,
-    agreement,
     averaged_scores,
     chosen_probabilities,
     cluster_bootstrap,
-    cluster_interval,
     compare,
     compare_subsets,
     consistent_scores,
@@ -24,6 +22,7 @@ from dpo.judge.statistics import (
     minimum_detectable_difference,
     outcomes,
     reliability,
+    share_interval,
     sign_flip_interval,
     sign_flip_p,
     summarise,
@@ -85,134 +84,11 @@ def test_exchanging_chosen_and_rejected_exchanges_wins_with_losses() -> None:
     assert one["wins"] > 0 and one["averaged_accuracy"] == pytest.approx(1 - other["averaged_accuracy"], abs=1e-15)
 
 
-def test_an_infinite_log_odds_is_refused() -> None:
+def test_an_infinite_log_odds_and_a_summary_of_nothing_are_refused() -> None:
     with pytest.raises(AssertionError, match="finite"):
         averaged_scores([make(math.inf, -1.0)])
-
-
-# ---- intervals
-
-
-@pytest.mark.parametrize(
-    ("wins", "low", "high"),
-    [(183, 56.0, 67.0), (172, 52.2, 63.4), (186, 57.0, 67.9), (182, 55.6, 66.6), (149, 44.5, 55.8)],
-)
-def test_wilson_gives_the_published_intervals_of_297_rows(wins: int, low: float, high: float) -> None:
-    assert tuple(round(100 * bound, 1) for bound in wilson_interval(wins, 297)) == (low, high)
-
-
-def test_wilson_bounds_solve_the_score_equation_and_hold_the_corners() -> None:
-    for successes, n in [(1, 10), (7.5, 10), (0.5, 3), (183, 297)]:
-        share = successes / n
-        for bound in wilson_interval(successes, n):
-            assert (share - bound) ** 2 == pytest.approx(1.96**2 * bound * (1 - bound) / n, rel=1e-12)
-    (low, below), (above, high) = wilson_interval(0, 5), wilson_interval(5, 5)
-    assert (low, high) == (0.0, 1.0) and below == 1 - above == pytest.approx(1.96**2 / (5 + 1.96**2), rel=1e-15)
-
-
-def test_wilson_covers_a_true_share_about_95_times_in_100() -> None:
-    n, share = 60, 0.7
-    covered = sum(
-        math.comb(n, k) * share**k * (1 - share) ** (n - k)
-        for k in range(n + 1)
-        if wilson_interval(k, n)[0] <= share <= wilson_interval(k, n)[1]
-    )
-    assert 0.93 < covered < 0.97  # an exact sum, no draw
-
-
-def test_bootstrap_quantiles_equal_those_of_every_possible_resample() -> None:
-    values, groups = [1.0, 0.0, 1.0, 0.5, 0.0, 1.0], ["a", "a", "b", "c", "c", "c"]
-    sums = {"a": (1.0, 2), "b": (1.0, 1), "c": (1.5, 3)}
-    means = sorted(
-        sum(sums[g][0] for g in draw) / sum(sums[g][1] for g in draw) for draw in itertools.product("abc", repeat=3)
-    )
-    # 27 resamples: the extremes (each at 1/27 = 3.7 %) reach past the 2.5 % tails, so they are the bounds.
-    assert cluster_bootstrap(values, groups, seed=1) == (means[0], means[-1])
-
-
-def test_bootstrap_by_group_is_wider_where_rows_of_a_group_agree_and_order_of_rows_is_inert() -> None:
-    rng = np.random.default_rng(3)
-    values = np.repeat(rng.integers(0, 2, size=80), 4).astype(float)
-    groups = [f"g{i // 4}" for i in range(320)]
-    low, high = cluster_bootstrap(values, groups, seed=0)
-    row_low, row_high = cluster_bootstrap(values, [str(i) for i in range(320)], seed=0)
-    assert (high - low) / (row_high - row_low) == pytest.approx(2, rel=0.1)  # design effect 4
-    order = rng.permutation(320)
-    assert cluster_bootstrap(values[order], [groups[i] for i in order], seed=0) == (low, high)
-    assert cluster_bootstrap(values, groups, seed=0) == (low, high)
-    uneven = values + rng.random(320)
-    assert cluster_bootstrap(uneven, groups, seed=0) != cluster_bootstrap(uneven, groups, seed=1)
-
-
-def test_bootstrap_covers_the_true_mean_under_clustering() -> None:
-    rng = np.random.default_rng(5)
-    groups, covered, runs = [f"g{i // 4}" for i in range(160)], 0, 200
-    for run in range(runs):
-        share_G = rng.choice([0.3, 0.9], size=40)  # the mean is .6; rows of a group go together
-        values = (rng.random(160) < np.repeat(share_G, 4)).astype(float)
-        low, high = cluster_bootstrap(values, groups, seed=run, samples=600)
-        covered += low <= 0.6 <= high
-    assert 0.90 <= covered / runs <= 0.985  # 95 % less the small-sample loss, +- 3 standard errors of 200 runs
-
-
-def test_few_groups_say_nothing() -> None:
-    assert cluster_interval([1.0, 1.0], ["g", "g"], seed=0) == (0.0, 1.0)
-    assert cluster_interval([1.0, 0.0, 1.0, 1.0, 1.0], list("abcde"), seed=0, bounds=(-1.0, 1.0)) == (-1.0, 1.0)
-    assert cluster_interval([1.0, 0.0, 1.0, 1.0, 1.0, 1.0], list("abcdef"), seed=0) == (0.0, 1.0)  # the extreme halves
-
-
-def test_the_bootstrap_is_offered_from_100_groups_up_and_below_the_exact_tests_interval() -> None:
-    values = np.random.default_rng(0).random(300)
-    for groups, interval in ((100, cluster_bootstrap), (99, sign_flip_interval)):
-        names = [str(i % groups) for i in range(300)]
-        assert cluster_interval(values, names, 4) == interval(values, names, 4)
-        other = sign_flip_interval if interval is cluster_bootstrap else cluster_bootstrap
-        assert cluster_interval(values, names, 4) != other(values, names, 4)
-
-
-def test_the_sign_flip_interval_leaves_out_what_the_sign_flip_test_rejects() -> None:
-    rng = np.random.default_rng(4)
-    rejected = 0
-    for run in range(200):
-        names = [f"g{i // 2}" for i in range(2 * rng.integers(6, 12))]
-        differences = rng.choice([-1, 0, 1, 2], size=len(names)).astype(float)  # whole numbers: no rounding
-        low, high = sign_flip_interval(differences, names, run, bounds=(-2.0, 2.0))
-        rejects = brute_force_p(differences.tolist(), names) <= 0.05
-        assert rejects == (low > 0 or high < 0)
-        rejected += rejects
-    assert 20 < rejected < 180
-
-
-def coverages(runs: int) -> dict[str, float]:
-    """How often each interval holds the truth, averaged over p: true shares drawn evenly, rows correlated in groups."""
-    rng = np.random.default_rng(7)
-    covered = {"wilson": 0, "bootstrap": 0, "sign flips": 0}
-    for run in range(runs):
-        share, n = rng.uniform(0.05, 0.95), int(rng.integers(30, 400))
-        low, high = wilson_interval(int(rng.binomial(n, share)), n)
-        covered["wilson"] += low <= share <= high
-        difference, rows = rng.uniform(-0.3, 0.3), 4
-        for name, groups in (("bootstrap", int(rng.integers(100, 200))), ("sign flips", int(rng.integers(8, 100)))):
-            tilt_G1 = rng.uniform(-0.15, 0.15, size=(groups, 1))  # a group's rows lean to one judge together
-            chance = rng.random((groups, rows))
-            won, lost = chance < 0.2 + difference / 2 + tilt_G1 / 2, chance > 0.8 + difference / 2 + tilt_G1 / 2
-            values = (won.astype(float) - lost).ravel()
-            names = [str(i // rows) for i in range(groups * rows)]
-            interval = {"bootstrap": cluster_bootstrap, "sign flips": sign_flip_interval}[name]
-            low, high = interval(values, names, run, samples=1000)
-            covered[name] += low <= difference <= high
-    return {name: count / runs for name, count in covered.items()}
-
-
-def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
-    for name, share in coverages(300).items():
-        assert abs(share - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 300), name
-
-
-@pytest.mark.long
-def test_intervals_cover_93_to_97_times_in_100_over_2000_runs() -> None:
-    for name, share in coverages(2000).items():
-        assert 0.93 <= share <= 0.97, (name, share)
+    with pytest.raises(AssertionError, match="at least one"):
+        summarise([])
 
 
 # ---- tests
@@ -257,6 +133,19 @@ def test_sign_flip_enumerates_all_signs_of_few_groups() -> None:
             rng.choice([-1, -0.5, 0, 0.5, 1], len(groups)).tolist(),
         ):
             assert sign_flip_p(differences, groups, seed=0) == brute_force_p(differences, groups)
+
+
+def test_the_sign_flip_interval_leaves_out_what_the_sign_flip_test_rejects() -> None:
+    rng = np.random.default_rng(4)
+    rejected = 0
+    for run in range(200):
+        names = [f"g{i // 2}" for i in range(2 * rng.integers(6, 12))]
+        differences = rng.choice([-1, 0, 1, 2], size=len(names)).astype(float)  # whole numbers: no rounding
+        low, high = sign_flip_interval(differences, names, run, bounds=(-2.0, 2.0))
+        rejects = brute_force_p(differences.tolist(), names) <= 0.05
+        assert rejects == (low > 0 or high < 0)
+        rejected += rejects
+    assert 20 < rejected < 180
 
 
 def test_sign_flip_of_single_rows_is_mcnemar() -> None:
@@ -377,7 +266,8 @@ def test_exchanging_the_judges_negates_the_difference_and_keeps_p() -> None:
         assert (one["p"], one["p_clustered"]) == (other["p"], other["p_clustered"])
         assert one["interval"] == pytest.approx([-other["interval"][1], -other["interval"][0]], abs=1e-12)
     same = compare(a, a, seed=0)["averaged"]
-    assert (same["p"], same["p_clustered"], same["difference"], same["interval"]) == (1.0, 1.0, 0.0, [0.0, 0.0])
+    assert (same["p"], same["p_clustered"], same["difference"]) == (1.0, 1.0, 0.0)
+    assert same["interval"][0] == -same["interval"][1] < 0
 
 
 def test_judges_of_different_pairs_are_not_compared() -> None:
@@ -434,6 +324,43 @@ def test_kappa_is_0_for_chance_and_1_for_one_mind_with_a_tie_as_a_class() -> Non
     by_chance = (3 * 2 + 3 * 2 + 2 * 4) / 64
     assert agreement(a, b) == agreement(b, a) == pytest.approx((0.5 - by_chance) / (1 - by_chance), rel=1e-15)
     assert agreement(tie, tie) is None  # nothing but one class: undefined
+
+
+def test_the_interval_of_kappa_covers_it_and_has_a_width_where_all_agree() -> None:
+    rng, names, shares = np.random.default_rng(9), [f"g{i // 2}" for i in range(240)], [0.5, 0.2, 0.3]
+    label, kappa, covered = np.full(240, "win"), (0.5 - 0.2) / (2 - 0.5 - 0.2), 0  # 0.7 of both sides are decided
+    for run in range(300):
+        own, shared = (rng.choice(["win", "loss", "tie"], n, p=shares) for n in (240, 120))
+        told = np.where(rng.random(240) < 0.5, own, np.repeat(shared, 2))
+        low, high = agreement_interval(told, label, names, run) or (1.0, 0.0)
+        covered += low <= kappa <= high
+    assert abs(covered / 300 - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 300)
+    low, high = agreement_interval(label, label, names, 0) or (1.0, 1.0)
+    assert 0.9 < low < high == 1
+    low, high = agreement_interval(np.full(240, "tie"), label, names, 0) or (0.0, 0.0)
+    assert -0.1 < low < 0 < high < 0.1
+    assert agreement_interval(label, label, [str(i % 99) for i in range(240)], 0) is None
+    assert agreement_interval(np.full(240, "tie"), np.full(240, "tie"), names, 0) is None
+
+
+def test_a_summarys_intervals_are_those_of_the_scores_by_group() -> None:
+    rng = np.random.default_rng(10)
+    verdicts = [*make_all([(a, b) for a, b in rng.normal(size=(240, 2))], per_group=2), make(NAN, 1.0, "x", "g0")]
+    summary, groups = summarise(verdicts, seed=3), [verdict.group for verdict in verdicts]
+    decided = [float(verdict.first * verdict.second < 0) for verdict in verdicts]
+    says_a = [(float(verdict.first > 0) + float(verdict.second > 0)) / 2 for verdict in verdicts]
+    assert summary["raw_a_rate"] == np.mean(says_a) and says_a[-1] == 0.5
+    losses = (1 - chosen_probabilities(verdicts)) ** 2
+    assert summary["intervals"] == {
+        "position_consistency": share_interval(decided, groups, 3),
+        "raw_a_rate": share_interval(says_a, groups, 3),
+        "brier": list(cluster_bootstrap(losses, groups[:-1], 3)),
+        "kappa": agreement_interval(outcomes(verdicts), np.full(241, "win"), groups, 3),
+    }
+    same = compare(verdicts, verdicts[:240] + [make(1.0, -1.0, "x", "g0")], seed=3)
+    assert same["same_verdict_interval"] == share_interval([1.0] * 240 + [0.0], groups, 3)
+    low, high = same["kappa_interval"] or (0.0, 0.0)
+    assert low < (same["kappa"] or 0.0) <= high
 
 
 def test_the_order_averaged_probability_is_the_sigmoid_of_the_averaged_log_odds() -> None:

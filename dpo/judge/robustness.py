@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
-from dpo.judge.statistics import Verdict, cluster_interval, wilson_interval
+from dpo.judge.statistics import Verdict, share_interval
 from dpo.rows import Row, Rows
 
 # ---- how often attacks succeed
@@ -32,9 +32,7 @@ Won = list[tuple[bool, str]]  # of each answer that loses when clean: whether it
 def _interval(won: Won, seed: int) -> list[float]:
     """The wider one of Wilson's and the one over groups."""
     wins, groups = [float(win) for win, _ in won], [group for _, group in won]
-    intervals = wilson_interval(sum(wins), len(wins)), cluster_interval(wins, groups, seed)
-    low, high = max(intervals, key=lambda ends: ends[1] - ends[0])
-    return [low, high]
+    return share_interval(wins, groups, seed)
 
 
 def successes(

@@ -17,10 +17,17 @@ from typing import NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo.judge.calibration import Floats, brier, cohens_kappa, expected_calibration_error, selective_accuracy
+from dpo.judge.calibration import (
+    LEAST_CLUSTERS,
+    Floats,
+    agreement,
+    agreement_interval,
+    brier,
+    expected_calibration_error,
+    selective_accuracy,
+)
 
 BLOCK = 100  # flips or resamples drawn at once: a [BLOCK, G] array stays small whatever G is
-LEAST_CLUSTERS = 100  # for a bootstrap of whole groups: it is too narrow on fewer
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class Summary(TypedDict):
     # a letter alone (log-odds of 1, 0 or -1) has none, nor what is no log-odds of a pair (summarise)
     calibration_error: float | None
     selective_accuracy: list[float]  # of the surest tenth, the surest two tenths, ... all of the valid verdicts
+    intervals: NotRequired[dict[str, list[float]]]  # 95 %, by key, of position_consistency, raw_a_rate, brier, kappa,
+    # where there is one; results.json of before has none of them
     subsets: NotRequired[dict[str, "Summary"]]
 
 
@@ -69,7 +78,7 @@ class PairedTest(TypedDict):
     p_clustered: float  # sign flips of whole groups
     p_holm: NotRequired[float]
     difference: float  # a - b, a share
-    interval: list[float]  # over whole groups (cluster_interval)
+    interval: list[float]  # paired_interval's
     wins_only_a: int
     wins_only_b: int
     minimum_detectable: float
@@ -81,7 +90,11 @@ class Comparison(TypedDict):
     consistent: PairedTest
     averaged: PairedTest
     same_verdict: float  # share of the pairs with the same both-orders verdict
+    same_verdict_interval: NotRequired[
+        list[float]
+    ]  # share_interval's; not in results.json of before, as the next but one
     kappa: float | None
+    kappa_interval: NotRequired[list[float] | None]
 
 
 class Bin(TypedDict):
@@ -130,18 +143,10 @@ def averaged_scores(verdicts: Sequence[Verdict]) -> Floats:
     return np.where(first_R > second_R, 1.0, np.where(first_R == second_R, 0.5, 0.0))
 
 
-def agreement(outcome_a_R: NDArray[np.str_], outcome_b_R: NDArray[np.str_]) -> float | None:
-    """Cohen's kappa of two judges' `outcomes`, a tie and an invalid verdict classes of their own; None if undefined.
-
-    A pair counts twice, with the chosen answer named A and named B, so that chance knows as little as the judges do
-    which answer is the chosen one: against the label (all "win") a coin has 0, and so has a judge that only ties.
-    """
-    places = {"win": 0, "loss": 1, "tie": 2, "invalid": 3}
-    a_R, b_R = ([places[outcome] for outcome in one_R.tolist()] for one_R in (outcome_a_R, outcome_b_R))
-    counts_LL = np.bincount(np.array(a_R) * 4 + b_R, minlength=16).reshape(4, 4).astype(float)
-    exchanged = [1, 0, 2, 3]
-    kappa = cohens_kappa(counts_LL + counts_LL[exchanged][:, exchanged])
-    return None if math.isnan(kappa) else kappa
+def says_a_scores(verdicts: Sequence[Verdict]) -> Floats:
+    """0, 1/2 or 1, the share of a pair's two orders in which A is said; an invalid log-odds says nothing."""
+    first_R, second_R = log_odds(verdicts)
+    return ((first_R > 0).astype(np.float64) + (second_R > 0)) / 2
 
 
 def chosen_probabilities(verdicts: Sequence[Verdict]) -> Floats:
@@ -158,8 +163,10 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     """Wilson's score interval of a proportion (JASA 1927): (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).
 
     `successes` may be fractional (half scores vary less than 0/1, so the interval is then a little wide). It takes the
-    n as independent: beside it stands the clustered interval.
+    n as independent: beside it stands the clustered interval. Of n = 0 all is possible: (0, 1).
     """
+    if n == 0:
+        return 0.0, 1.0
     share = successes / n
     centre = share + z * z / (2 * n)
     half_width = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -176,16 +183,30 @@ def _group_sums(values: Sequence[float] | Floats, groups: Sequence[str]) -> tupl
     return np.bincount(group_R, weights=values).astype(np.float64), np.bincount(group_R).astype(np.float64)
 
 
+def widest(*intervals: Sequence[float]) -> list[float]:
+    """Of several intervals of one figure the widest, the first of equals."""
+    return [*max(intervals, key=lambda ends: ends[1] - ends[0])]
+
+
 def cluster_interval(
-    values: Sequence[float] | Floats, groups: Sequence[str], seed: int, bounds: tuple[float, float] = (0.0, 1.0)
+    values: Sequence[float] | Floats,
+    groups: Sequence[str],
+    seed: int,
+    samples: int = 10_000,
+    bounds: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[float, float]:
     """95 % interval of the mean over whole groups: cluster_bootstrap, below LEAST_CLUSTERS groups sign_flip_interval.
 
     `bounds` is the range that the mean can have: too few groups say nothing about the spread between them, and give it.
     """
     if len(set(groups)) < LEAST_CLUSTERS:
-        return sign_flip_interval(values, groups, seed, bounds=bounds)
-    return cluster_bootstrap(values, groups, seed)
+        return sign_flip_interval(values, groups, seed, samples, bounds)
+    return cluster_bootstrap(values, groups, seed, samples)
+
+
+def share_interval(scores: Sequence[float] | Floats, groups: Sequence[str], seed: int) -> list[float]:
+    """95 % interval of the mean of scores in 0 .. 1: the wider of Wilson's and the clustered one."""
+    return widest(wilson_interval(float(np.sum(scores)), len(scores)), cluster_interval(scores, groups, seed))
 
 
 def cluster_bootstrap(
@@ -295,6 +316,28 @@ def mcnemar_exact(b: int, c: int) -> float:
     return min(1.0, 2 * tail / 2 ** (b + c))
 
 
+def paired_interval(
+    differences: Sequence[float] | Floats, groups: Sequence[str], seed: int, samples: int = 10_000
+) -> list[float]:
+    """95 % interval of the mean of paired differences in -1 .. 1: the wider of cluster_interval's and Bonett & Price's.
+
+    The former is too narrow where few pairs differ, and of no width where none does. The latter (J. Educ. Behav. Stat.
+    2012) is Wald's after adding a pair that a wins and one that b wins; here, by group, two groups of as many pairs as
+    say what one independent pair says: the design effect (Kish 1965), at least 1 (and 1 where all pairs are alike).
+    """
+    values_R = np.asarray(differences, dtype=np.float64)
+    sum_G, count_G = _group_sums(values_R, groups)
+    mean = float(values_R.mean())
+    together, alone = float(((sum_G - mean * count_G) ** 2).sum()), float(((values_R - mean) ** 2).sum())
+    size = max(1.0, together / alone) if alone > 0 else 1.0
+    sum_G, count_G = np.append(sum_G, [size, -size]), np.append(count_G, [size, size])
+    n = float(count_G.sum())
+    centre = float(sum_G.sum()) / n
+    half_width = 1.96 * math.sqrt(float(((sum_G - centre * count_G) ** 2).sum())) / n
+    adjusted = max(-1.0, centre - half_width), min(1.0, centre + half_width)
+    return widest(cluster_interval(values_R, groups, seed, samples, (-1.0, 1.0)), adjusted)
+
+
 def sign_flip_p(differences: Sequence[float] | Floats, groups: Sequence[str], seed: int, flips: int = 20_000) -> float:
     """Two-sided paired randomisation test, clustered: each group's whole sum may change sign (Fisher 1935).
 
@@ -345,9 +388,18 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
     first_R, second_R = log_odds(verdicts)
     outcome_R, score_R = outcomes(verdicts), averaged_scores(verdicts)
     wins, losses, ties, invalid = (int((outcome_R == name).sum()) for name in ("win", "loss", "tie", "invalid"))
-    decided = wins + losses
+    decided, groups = wins + losses, [verdict.group for verdict in verdicts]
     chosen_R = chosen_probabilities(verdicts if odds else [])
     curve_R = selective_accuracy(chosen_R)
+    intervals = {
+        "position_consistency": share_interval(np.isin(outcome_R, ["win", "loss"]).astype(float), groups, seed),
+        "raw_a_rate": share_interval(says_a_scores(verdicts), groups, seed),
+    }
+    if len(chosen_R):
+        valid = np.asarray(groups)[outcome_R != "invalid"].tolist()
+        intervals["brier"] = list(cluster_interval((1 - chosen_R) ** 2, valid, seed))
+    if kappa := agreement_interval(outcome_R, np.full(n, "win"), groups, seed):
+        intervals["kappa"] = kappa
     return Summary(
         n=n,
         wins=wins,
@@ -358,7 +410,7 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
         accuracy_interval=list(wilson_interval(wins, n)),
         averaged_accuracy=float(score_R.mean()),
         averaged_interval=list(wilson_interval(float(score_R.sum()), n)),
-        averaged_cluster_interval=list(cluster_interval(score_R, [verdict.group for verdict in verdicts], seed)),
+        averaged_cluster_interval=list(cluster_interval(score_R, groups, seed)),
         position_consistency=decided / n,
         raw_a_rate=float((first_R > 0).sum() + (second_R > 0).sum()) / (2 * n),
         tie_half_accuracy=(wins + ties / 2) / n,
@@ -371,6 +423,7 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
         selective_accuracy=[float(curve_R[-(-len(curve_R) * tenth // 10) - 1]) for tenth in range(1, 11)]
         if len(curve_R)
         else [],
+        intervals=intervals,
     )
 
 
@@ -379,6 +432,7 @@ def summarise(verdicts: Sequence[Verdict], seed: int = 0, *, odds: bool = True) 
 
     `odds`: whether its log-odds are those of a pair, and not leads over three others or differences of ratings.
     """
+    assert verdicts, "a summary is of at least one verdict"
     sides = np.abs(log_odds(verdicts))
     odds = odds and not np.isin(sides[~np.isnan(sides)], [0.0, 1.0]).all()
     names = sorted({verdict.subset for verdict in verdicts})
@@ -393,7 +447,7 @@ def _paired_test(score_a_R: Floats, score_b_R: Floats, groups: Sequence[str], se
         p=mcnemar_exact(only_a, only_b),
         p_clustered=sign_flip_p(difference_R, groups, seed),
         difference=float(difference_R.mean()),
-        interval=list(cluster_interval(difference_R, groups, seed, bounds=(-1.0, 1.0))),
+        interval=paired_interval(difference_R, groups, seed),
         wins_only_a=only_a,
         wins_only_b=only_b,
         minimum_detectable=minimum_detectable_difference(difference_R, groups),
@@ -405,11 +459,15 @@ def compare(verdicts_a: Sequence[Verdict], verdicts_b: Sequence[Verdict], seed: 
     keys_a, keys_b = ([(v.id, v.pair, v.group) for v in verdicts] for verdicts in (verdicts_a, verdicts_b))
     assert keys_a == keys_b, "the two judges' verdicts are not on the same pairs, groups or in another order"
     groups = [verdict.group for verdict in verdicts_a]
+    outcome_a_R, outcome_b_R = outcomes(verdicts_a), outcomes(verdicts_b)
+    same_R = (outcome_a_R == outcome_b_R).astype(np.float64)
     return Comparison(
         consistent=_paired_test(consistent_scores(verdicts_a), consistent_scores(verdicts_b), groups, seed),
         averaged=_paired_test(averaged_scores(verdicts_a), averaged_scores(verdicts_b), groups, seed),
-        same_verdict=float(np.mean(outcomes(verdicts_a) == outcomes(verdicts_b))),
-        kappa=agreement(outcomes(verdicts_a), outcomes(verdicts_b)),
+        same_verdict=float(same_R.mean()),
+        same_verdict_interval=share_interval(same_R, groups, seed),
+        kappa=agreement(outcome_a_R, outcome_b_R),
+        kappa_interval=agreement_interval(outcome_a_R, outcome_b_R, groups, seed),
     )
 
 
