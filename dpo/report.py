@@ -10,7 +10,8 @@ dpo/page.py, and dpo/judge/statistics.py, where the figures come from.
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from dpo import report_run
@@ -18,8 +19,8 @@ from dpo.card import model_card
 from dpo.config import EndpointConfig
 from dpo.judge.endpoint import read_price
 from dpo.judge.statistics import Summary, reliability
-from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, transitions
-from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
+from dpo.judged import Compared, Judge, Key, Run, cases, changed, comparisons, judges_of, named, read_run, transitions
+from dpo.page import MARKS, SAYS, Block, Case, Cases, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import Axis, Mark, bars, chart, file_text, training_plots
 from dpo.report_run import change, p_value, percent, points
 from dpo.results import widest_interval
@@ -28,13 +29,14 @@ from dpo.sweep_report import write_sweep_report
 from models.errors import UserError, exit_code
 from models.files import atomic_write_text
 
+MOST_CHANGED = 2000  # pairs listed on a page
 USAGE = "usage: python -m dpo.report RUN_FOLDER...   or sweeps' results, e.g. experiments/results/*"
 
 
 def report_page(runs: Sequence[Run]) -> Page:
     """The page: of one run all that there is to say, of several what compares their judges."""
     judges = judges_of(runs)
-    compared = comparisons(judges)
+    compared, shown = comparisons(judges), cases(judges)
     trained = [run for run in runs if run.trained]
     sections: dict[str, Sequence[Block]] = {
         "Verdicts": _verdicts(judges, compared),
@@ -55,7 +57,7 @@ def report_page(runs: Sequence[Run]) -> Page:
             *sections.pop("Training"),
         ]
         sections["Alarms"] = report_run.alarms(results["alarms"])
-    sections |= {"What changed": _changed(compared), "Rows": _rows(runs, judges)}
+    sections |= {"What changed": _changed(compared, shown), "Rows": _rows(runs, shown)}
     if lone:
         sections["Data"] = report_run.data(lone.results, lone.config)
         sections["Time"] = [report_run.times(lone.results["time_s"])]
@@ -325,23 +327,32 @@ def _curves(trained: Sequence[Run]) -> list[Block]:
     return plots
 
 
-def _changed(compared: Sequence[Compared]) -> list[Block]:
+def _changed(compared: Sequence[Compared], shown: Mapping[Key, Case]) -> list[Block]:
+    """Of each two judges the counts, and row by row what differs, up to MOST_CHANGED rows in all."""
     tables: list[Block] = []
+    places, most = {key: place for place, key in enumerate(shown, 1)}, MOST_CHANGED // max(1, len(compared))
+    marked = {outcome: f"{MARKS[outcome]} {says}" for outcome, says in SAYS.items()}
     for one in compared:
         counts = transitions(one.a, one.b)
-        rows = [(f"{one.a.name} \\ {one.b.name}", *SAYS.values())]
+        rows = [("was \\ now", *SAYS.values())]
         rows += [(says, *(f"{counts[was, now]:,}" for now in SAYS)) for was, says in SAYS.items()]
         tables.append(Table(f"Pairs by what {one.a.name} (rows) and {one.b.name} (columns) made of both orders", rows))
+        pairs = changed(one.a, one.b)
+        rows = [(named(key), of.subset, marked[of.was], marked[of.now]) for key, of in pairs.items()]
+        title = f"{len(pairs):,} pairs of which {one.b.name} makes what {one.a.name} does not"
+        title += f" (cut: the first {most:,}; all of them are in report.json)" * (len(pairs) > most)
+        listed = [("pair", "subset", "was", "now"), *rows[:most]]
+        tables += [Table(title, listed, [places.get(key, 0) for key in pairs][:most])] if pairs else []
     return tables
 
 
-def _rows(runs: Sequence[Run], judges: Sequence[Judge]) -> list[Block]:
+def _rows(runs: Sequence[Run], shown: Mapping[Key, Case]) -> list[Block]:
     missing = dict.fromkeys(run.rows.missing for run in runs if run.rows.missing)
     text = (
         "Pairs worth reading: where a judge is most surely wrong, where the orders or two judges disagree most, and "
         "what one judge has right and another has not."
     )
-    return [Text("paragraph", text), *(Text("paragraph", why) for why in missing), Cases(cases(judges))]
+    return [Text("paragraph", text), *(Text("paragraph", why) for why in missing), Cases([*shown.values()])]
 
 
 # --- from folders to files ------------------------------------------------------------------------------------------
@@ -363,7 +374,7 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
         },
         "comparisons": [
             {"judge": one.b.name, "against": one.a.name, "pairs": one.n, **one.test, "p_holm": one.p_holm}
-            | {"changed": changed(one.a, one.b)}
+            | {"changed": [asdict(of) for of in changed(one.a, one.b).values()]}
             for one in comparisons(judges)
         ],
         "attacks": [{**one, "judge": judge.name} for judge in judges for one in judge.attacks],
