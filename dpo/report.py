@@ -339,7 +339,7 @@ def _changed(compared: Sequence[Compared], shown: Mapping[Key, Case]) -> list[Bl
         tables.append(Table(f"Pairs by what {one.a.name} (rows) and {one.b.name} (columns) made of both orders", rows))
         pairs = changed(one.a, one.b)
         rows = [(named(key), of.subset, marked[of.was], marked[of.now]) for key, of in pairs.items()]
-        title = f"{len(pairs):,} pairs of which {one.b.name} makes what {one.a.name} does not"
+        title = f"{len(pairs):,} pairs that {one.b.name} judges otherwise than {one.a.name}"
         title += f" (cut: the first {most:,}; all of them are in report.json)" * (len(pairs) > most)
         listed = [("pair", "subset", "was", "now"), *rows[:most]]
         tables += [Table(title, listed, [places.get(key, 0) for key in pairs][:most])] if pairs else []

@@ -339,7 +339,7 @@ def test_a_long_list_of_what_changed_is_cut_with_a_note(runs: list[Path], tmp_pa
     home = write_report(runs, home=tmp_path)
     [told] = json.loads((home / "report.json").read_text())["comparisons"]
     [listed] = re.findall('<details class="list">.*?</details>', (home / "report.html").read_text(), flags=re.S)
-    note = f"{len(told['changed'])} pairs of which "
+    note = f"{len(told['changed'])} pairs that "
     assert note in listed and listed.count("<tr>") == 1 + 2 < len(told["changed"])
     for name in ("report.html", "report.md"):
         assert (
