@@ -218,10 +218,27 @@ def transitions(a: Judge, b: Judge) -> Counter[tuple[str, str]]:
     return Counter(zip(*(outcomes(verdicts).tolist() for verdicts in shared_pairs(a, b)), strict=True))
 
 
-def changed(a: Judge, b: Judge) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Change:
+    """A pair of which two judges make different things."""
+
+    id: str
+    pair: tuple[int, int]
+    subset: str
+    was: str
+    now: str
+
+
+def changed(a: Judge, b: Judge) -> dict[Key, Change]:
     """Every shared pair of which b makes what a does not, with the outcomes of both."""
-    was_now = zip(*shared_pairs(a, b), *(outcomes(of).tolist() for of in shared_pairs(a, b)), strict=True)
-    return [{"id": v.id, "pair": v.pair, "was": was, "now": now} for v, _, was, now in was_now if was != now]
+    keys = [key for key in a.verdicts if key in b.verdicts]
+    was_now = zip(keys, *(outcomes(of).tolist() for of in shared_pairs(a, b)), strict=True)
+    return {key: Change(key[0], key[1], a.verdicts[key].subset, was, now) for key, was, now in was_now if was != now}
+
+
+def named(key: Key) -> str:
+    """A pair's name: its row's, with the places of its two answers where they are not the first ones."""
+    return key[0] if key[1] == (0, 0) else f"{key[0]} {key[1]}"
 
 
 # --- pairs worth reading --------------------------------------------------------------------------------------------
@@ -270,21 +287,19 @@ def reasons(judges: Sequence[Judge]) -> dict[Key, list[str]]:
     return found
 
 
-def cases(judges: Sequence[Judge]) -> list[Case]:
+def cases(judges: Sequence[Judge]) -> dict[Key, Case]:
     """The pairs worth reading, with all that is known of them."""
-    found = []
+    found = {}
     for key, why in reasons(judges).items():
         said = {judge.name: judge.verdicts[key] for judge in judges if key in judge.verdicts}
         texts = next((of for judge in judges if key in judge.verdicts and (of := _texts(judge.run.rows, key))), {})
-        found.append(
-            Case(
-                key[0] if key[1] == (0, 0) else f"{key[0]} {key[1]}",
-                next(iter(said.values())).subset,
-                dict(zip(said, outcomes(list(said.values())).tolist(), strict=True)),
-                {name: (verdict.first, -verdict.second) for name, verdict in said.items()},
-                why,
-                texts,
-            )
+        found[key] = Case(
+            named(key),
+            next(iter(said.values())).subset,
+            dict(zip(said, outcomes(list(said.values())).tolist(), strict=True)),
+            {name: (verdict.first, -verdict.second) for name, verdict in said.items()},
+            why,
+            texts,
         )
     return found
 

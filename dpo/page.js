@@ -1,4 +1,5 @@
-// Filters the rows that are shown by the four selects; without it all of them are there to read.
+// Filters what is listed: the rows by four selects, a list of what changed by its last two columns; without it all of
+// them are there to read. A link to a row opens it.
 "use strict";
 const form = document.getElementById("filters");
 if (form) {
@@ -22,4 +23,27 @@ if (form) {
   form.hidden = false;
   form.addEventListener("change", filter);
   filter();
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest('a[href^="#case-"]');
+    if (!link) return;
+    form.reset();
+    filter();
+    document.querySelector(link.hash).open = true;
+  });
+}
+for (const list of document.querySelectorAll("details.list")) {
+  const kinds = new Map();
+  for (const row of list.querySelectorAll("tbody tr")) {
+    const kind = [...row.cells].slice(-2).map((cell) => cell.textContent).join(" → ");
+    kinds.set(kind, [...(kinds.get(kind) ?? []), row]);
+  }
+  const label = document.createElement("label");
+  const select = label.appendChild(document.createElement("select"));
+  label.prepend("Show ");
+  select.append(new Option("all", ""));
+  for (const [kind, rows] of kinds) select.append(new Option(`${kind} (${rows.length})`, kind));
+  select.addEventListener("change", () => {
+    for (const [kind, rows] of kinds) for (const row of rows) row.hidden = select.value !== "" && select.value !== kind;
+  });
+  list.querySelector("summary").after(label);
 }

@@ -35,6 +35,7 @@ class Table:
 
     caption: str
     rows: Sequence[tuple[str, ...]]
+    cases: Sequence[int] = ()  # of a list, which is closed until it is opened: each row's case, from 1, 0 for none
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 def _markdown(block: Block) -> str:
     match block:
+        case Table() if block.cases:
+            return f"{_escaped(block.caption)}: row by row in report.html."
         case Table():
             cells = [[_escaped(cell) for cell in row] for row in block.rows]
             widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
@@ -157,14 +160,16 @@ def _block(block: Block) -> str:
             header, *rows = block.rows
             head = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in header)
             body = "\n".join(
-                f'<tr><th scope="row">{escaped(name)}</th>{"".join(f"<td>{escaped(cell)}</td>" for cell in cells)}</tr>'
-                for name, *cells in rows
+                f'<tr><th scope="row">{_link(name, case)}</th>{"".join(f"<td>{_kept(of)}</td>" for of in cells)}</tr>'
+                for (name, *cells), case in zip(rows, block.cases or [0] * len(rows), strict=True)
             )
-            return (
+            table = (
                 f'<div class="wide" role="region" tabindex="0" aria-label="{escaped(block.caption)}"><table>'
                 f"<caption>{escaped(block.caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
                 f"<tbody>\n{body}\n</tbody></table></div>"
             )
+            closed = f'<details class="list"><summary>{escaped(block.caption)}</summary>{table}</details>'
+            return closed if block.cases else table
         case Plot():
             return f"<figure>{block.svg}</figure>"
         case Cases():
@@ -173,6 +178,15 @@ def _block(block: Block) -> str:
             return f'<pre tabindex="0"><code>{escaped(block.text)}</code></pre>'
         case _:
             return f'<p class="{block.kind}">{escaped(block.text)}</p>'
+
+
+def _kept(cell: str) -> str:
+    """Escaped; no line ends within an interval, or between a figure and its unit."""
+    return re.sub(r"(?<=\d) (?=[%p])|(?<=\d,) (?=\S+\])|(?<=\bp) (?=[&=\d])|(?<=&lt;) (?=\d)", "\xa0", escaped(cell))
+
+
+def _link(name: str, case: int) -> str:
+    return f'<a href="#case-{case}">{escaped(name)}</a>' if case else escaped(name)
 
 
 def _cases(cases: Sequence[Case]) -> str:
@@ -192,14 +206,14 @@ def _cases(cases: Sequence[Case]) -> str:
         filters += (
             f'<label>{label} <select id="{name}"><option value="">{all_of_them}</option>{listed}</select></label>'
         )
-    listed = "\n".join(_case(case, subsets, judges, whys) for case in cases)
+    listed = "\n".join(_case(number, case, subsets, judges, whys) for number, case in enumerate(cases, 1))
     return (
         f'<form class="filters" id="filters" hidden>{filters}</form>\n<p id="shown" role="status"></p>\n'
         f'<div id="cases">\n{listed}\n</div>'
     )
 
 
-def _case(case: Case, subsets: Sequence[str], judges: Sequence[str], whys: Sequence[str]) -> str:
+def _case(number: int, case: Case, subsets: Sequence[str], judges: Sequence[str], whys: Sequence[str]) -> str:
     said = " ".join(case.outcomes.get(name, "none") for name in judges)
     why = " ".join(str(whys.index(one)) for one in case.why)
     chips = "".join(
@@ -214,8 +228,8 @@ def _case(case: Case, subsets: Sequence[str], judges: Sequence[str], whys: Seque
         for name, text in case.texts.items()
     )
     return (
-        f'<details data-subset="{subsets.index(case.subset)}" data-said="{said}" data-why="{why}"><summary>'
-        f'<bdi>{escaped(case.subset)}</bdi> · <bdi class="id">{escaped(case.id)}</bdi>{chips}</summary>\n'
-        f'<p>{escaped("; ".join(case.why))}.</p><div class="texts">{texts}</div>\n'
+        f'<details id="case-{number}" data-subset="{subsets.index(case.subset)}" data-said="{said}" data-why="{why}">'
+        f'<summary><bdi>{escaped(case.subset)}</bdi> · <bdi class="id">{escaped(case.id)}</bdi>{chips}</summary>\n'
+        f'<ul>{"".join(f"<li>{escaped(why)}</li>" for why in case.why)}</ul><div class="texts">{texts}</div>\n'
         f"{_block(Table('Log-odds of the chosen answer (nats)', odds))}</details>"
     )

@@ -6,14 +6,16 @@ Read next: dpo/report.py.
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo.escape import escaped
+from dpo.escape import escaped, visible
 from dpo.results import Metrics, Results, widest_interval
 
-WIDTH, LEFT, RIGHT, TOP, HEIGHT, LINE = 400, 46, 388, 30, 200, 17
+WIDTH, LEFT, RIGHT, TOP, HEIGHT, LINE = 400, 46, 380, 30, 200, 17
+MOST_LETTERS = 44  # of a line of the legend: as many as fit
 MOST_POINTS = 700  # of a line: more than its pixels
 STYLE = """
 svg.plot { --tone0: #0060a8; --tone1: #c24e00; --tone2: #00785a; --tone3: #a8487e; --ink: #1d2129; --grid: #dfe3e8;
@@ -79,11 +81,17 @@ def _label(axis: Axis, tick: float) -> str:
     return f"{100 * value:g}%" if axis.percent else f"{round(value, 12):,g}"
 
 
+def _narrow(line: str) -> str:
+    """What makes a long line of text as narrow as the chart."""
+    return ' textLength="380" lengthAdjust="spacingAndGlyphs"' if len(visible(line)) > 54 else ""
+
+
 def _svg(title: str, description: str, body: Sequence[str], height: float) -> str:
+    narrow = _narrow(title)
     title, description = escaped(title), escaped(description)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img">'
-        f'<title>{title}</title><desc>{description}</desc><text class="name" x="4" y="16">{title}</text>\n'
+        f'<title>{title}</title><desc>{description}</desc><text class="name" x="4" y="16"{narrow}>{title}</text>\n'
         + "\n".join(body)
         + "\n</svg>"
     )
@@ -102,16 +110,18 @@ def _stroke(mark: Mark) -> str:
     return f'fill="none" stroke="var(--tone{colour})" stroke-width="{width:g}"{more}'
 
 
-def _legend(marks: Sequence[Mark], y: float) -> list[str]:
+def _legend(marks: Sequence[Mark], y: float) -> tuple[list[str], float]:
+    """A line for each mark, more for a long name; and where the next one would stand."""
     lines = []
     for mark in marks:
         if mark.kind != "points":
             lines.append(f'<path d="M{LEFT} {y - 4:g}h22" {_stroke(mark)}/>')
         if mark.kind in ("points", "joined"):
             lines.append(_point(LEFT + 11, y - 4, mark.tone))
-        lines.append(f'<text x="{LEFT + 30}" y="{y:g}">{escaped(mark.name)}</text>')
-        y += LINE
-    return lines
+        for part in textwrap.wrap(visible(mark.name), MOST_LETTERS) or [""]:
+            lines.append(f'<text x="{LEFT + 30}" y="{y:g}">{escaped(part)}</text>')
+            y += LINE
+    return lines, y
 
 
 def chart(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
@@ -160,9 +170,9 @@ def chart(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
             body += [_point(*to, mark.tone) for to in drawn if to]
         finite = [value for _, value in points if math.isfinite(value)]
         told += [f"{mark.name}: from {finite[0]:.3g} to {finite[-1]:.3g}"] if finite else []
-    legend = TOP + HEIGHT + 56
-    body += _legend(marks, legend)
-    return _svg(title, f"{y.label} over {x.label}. {'; '.join(told)}.", body, legend + LINE * len(marks) - 8)
+    legend, end = _legend(marks, TOP + HEIGHT + 56)
+    body += legend
+    return _svg(title, f"{y.label} over {x.label}. {'; '.join(told)}.", body, end - 8)
 
 
 def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]] | None]], names: Sequence[str]) -> str:
@@ -174,7 +184,7 @@ def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]]
 
     body, told = [], []
     for group, shares in groups.items():
-        body.append(f'<text x="{left}" y="{y + 11:g}">{escaped(group)}</text>')
+        body.append(f'<text x="{left}" y="{y + 11:g}"{_narrow(group)}>{escaped(group)}</text>')
         y += 17
         for tone, of in enumerate(shares):
             if of is None:
@@ -191,8 +201,8 @@ def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]]
             y += 15
         y += 7
     half = f'<path class="grid" d="M{place(0.5):g} 26V{y:g}" stroke-dasharray="4 3"/>'
-    legend = _legend([Mark(name, (), (), tone, "joined") for tone, name in enumerate(names)], y + 14)
-    return _svg(title, "; ".join(told), [half, *body, *legend], y + 8 + LINE * len(names))
+    legend, end = _legend([Mark(name, (), (), tone, "joined") for tone, name in enumerate(names)], y + 14)
+    return _svg(title, "; ".join(told), [half, *body, *legend], end - 6)
 
 
 def file_text(svg: str) -> str:

@@ -9,22 +9,30 @@ dpo/page.py, and dpo/judge/statistics.py, where the figures come from.
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-from dpo import report_run, report_seeds
+from dpo import report_judges, report_run, report_seeds
 from dpo.card import model_card
-from dpo.config import EndpointConfig
-from dpo.judge.benchmarks import Benchmark, six_subsets
-from dpo.judge.endpoint import read_price
-from dpo.judge.protocols import PROTOCOLS
-from dpo.judge.robustness import LIKELIER, Success
 from dpo.judge.statistics import PairedTest, Summary, compare_subsets, reliability
-from dpo.judged import Compared, Judge, Run, cases, changed, comparisons, judges_of, read_run, shared_pairs, transitions
-from dpo.page import SAYS, Block, Cases, Page, Plot, Table, Text, to_html, to_markdown
-from dpo.plots import Axis, Mark, bars, chart, file_text, training_plots
+from dpo.judged import (
+    Compared,
+    Judge,
+    Key,
+    Run,
+    cases,
+    changed,
+    comparisons,
+    judges_of,
+    named,
+    read_run,
+    shared_pairs,
+    transitions,
+)
+from dpo.page import MARKS, SAYS, Block, Case, Cases, Page, Plot, Table, Text, to_html, to_markdown
+from dpo.plots import bars, file_text, training_plots
 from dpo.report_run import change, p_value, percent, points
 from dpo.results import widest_interval
 from dpo.rows import Row
@@ -32,22 +40,23 @@ from dpo.sweep_report import write_sweep_report
 from models.errors import UserError, exit_code
 from models.files import atomic_write_text
 
+MOST_CHANGED = 2000  # pairs listed on a page
 USAGE = "usage: python -m dpo.report RUN_FOLDER...   or sweeps' results, e.g. experiments/results/*"
 
 
 def report_page(runs: Sequence[Run]) -> Page:
     """The page: of one run all that there is to say, of several what compares their judges."""
     judges = judges_of(runs)
-    compared = comparisons(judges)
+    compared, shown = comparisons(judges), cases(judges)
     trained = [run for run in runs if run.trained]
     sections: dict[str, Sequence[Block]] = {
         "Verdicts": [*_verdicts(judges, compared), *report_seeds.blocks(runs)],
         "By subset": _by_subset(judges),
-        "Benchmark": _benchmarks(judges),
-        "Position and looks": [*_position(judges), *_biases(judges)],
-        "Calibration": _calibration(judges),
-        "Cost and speed": _costs(judges),
-        "Attacks": _attacks(judges),
+        "Benchmark": report_judges.benchmarks(judges),
+        "Position and looks": [*report_judges.position(judges), *report_judges.biases(judges)],
+        "Calibration": report_judges.calibration(judges),
+        "Cost and speed": report_judges.costs(judges),
+        "Attacks": report_judges.attacks(judges),
         "Training": _curves(trained),
     }
     lone = runs[0] if len(runs) == 1 else None
@@ -60,7 +69,7 @@ def report_page(runs: Sequence[Run]) -> Page:
             *sections.pop("Training"),
         ]
         sections["Alarms"] = report_run.alarms(results["alarms"])
-    sections |= {"What changed": _changed(compared), "Rows": _rows(runs, judges)}
+    sections |= {"What changed": _changed(compared, shown), "Rows": _rows(runs, shown)}
     if lone:
         sections["Data"] = report_run.data(lone.results, lone.config)
         sections["Time"] = [report_run.times(lone.results["time_s"])]
@@ -200,182 +209,6 @@ def _by_subset(judges: Sequence[Judge]) -> list[Block]:
     return [Plot("subsets", title, bars(title, shares, names)), Table(title, rows), Text("paragraph", meaning)]
 
 
-def _benchmarks(judges: Sequence[Judge]) -> list[Block]:
-    """Their own scores, and RewardBench 2's of all six subsets where one model has both of its runs in order."""
-    tables: list[Block] = []
-    found = [(judge, judge.run.results["benchmark"]) for judge in judges if "benchmark" in judge.run.results]
-    for name in dict.fromkeys(benchmark["name"] for _, benchmark in found):
-        of = [(judge, benchmark) for judge, benchmark in found if benchmark["name"] == name]
-        keys = dict.fromkeys(key for _, benchmark in of for key in benchmark["figures"])
-        rows = [(name, *(judge.name for judge, _ in of))]
-        rows += [(key, *(_share(benchmark, key) for _, benchmark in of)) for key in keys]
-        tables.append(Table(f"{name}: its own score", rows))
-    sixth = {judge.asked: ties for judge, ties in found if ties["name"] == PROTOCOLS["ties"].benchmark}
-    whole = [("RewardBench 2, its six subsets", "score")]
-    for judge, best in found:
-        if best["name"] == PROTOCOLS["choose"].benchmark and judge.asked in sixth:
-            whole.append((judge.asked, _share(six_subsets(best, sixth[judge.asked]), "score")))
-    return [*tables, *[Table("Best of four, and Ties by rating: their unweighted mean", whole)] * (len(whole) > 1)]
-
-
-def _share(of: Benchmark, key: str) -> str:
-    return percent(of["figures"][key], of["intervals"].get(key, ())) if key in of["figures"] else ""
-
-
-def _position(judges: Sequence[Judge]) -> list[Block]:
-    def letter(odds: float) -> str:
-        return "A" if odds > 0 else "B" if odds < 0 else "-"
-
-    rows: list[tuple[str, ...]] = [
-        ("judge", "A, B: right", "B, A: wrong", "A, A: the first", "B, B: the second", "neither", "first less second")
-    ]
-    for judge in (judge for judge in judges if judge.ordered):
-        said = Counter(letter(one.first) + letter(one.second) for one in judge.verdicts.values())
-        counts = [said[letters] for letters in ("AB", "BA", "AA", "BB")]
-        n = len(judge.verdicts)
-        lean = f"{round(100 * (said['AA'] - said['BB']) / n, 1) + 0.0:+.1f} points"
-        rows.append((judge.name, *(f"{count:,}" for count in (*counts, n - sum(counts))), lean))
-    if len(rows) == 1:
-        return []
-    text = "What a judge says where the chosen answer is shown first, and where it is shown second."
-    return [Table("Verdicts in both orders", rows), Text("paragraph", text)]
-
-
-def _calibration(judges: Sequence[Judge]) -> list[Block]:
-    marks = [Mark("as often right as sure", (0.5, 1), (0.5, 1), 3, "dashed")]
-    rows = [("judge", "pairs", "sure of it, on average", "right")]
-    for tone, judge in enumerate(judges):
-        verdicts = list(judge.verdicts.values())
-        if judge.summary["brier"] is None:
-            continue  # it gave no probabilities
-        bins = reliability(verdicts)
-        for of in bins:
-            right = percent(of["accuracy"], of["interval"])
-            rows.append((judge.name, f"{of['n']:,}", percent(of["confidence"]), right))
-        sure, right_of = [of["confidence"] for of in bins], [of["accuracy"] for of in bins]
-        marks.append(Mark(judge.name, sure, right_of, tone, "joined", [of["interval"] for of in bins]))
-    if len(rows) == 1:
-        return []
-    tenths = [tenth / 10 for tenth in range(1, 11)]
-    surest = [
-        Mark(judge.name, tenths, judge.summary["selective_accuracy"], tone, "joined")
-        for tone, judge in enumerate(judges)
-        if judge.summary["selective_accuracy"]
-    ]
-    covered = "Accuracy on the surest verdicts"
-    share = Axis("share of the verdicts, surest first", (0, 1), percent=True), Axis("right", (0, 1), percent=True)
-    title = "Accuracy by confidence"
-    axes = Axis("confidence of the order-averaged verdict", (0.5, 1), percent=True), Axis("right", (0, 1), percent=True)
-    plots = [
-        Plot("calibration", title, chart(title, *axes, marks)),
-        Plot("coverage", covered, chart(covered, *share, surest)),
-    ]
-    return [*plots, Table(title, rows)]
-
-
-def pace(judge: Judge) -> dict[str, float]:
-    """Answers a second, and of an endpoint dollars and tokens: what is known of them."""
-    pairs, results, endpoint = len(judge.verdicts), judge.run.results, judge.run.endpoint
-    answers, times = results.get("answers", 2 * pairs), results["time_s"]
-    price = endpoint.get("price") if endpoint else read_price(EndpointConfig(model=judge.run.config.model.path))
-    figures = {} if price is None else {"dollars_in": 1e6 * price[0], "dollars_out": 1e6 * price[1]}
-    if endpoint is None:
-        time_s = times.get("judge trained" if judge.role == "trained" else "judge", 0.0)
-        return figures | ({"answers_per_s": answers / time_s} if time_s else {})
-    asked = answers - endpoint["found"]
-    figures |= {"tokens_per_pair": (endpoint["prompt_tokens"] + endpoint["completion_tokens"]) / pairs}
-    figures |= {} if endpoint["cost"] is None else {"dollars_per_1000_pairs": 1000 * endpoint["cost"] / pairs}
-    return figures | ({"answers_per_s": asked / endpoint["time_s"]} if asked and endpoint["time_s"] else {})
-
-
-COSTS = {
-    "dollars_in": ("list price, dollars a million tokens read", "{:,.2f}"),
-    "dollars_out": ("written", "{:,.2f}"),
-    "answers_per_s": ("answers a second", "{:,.1f}"),
-    "tokens_per_pair": ("tokens a pair", "{:,.0f}"),
-    "dollars_per_1000_pairs": ("dollars for 1,000 pairs", "{:,.3f}"),
-}
-
-
-def _costs(judges: Sequence[Judge]) -> list[Block]:
-    paces = {judge.name: pace(judge) for judge in judges}
-    if not any(paces.values()):
-        return []
-    known = [key for key in COSTS if any(key in of for of in paces.values())]
-    rows = [("judge", "order-averaged accuracy", *(COSTS[key][0] for key in known))]
-    for judge in judges:
-        pace_of = paces[judge.name]
-        told = (COSTS[key][1].format(pace_of[key]) if key in pace_of else "" for key in known)
-        accuracy = percent(judge.summary["averaged_accuracy"], widest_interval(judge.summary))
-        rows.append((judge.name, accuracy, *told))
-    blocks: list[Block] = []
-    for key in ("dollars_per_1000_pairs", "answers_per_s"):
-        marks = [
-            Mark(judge.name, [at], [of["averaged_accuracy"]], tone, "points", [widest_interval(of)])
-            for tone, judge in enumerate(judges)
-            if (at := paces[judge.name].get(key)) and (of := judge.summary)
-        ]
-        if len(marks) > 1:
-            title = f"Accuracy against {COSTS[key][0]}"
-            axes = Axis(COSTS[key][0], log=True), Axis("order-averaged accuracy", (0, 1), percent=True)
-            blocks.append(Plot(key, title, chart(title, *axes, marks)))
-    text = (
-        "Empty: not known. A local judge's price is that of its model at a host. An answer is one order of a pair, or "
-        "one rating; a local judge's pace includes its loading."
-    )
-    return [*blocks, Table("What answers take", rows), Text("paragraph", text)]
-
-
-def _training_saw(judge: Judge, one: Success) -> str:
-    """What is known of it: not an endpoint's, nor a base's before the training that its run then does."""
-    unknown = judge.run.endpoint or (judge.run.trained and judge.role == "base") or one["attack"] == "position"
-    return "" if unknown or one["trained_on"] is None else "saw it" if one["trained_on"] else "never saw it"
-
-
-def _attacks(judges: Sequence[Judge]) -> list[Block]:
-    """One table: of two judges one alone may have been trained on an attack, and they are to stand side by side."""
-    told = [(judge, one, _training_saw(judge, one)) for judge in judges for one in judge.attacks]
-    if not told:
-        return []
-    known = any(saw for *_, saw in told)
-    names = list(dict.fromkeys(one["attack"] for _, one, _ in told))
-    names.sort(key=lambda name: (name == "position", name.startswith("all")))  # single ones first
-    rows = [("attack", "judge", *["its training"] * known, "answers", "win when attacked")]
-    for judge, one, saw in sorted(told, key=lambda told: names.index(told[1]["attack"])):
-        share = percent(one["wins"] / one["n"], one["interval"])
-        rows.append((one["attack"], judge.name, *[saw] * known, f"{one['n']:,}", share))
-    text = (
-        "Of answers that lose when clean, by the order-averaged log-odds, the share that wins when attacked; position: "
-        "as it is, in one order alone, that which suits it." + " Its training: empty where it is not known." * known
-    )
-    return [Table("Attack", rows), Text("paragraph", text)]
-
-
-def _biases(judges: Sequence[Judge]) -> list[Block]:
-    rows: list[tuple[str, ...]] = [
-        ("answers", "judge", "pairs", "preferred", "right", "accuracy where right", "accuracy where wrong")
-    ]
-    for judge in judges:
-        for of in judge.biases:
-            n, chosen, hits = of["n"], of["chosen"], of["prefers_chosen"]
-            right, wrong = ((hits, chosen), (n - chosen - of["prefers"] + hits, n - chosen))
-            accuracies = [percent(hits / count) if count else "-" for hits, count in (right, wrong)]
-            preferred = percent(of["prefers"] / n, of["interval"])
-            rows.append((of["look"], judge.name, f"{n:,}", preferred, percent(chosen / n), *accuracies))
-    if len(rows) == 1:
-        return []
-    text = (
-        "Of pairs in which one answer alone has the look (longer: by over 30 characters): how often a judge prefers "
-        "that answer, how often it is the right one, and how often the judge is right where it is and where it is not."
-    )
-    if any(of["look"] == LIKELIER for judge in judges for of in judge.biases):
-        text += (
-            " Likelier: of the higher mean log-prob a token, as a reply to the request, under the model that judges; "
-            "accuracy where right less where wrong is arXiv:2410.21819's self-preference, the likelier for its own."
-        )
-    return [Table("What is preferred for its looks", rows), Text("paragraph", text)]
-
-
 def _curves(trained: Sequence[Run]) -> list[Block]:
     plots: list[Block] = []
     for number, run in enumerate(trained, 1):
@@ -387,23 +220,32 @@ def _curves(trained: Sequence[Run]) -> list[Block]:
     return plots
 
 
-def _changed(compared: Sequence[Compared]) -> list[Block]:
+def _changed(compared: Sequence[Compared], shown: Mapping[Key, Case]) -> list[Block]:
+    """Of each two judges the counts, and row by row what differs, up to MOST_CHANGED rows in all."""
     tables: list[Block] = []
+    places, most = {key: place for place, key in enumerate(shown, 1)}, MOST_CHANGED // max(1, len(compared))
+    marked = {outcome: f"{MARKS[outcome]} {says}" for outcome, says in SAYS.items()}
     for one in compared:
         counts = transitions(one.a, one.b)
-        rows = [(f"{one.a.name} \\ {one.b.name}", *SAYS.values())]
+        rows = [("was \\ now", *SAYS.values())]
         rows += [(says, *(f"{counts[was, now]:,}" for now in SAYS)) for was, says in SAYS.items()]
         tables.append(Table(f"Pairs by what {one.a.name} (rows) and {one.b.name} (columns) made of both orders", rows))
+        pairs = changed(one.a, one.b)
+        rows = [(named(key), of.subset, marked[of.was], marked[of.now]) for key, of in pairs.items()]
+        title = f"{len(pairs):,} pairs that {one.b.name} judges otherwise than {one.a.name}"
+        title += f" (cut: the first {most:,}; all of them are in report.json)" * (len(pairs) > most)
+        listed = [("pair", "subset", "was", "now"), *rows[:most]]
+        tables += [Table(title, listed, [places.get(key, 0) for key in pairs][:most])] if pairs else []
     return tables
 
 
-def _rows(runs: Sequence[Run], judges: Sequence[Judge]) -> list[Block]:
+def _rows(runs: Sequence[Run], shown: Mapping[Key, Case]) -> list[Block]:
     missing = dict.fromkeys(run.rows.missing for run in runs if run.rows.missing)
     text = (
         "Pairs worth reading: where a judge is most surely wrong, where the orders or two judges disagree most, and "
         "what one judge has right and another has not."
     )
-    return [Text("paragraph", text), *(Text("paragraph", why) for why in missing), Cases(cases(judges))]
+    return [Text("paragraph", text), *(Text("paragraph", why) for why in missing), Cases([*shown.values()])]
 
 
 # --- from folders to files ------------------------------------------------------------------------------------------
@@ -418,7 +260,7 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
         "judges": {
             judge.name: {
                 **judge.summary,
-                **pace(judge),
+                **report_judges.pace(judge),
                 "run": judge.run.folder.name,
                 "reliability": [] if judge.summary["brier"] is None else reliability(list(judge.verdicts.values())),
             }
@@ -426,7 +268,7 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
         },
         "comparisons": [
             {"judge": one.b.name, "against": one.a.name, "pairs": one.n, **one.test, "p_holm": one.p_holm}
-            | {"changed": changed(one.a, one.b)}
+            | {"changed": [asdict(of) for of in changed(one.a, one.b).values()]}
             for one in comparisons(judges)
         ],
         "seeds": report_seeds.over_runs(runs),

@@ -1,14 +1,17 @@
 """Pages of runs over rows that attack them: what they hold is text, in a real browser where there is one."""
 
+import html
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpo.config import Config, config_dict
+from dpo.escape import visible
 from dpo.inputs import load_splits
 from dpo.judge.local import write_verdicts
 from dpo.judge.statistics import Verdict, averaged_scores, compare, summarise
@@ -220,20 +223,40 @@ def test_tables_pictures_and_filters_are_named_for_those_who_do_not_see_them(pag
 # in a browser ---------------------------------------------------------------------------------------------------------
 
 
-def browse(page: Path, folder: Path, probe: str = "", *, dark: bool = False) -> str:
-    """The document as the browser has it after its scripts; a `probe` is one more, on a copy that allows it."""
+def browse(page: Path, folder: Path, probe: str = "", *, dark: bool = False, width: int = 500) -> str:
+    """The document as the browser has it after its scripts; a `probe` is one more, on a copy that allows it.
+
+    A window is never narrower than 500, so that narrower ones are a frame of it, which media queries go by as well.
+    """
     if probe:
         text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
         page = folder / "probed.html"
-        page.write_text(text.replace("</body>", f"<script>document.body.dataset.told = {probe};</script></body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    options += [
-        "--window-size=500,900",
-        "--virtual-time-budget=1000",
-        *["--blink-settings=preferredColorScheme=0"] * dark,
+        page.write_text(text.replace("</body>", f"<script>(top ?? self).postMessage({probe}, '*')</script></body>"))
+        frame = folder / "frame.html"
+        tell = "<script>onmessage = (told) => (document.documentElement.dataset.told = told.data)</script>"
+        style = f"style='width: {width}px; height: 900px; border: 0; color-scheme: light dark'"
+        frame.write_text(f"<!doctype html>{tell}<iframe src='{page.name}' {style}></iframe>")
+        page = frame
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={folder / 'profile'}",
     ]
+    options += [f"--window-size={width + 40},900", "--virtual-time-budget=2000"]
+    options += ["--blink-settings=preferredColorScheme=0"] * dark
     command = [str(BROWSER), *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+
+
+def ask(page: Path, folder: Path, probe: str, *, dark: bool = False, width: int = 500) -> Any:
+    """What a function in JavaScript, run in the page with all of it open, returns."""
+    opened = "for (const one of document.querySelectorAll('details')) one.open = true;"
+    told = browse(page, folder, f"JSON.stringify((() => {{ {opened} return ({probe})(); }})())", dark=dark, width=width)
+    found = re.search('data-told="([^"]*)"', told)
+    assert found, "the probe said nothing"
+    return json.loads(html.unescape(found[1]))
 
 
 @in_a_browser
@@ -259,40 +282,163 @@ def test_the_policy_stops_a_script_that_would_come_through(page: Path, tmp_path:
     assert "data-owned" not in document and " rows shown" in document
 
 
-FILTER = """(() => {
-  const out = [], cases = [...document.querySelectorAll("details")];
+FILTER = """() => {
+  const out = [], cases = [...document.querySelectorAll("#cases > details")];
   const set = (values) => {
     for (const name of ["why", "subset", "judge", "outcome"]) form.elements[name].value = values[name] ?? "";
     form.dispatchEvent(new Event("change"));
     out.push(cases.filter((one) => !one.hidden).map((one) => one.dataset.said).join("|"));
   };
   set({}); set({ outcome: "win" }); set({ judge: "0", outcome: "tie" }); set({ subset: "3" });
-  return JSON.stringify(out);
-})()"""
+  return out;
+}"""
 
 
 @in_a_browser
 def test_the_filters_show_what_fits_and_hide_the_rest(page: Path, tmp_path: Path) -> None:
-    document = browse(page, tmp_path, FILTER)
-    told = re.search('data-told="([^"]*)"', document)
-    assert told
-    every, wins, ties, subset = (part.split("|") for part in json.loads(told[1].replace("&quot;", '"')))
-    assert len(every) == page.read_text().count("<details ")
+    every, wins, ties, subset = (part.split("|") for part in ask(page, tmp_path, FILTER))
+    assert len(every) == page.read_text().count("<details id=")
     assert wins == [said for said in every if "win" in said.split()] != every
     assert ties == [said for said in every if said.split()[0] == "tie"] != [] and len(subset) == 1
 
 
+LIST = """() => {
+  const list = document.querySelector("details.list"), select = list.querySelector("select"), out = [];
+  for (const { value } of select.options) {
+    select.value = value;
+    select.dispatchEvent(new Event("change"));
+    const there = [...list.querySelectorAll("tbody tr")].filter((row) => row.offsetHeight > 0);
+    out.push([value, there.map((row) => [...row.cells].map((cell) => cell.textContent))]);
+  }
+  form.elements.judge.value = "0";
+  form.elements.outcome.value = "invalid";
+  form.dispatchEvent(new Event("change"));
+  const hidden = document.querySelectorAll("#cases > [hidden]").length;
+  for (const one of document.querySelectorAll("#cases > details")) one.open = false;
+  const link = list.querySelector("a"), linked = document.querySelector(link.hash);
+  link.click();
+  return [out, hidden, link.textContent, linked.querySelector(".id").textContent, linked.open, linked.hidden];
+}"""
+
+
+@in_a_browser
+def test_the_list_of_what_changed_is_filtered_and_leads_to_the_rows(page: Path, tmp_path: Path) -> None:
+    [told] = json.loads(page.with_name("report.json").read_text())["comparisons"]
+    expected = [[SAYS[one["was"]], SAYS[one["now"]]] for one in told["changed"]]
+    (every, *kinds), hidden, name, linked, opened, away = ask(page, tmp_path, LIST)
+    assert every[0] == "" and [[cell.split(" ", 1)[1] for cell in row[2:]] for row in every[1]] == expected
+    assert [row[0] for row in every[1]] == [visible(one["id"]) for one in told["changed"]]
+    assert [row[1] for row in every[1]] == [visible(one["subset"]) for one in told["changed"]]
+    assert sorted(row for _, rows in kinds for row in rows) == sorted(every[1]) and len(kinds) > 1
+    assert all(" → ".join(row[2:]) == kind for kind, rows in kinds for row in rows)
+    assert hidden > 0 and (name, opened, away) == (linked, True, False)
+
+
+def test_a_long_list_of_what_changed_is_cut_with_a_note(runs: list[Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("dpo.report.MOST_CHANGED", 2)
+    home = write_report(runs, home=tmp_path)
+    [told] = json.loads((home / "report.json").read_text())["comparisons"]
+    [listed] = re.findall('<details class="list">.*?</details>', (home / "report.html").read_text(), flags=re.S)
+    note = f"{len(told['changed'])} pairs that "
+    assert note in listed and listed.count("<tr>") == 1 + 2 < len(told["changed"])
+    for name in ("report.html", "report.md"):
+        assert (
+            note in (text := (home / name).read_text()) and "(cut: the first 2; all of them are in report.json)" in text
+        )
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [390, 1440])
+def test_answers_stand_side_by_side_where_there_is_room_and_nothing_scrolls_the_page(
+    page: Path, tmp_path: Path, width: int
+) -> None:
+    probe = """() => [
+      innerWidth,
+      document.documentElement.scrollWidth,
+      [...document.querySelectorAll(".texts")].map((one) =>
+        [...one.children].slice(1).map((part) => part.getBoundingClientRect()).map(({ top, left }) => [top, left])),
+      [...document.querySelectorAll("svg.plot text")].filter((text) => {
+        const { left, right } = text.getBoundingClientRect(), around = text.closest("svg").getBoundingClientRect();
+        return left < around.left || right > around.right;
+      }).map((text) => text.textContent),
+    ]"""
+    inner, scrolled, answers, cut = ask(page, tmp_path, probe, width=width)
+    assert inner == scrolled == width and len(answers) > 5 and cut == []
+    for (top, left), (other_top, other_left) in answers:
+        assert (
+            (top == other_top and left + 300 < other_left) if width > 1000 else (top < other_top and left == other_left)
+        )
+
+
+KEYS = """() => {
+  const seen = (one) => one.checkVisibility({ visibilityProperty: true });
+  const all = [...document.body.querySelectorAll("*")].filter(seen);
+  const stops = all.filter((one) => one.matches("a[href], button, input, select, textarea, summary, [tabindex]"));
+  const scrolls = all.filter((one) => /auto|scroll/.test(getComputedStyle(one).overflow));
+  const named = (one) => one.ariaLabel || (one.labels ? (one.labels[0]?.firstChild.data ?? "") : one.textContent);
+  return {
+    kinds: [...new Set(stops.map((one) => one.localName))].sort(),
+    order: stops.filter((one) => one.tabIndex !== 0).length,
+    unreachable: scrolls.filter((one) => !stops.includes(one)).length,
+    unnamed: stops.filter((one) => !named(one).trim()).length,
+    unseen: stops.filter((one) => {
+      one.focus();
+      const { outlineStyle, outlineWidth, outlineColor } = getComputedStyle(one), box = one.getBoundingClientRect();
+      const there = box.width > 0 && box.right > 0 && document.activeElement === one;
+      return !there || outlineStyle !== "solid" || parseFloat(outlineWidth) < 2 || /, 0\\)/.test(outlineColor);
+    }).map((one) => one.outerHTML.slice(0, 80)),
+    headings: all.filter((one) => /^h[1-6]$/.test(one.localName)).map((one) => +one.localName[1]),
+  };
+}"""
+
+
+@in_a_browser
+def test_all_that_can_be_used_is_reached_by_keyboard_in_order_is_named_and_shows_its_focus(
+    page: Path, tmp_path: Path
+) -> None:
+    told = ask(page, tmp_path, KEYS)
+    assert told["kinds"] == ["a", "div", "pre", "select", "summary"]
+    assert [told[fault] for fault in ("order", "unreachable", "unnamed", "unseen")] == [0, 0, 0, []]
+    levels = told["headings"]
+    assert levels[0] == 1 and levels.count(1) == 1 and {2, 3} < set(levels)
+    assert all(level <= before + 1 for before, level in zip(levels, levels[1:], strict=False))
+
+
+CONTRAST = """() => {
+  const parsed = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const linear = (part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    const [r, g, b] = colour.map((part) => linear(part / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const paper = (one) => {
+    const [r, g, b, alpha = 1] = one ? parsed(getComputedStyle(one).backgroundColor) : [255, 255, 255];
+    return alpha === 0 ? paper(one.parentElement) : [r, g, b];
+  };
+  const found = {};
+  for (const one of document.querySelectorAll("body, body *")) {
+    const own = [...one.childNodes].some((part) => part.nodeType === 3 && part.data.trim());
+    if (!own || /^(script|title|desc)$/.test(one.localName)) continue;
+    const style = getComputedStyle(one), ink = parsed(one.closest("svg") ? style.fill : style.color);
+    const [high, low] = [light(ink), light(paper(one))].sort((a, b) => b - a);
+    const kind = `${one.localName}.${one.getAttribute("class") ?? ""}`;
+    found[kind] = Math.min(found[kind] ?? 99, (high + 0.05) / (low + 0.05));
+  }
+  return found;
+}"""
+
+
 @in_a_browser
 @pytest.mark.parametrize("dark", [False, True])
-def test_the_page_fits_a_phone_light_and_dark(page: Path, tmp_path: Path, dark: bool) -> None:
-    probe = """(() => {
-      document.documentElement.style.width = "390px";
-      for (const one of document.querySelectorAll("details")) one.open = true;
-      const style = getComputedStyle(document.body);
-      return [document.body.scrollWidth, style.backgroundColor, style.color].join(";");
-    })()"""
-    told = re.search('data-told="([^"]*)"', browse(page, tmp_path, probe, dark=dark))
-    assert told
-    width, paper, ink = told[1].split(";")
-    light = [sum(map(int, re.findall(r"\d+", colour))) for colour in (paper, ink)]
-    assert int(width) <= 390 and (light[0] < light[1]) == dark
+def test_text_stands_out_from_its_paper_light_and_dark(page: Path, tmp_path: Path, dark: bool) -> None:
+    told = ask(page, tmp_path, CONTRAST, dark=dark)
+    assert {"a.", "p.verdict", "caption.", "span.chip win", "span.chip loss", "div.text", "text.", "bdi.id"} < set(told)
+    assert {kind: ratio for kind, ratio in told.items() if ratio < 4.5} == {}
+
+
+@in_a_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_is_dark_where_the_reader_has_it_so(page: Path, tmp_path: Path, dark: bool) -> None:
+    probe = "() => [getComputedStyle(document.body)].map((of) => [of.backgroundColor, of.color])[0]"
+    paper, ink = (sum(map(int, re.findall(r"\d+", colour))) for colour in ask(page, tmp_path, probe, dark=dark))
+    assert (paper < ink) == dark

@@ -163,7 +163,7 @@ class Page(HTMLParser):
         if not {"style", "script"} & {*self.open}:
             self.text += data
         if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
+            self.rows[-1][-1] += data.replace("\xa0", " ")
 
 
 def html_page(folder: Path) -> Page:
