@@ -42,6 +42,8 @@ def _share(of: Benchmark, key: str) -> str:
 
 
 def position(judges: Sequence[Judge]) -> list[Block]:
+    """What those that were asked in two orders say in each."""
+
     def letter(odds: float) -> str:
         return "A" if odds > 0 else "B" if odds < 0 else "-"
 
@@ -61,6 +63,7 @@ def position(judges: Sequence[Judge]) -> list[Block]:
 
 
 def calibration(judges: Sequence[Judge]) -> list[Block]:
+    """How often they are right by how sure they are, of those that give probabilities."""
     marks = [Mark("as often right as sure", (0.5, 1), (0.5, 1), 3, "dashed")]
     rows = [("judge", "pairs", "sure of it, on average", "right")]
     for tone, judge in enumerate(judges):
@@ -117,6 +120,7 @@ COSTS = {
 
 
 def costs(judges: Sequence[Judge]) -> list[Block]:
+    """What their answers take, where anything is known of it, and accuracy against it."""
     paces = {judge.name: pace(judge) for judge in judges}
     if not any(paces.values()):
         return []
@@ -171,6 +175,7 @@ def attacks(judges: Sequence[Judge]) -> list[Block]:
 
 
 def biases(judges: Sequence[Judge]) -> list[Block]:
+    """How their verdicts go with what answers look like (dpo/judge/robustness.py)."""
     rows: list[tuple[str, ...]] = [
         ("answers", "judge", "pairs", "preferred", "right", "accuracy where right", "accuracy where wrong")
     ]
