@@ -6,8 +6,10 @@ No dimension letters. Read next: dpo/loop.py, which asks after every step.
 
 import math
 import statistics
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from dpo.config import Config
@@ -29,9 +31,11 @@ Sign = Callable[[Sequence[Line], Config], float | None]
 
 
 class Kind(NamedTuple):
-    """`sign` is its value where it shows in a run's first and last WINDOW training lines; `meaning` says what it is."""
+    """`sign` is its value where it shows in a run's first and last WINDOW training lines; texts: dpo/alarms.toml."""
 
     sign: Sign
+    least: int  # lines that it takes
+    rewards: bool  # it reads rewards, of which a loss without a reference has none
     meaning: str
     advice: str
 
@@ -41,8 +45,6 @@ def _mean(lines: Sequence[Line], name: str) -> float:
 
 
 def _falling(lines: Sequence[Line], config: Config) -> float | None:
-    if len(lines) < 2 * WINDOW or not reads(config.loss, "reference"):
-        return None
     chosen, rejected = (
         (_mean(lines[-WINDOW:], name) - _mean(lines[:WINDOW], name)) / config.loss.beta
         for name in ("rewards/chosen", "rewards/rejected")
@@ -51,15 +53,11 @@ def _falling(lines: Sequence[Line], config: Config) -> float | None:
 
 
 def _divergence(lines: Sequence[Line], config: Config) -> float | None:
-    if len(lines) < WINDOW or not reads(config.loss, "reference"):
-        return None
     moved = [(abs(line["rewards/chosen"]) + abs(line["rewards/rejected"])) / 2 for line in lines[-WINDOW:]]
     return statistics.fmean(moved) / config.loss.beta if statistics.fmean(moved) > SATURATED else None
 
 
 def _chance(lines: Sequence[Line], config: Config) -> float | None:
-    if len(lines) < 2 * WINDOW or not reads(config.loss, "reference"):
-        return None
     done = max(lines[-1]["epoch"] / config.train.epochs, lines[-1]["step"] / (config.train.max_steps or math.inf))
     if done < LATE:
         return None
@@ -69,15 +67,13 @@ def _chance(lines: Sequence[Line], config: Config) -> float | None:
 
 
 def _spike(lines: Sequence[Line], config: Config) -> float | None:
-    if len(lines) <= WINDOW:
-        return None
     *norms, last = (line["grad_norm"] for line in lines[-WINDOW - 1 :])
     usual = statistics.median(norms)
     return last / usual if usual and last > SPIKE * usual else None
 
 
 def _clipped(lines: Sequence[Line], config: Config) -> float | None:
-    if len(lines) < WINDOW or not config.train.clip_norm:
+    if not config.train.clip_norm:
         return None
     least = min(line["grad_norm"] for line in lines[-WINDOW:]) / config.train.clip_norm
     return least if least > CLIPPED else None
@@ -93,55 +89,23 @@ def _difference(lines: Sequence[Line], config: Config) -> float | None:
     return None if difference <= DIFFERENCE else difference
 
 
-ALARMS: dict[str, Kind] = {
-    "both_rewards_fall": Kind(
-        _falling,
-        "nats by which the chosen answers' mean log-ratio has changed; the rejected ones' has fallen as well. A DPO "
-        "loss sees only their difference, and probability goes to answers that are in no row",
-        "harmless to a judge of verdicts; where the model is to write such answers: loss.rpo_alpha=1, "
-        "loss.mix=sft:0.1, loss.name=dpop, a larger loss.beta or a lower train.lr",
-    ),
-    "far_from_reference": Kind(
-        _divergence,
-        "nats: mean |log-ratio| to the reference of the trained answers. It stands in for the KL divergence, which "
-        "would take answers drawn from the policy. So far out the loss is flat, and what still moves is not meant",
-        "a larger loss.beta, a lower train.lr, fewer epochs, or loss.name=ipo, whose margin has an end",
-    ),
-    "accuracy_at_chance": Kind(
-        _chance,
-        "reward accuracy over the last steps, all ranks' pairs, ties as halves: the policy does not tell chosen from "
-        "rejected better than a coin, though most of the run is over",
-        "look at rows (show=3) for swapped or equal answers; then a higher train.lr (LoRA takes ten times that of full "
-        "fine-tuning), a larger lora.rank, a lower loss.beta, more steps",
-    ),
-    "gradient_spike": Kind(
-        _spike,
-        "times the median norm of the steps before: one step's rows pull far harder than all others'",
-        "look at those rows: very long or broken answers, swapped labels; a lower train.clip_norm or train.lr",
-    ),
-    "always_clipped": Kind(
-        _clipped,
-        "times train.clip_norm that the gradient's norm had at least, in every one of the last steps: each step weighs "
-        "the same, whatever its rows say",
-        "a larger train.clip_norm or, if the loss rises and falls, a lower train.lr; AdamW does not mind the scale",
-    ),
-    "without_gradient": Kind(
-        _without_gradient,
-        "trained parameters have never had a gradient that is not zero: they stay as they were",
-        "check that lora.targets names layers that are used; if it names the right ones, report this",
-    ),
-    "reference_drift": Kind(
-        _difference,
-        "nats a completion between the policy before its first update and the stored log-probs of the same weights: "
-        "the reference is not quite the policy's start, and every margin is off by as much",
-        "set reference.store to a new folder; if it stays, it is this device's arithmetic: report it",
-    ),
+_TEXTS = tomllib.loads(Path(__file__).with_name("alarms.toml").read_text(encoding="utf-8"))
+ALARMS = {
+    "both_rewards_fall": Kind(_falling, 2 * WINDOW, True, **_TEXTS["both_rewards_fall"]),
+    "far_from_reference": Kind(_divergence, WINDOW, True, **_TEXTS["far_from_reference"]),
+    "accuracy_at_chance": Kind(_chance, 2 * WINDOW, True, **_TEXTS["accuracy_at_chance"]),
+    "gradient_spike": Kind(_spike, WINDOW + 1, False, **_TEXTS["gradient_spike"]),
+    "always_clipped": Kind(_clipped, WINDOW, False, **_TEXTS["always_clipped"]),
+    "without_gradient": Kind(_without_gradient, 1, False, **_TEXTS["without_gradient"]),
+    "reference_drift": Kind(_difference, 1, False, **_TEXTS["reference_drift"]),
 }
 
 
 def signs(lines: Sequence[Line], config: Config) -> dict[str, float]:
     """The alarms that show after the last of `lines`: a run's training lines, all or the first and last WINDOW."""
-    found = {name: kind.sign(lines, config) for name, kind in ALARMS.items()}
+    rewards = reads(config.loss, "reference")
+    asked = {k: kind for k, kind in ALARMS.items() if len(lines) >= kind.least and (rewards or not kind.rewards)}
+    found = {name: kind.sign(lines, config) for name, kind in asked.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

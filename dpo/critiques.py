@@ -50,11 +50,6 @@ def kinds_of(answers: Sequence[Answer], letter: str) -> list[str]:
     return [kinds.get(written_verdict(answer), "wrong") for answer in answers]
 
 
-def _sides(answers: Sequence[Answer], kinds: Sequence[str]) -> Sides:
-    is_right = {tuple(answer.ids): kind == "right" for answer, kind in zip(answers, kinds, strict=True)}
-    return Sides([ids for ids in is_right if is_right[ids]], [ids for ids in is_right if not is_right[ids]])
-
-
 def critique_trees(row: Row, asked: Tree, answers: Sequence[Answer], config: Config) -> tuple[list[Tree], Told]:
     """The row's trees, one for each order of each pair of answers that can be used, and counts of what became of them.
 
@@ -71,7 +66,9 @@ def critique_trees(row: Row, asked: Tree, answers: Sequence[Answer], config: Con
             kinds = kinds_of(of_order, letter)
             told.update(kinds)
             told["say A"] += sum(written_verdict(answer) == "A" for answer in of_order)
-            sides.append(_sides(of_order, kinds))
+            is_right = {tuple(answer.ids): kind == "right" for answer, kind in zip(of_order, kinds, strict=True)}
+            right, other = ([ids for ids in is_right if is_right[ids] == wanted] for wanted in (True, False))
+            sides.append(Sides(right, other))
         rights, others = (min(config.critiques.kept, len(a), len(b)) for a, b in zip(*sides, strict=True))
         if rights and others:
             told["pairs used"] += 1
@@ -137,9 +134,8 @@ def round_trees(
             "where all are of one kind raise critiques.samples or critiques.temperature, or take other rows"
         )
     share = config.critiques.verdict_share
-    alone = verdict_trees(
-        verdicts, round(told["critique pairs"] * share / (1 - share)), f"{place.name} of seed {config.seed}"
-    )
+    pairs = round(told["critique pairs"] * share / (1 - share))
+    alone = verdict_trees(verdicts, pairs, f"{place.name} of seed {config.seed}")
     told["verdict pairs"] = sum(len(tree.pairs) for tree in alone)
     of_row += range(len(rows), len(rows) + len(alone))
     return keep_trees(place / "trees", trees + alone, of_row), dict(told)

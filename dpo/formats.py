@@ -21,19 +21,14 @@ Convert = Callable[[Record, str, str, Counter[str]], Record | None]  # (record, 
 ROLES = ("system", "user", "assistant")
 THINKING = ("thinking", "reasoning_content", "reasoning")  # what others call it
 # Ours, where another format has them.
-KEPT = (
-    "id",
-    "subset",
-    "group",
-    "split",
-    "weight",
-    "margin",
-    "soft_label",
-    "reference_answer",
-)  # ours, where another format has them
+KEPT = ("id", "subset", "group", "split", "weight", "margin", "soft_label", "reference_answer")
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 CHANGE_THE_PROMPT = ("tools", "images", "image", "chat_template_kwargs")  # TRL's
 JUDGEBENCH, LLMBAR = ("response_A", "response_B"), ("output_1", "output_2")
+LABELLED: dict[str, tuple[tuple[str, ...], tuple[object, object]]] = {  # the keys of prompt and answers, both labels
+    "judgebench": (("question", *JUDGEBENCH), ("A>B", "B>A")),
+    "llmbar": (("input", *LLMBAR), (1, 2)),
+}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -41,7 +36,6 @@ HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 class Format(NamedTuple):
     """One shape of row."""
 
-    shape: str  # as a message shows it
     marks: Callable[[Record], bool]  # asked in the order of FORMATS
     convert: Convert
 
@@ -106,13 +100,13 @@ def convert(record: Record, name: str, where: str, dropped: Counter[str]) -> Rec
 
 def known() -> str:
     """The formats' names and shapes, for a message."""
-    return "; ".join(f"{name}: {format.shape}" for name, format in FORMATS.items())
+    return "; ".join(f"{name}: {shape}" for name, shape in SHAPES.items())
 
 
 def need(record: Record, key: str, name: str, where: str) -> object:
     """What the record of the format `name` has at `key`; UserError where it has nothing."""
     if record.get(key) is None:
-        shape = f"a row of the format {name} is {FORMATS[name].shape}"
+        shape = f"a row of the format {name} is {SHAPES[name]}"
         raise UserError(f"{where}: key {key!r} is missing or null; {shape}; data.format= forces another format")
     return record[key]
 
@@ -125,11 +119,8 @@ def _is_ours(record: Record) -> bool:
     if "subset" in record:
         return True
     chosen = record.get("chosen")  # a list of texts is ours alone; others have ids too
-    return (
-        _has("id", "prompt", "rejected")(record)
-        and isinstance(chosen, list)
-        and any(isinstance(c, str) for c in chosen)
-    )
+    texts = isinstance(chosen, list) and any(isinstance(one, str) for one in chosen)
+    return texts and _has("id", "prompt", "rejected")(record)
 
 
 def _is_hh(record: Record) -> bool:
@@ -166,10 +157,6 @@ def _unless(reason: str | None, row: Record, dropped: Counter[str]) -> Record | 
         return row
     dropped[reason] += 1
     return None
-
-
-def _ours(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
-    return record
 
 
 def _rb2(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
@@ -309,22 +296,17 @@ def _ultrafeedback(record: Record, name: str, where: str, dropped: Counter[str])
     return _best(record, name, where, prompt, scored, dropped)
 
 
-def _judgebench(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
-    prompt, a, b = (text_of(need(record, key, name, where), key, where) for key in ("question", *JUDGEBENCH))
+def _labelled(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
+    """Two answers, and a label that says whether the first or the second is better."""
+    keys, labels = LABELLED[name]
+    prompt, *answers = (text_of(need(record, key, name, where), key, where) for key in keys)
     label = need(record, "label", name, where)
-    if label not in ("A>B", "B>A"):
-        raise UserError(f"{where}: label is {show(label)}; allowed are A>B and B>A")
-    ours = {"id": record.get("pair_id"), "subset": record.get("source")} | record
-    better, worse = (a, b) if label == "A>B" else (b, a)
-    return _row(ours, name, where, prompt, [better], [worse])
-
-
-def _llmbar(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
-    prompt, *outputs = (text_of(need(record, key, name, where), key, where) for key in ("input", *LLMBAR))
-    label = need(record, "label", name, where)
-    if label not in (1, 2) or isinstance(label, bool):
-        raise UserError(f"{where}: label is {show(label)}; allowed are 1 and 2")
-    return _row(record, name, where, prompt, [outputs[int(label == 2)]], [outputs[int(label == 1)]])
+    if label not in labels or isinstance(label, bool):
+        raise UserError(f"{where}: label is {show(label)}; allowed are {labels[0]} and {labels[1]}")
+    if name == "judgebench":
+        record = {"id": record.get("pair_id"), "subset": record.get("source")} | record
+    better = labels.index(label)
+    return _row(record, name, where, prompt, [answers[better]], [answers[1 - better]])
 
 
 def _rmbench(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
@@ -333,34 +315,30 @@ def _rmbench(record: Record, name: str, where: str, dropped: Counter[str]) -> Re
 
 
 FORMATS: dict[str, Format] = {
-    "judgebench": Format(
-        '{"pair_id"?, "source"?, "question", "response_A", "response_B", "label": "A>B"}',
-        _has(*JUDGEBENCH),
-        _judgebench,
-    ),
-    "llmbar": Format('{"input", "output_1", "output_2", "label": 1}', _has(*LLMBAR), _llmbar),
-    "rmbench": Format('{"id", "prompt", "chosen": [], "rejected": [], "domain"}', _has("domain"), _rmbench),
-    "together": Format(
-        '{"input": {"messages"}, "preferred_output", "non_preferred_output"}',
-        _has("preferred_output", "non_preferred_output"),
-        _together,
-    ),
-    "rb2": Format(
-        '{"id", "subset", "prompt", "chosen": [], "rejected": [], "num_correct", "num_incorrect"}',
-        _has("num_correct", "num_incorrect"),
-        _rb2,
-    ),
-    "ours": Format('{"id", "subset", "prompt", "chosen", "rejected"}', _is_ours, _ours),
-    "ranked": Format('{"context": [], "completions": [{"rank", "completion"}, ...]}', _has("context"), _ranked),
-    "ultrafeedback": Format(
-        '{"instruction", "completions": [{"response", "overall_score"}, ...]}', _has("completions"), _ultrafeedback
-    ),
-    "binarized": Format(
-        '{"prompt"?, "chosen", "rejected", "score_chosen", "score_rejected"}',
-        _has(*(key for keys in SCORES for key in keys)),
-        _binarized,
-    ),
-    "hh": Format('{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": the same}', _is_hh, _hh),
-    "trl": Format('{"prompt", "chosen", "rejected"} of texts or messages', _has("prompt"), _trl),
-    "implicit": Format('{"chosen", "rejected"} of whole chats or texts', _has("chosen", "rejected"), _trl),
+    "judgebench": Format(_has(*JUDGEBENCH), _labelled),
+    "llmbar": Format(_has(*LLMBAR), _labelled),
+    "rmbench": Format(_has("domain"), _rmbench),
+    "together": Format(_has("preferred_output", "non_preferred_output"), _together),
+    "rb2": Format(_has("num_correct", "num_incorrect"), _rb2),
+    "ours": Format(_is_ours, lambda record, *_: record),
+    "ranked": Format(_has("context"), _ranked),
+    "ultrafeedback": Format(_has("completions"), _ultrafeedback),
+    "binarized": Format(_has(*(key for keys in SCORES for key in keys)), _binarized),
+    "hh": Format(_is_hh, _hh),
+    "trl": Format(_has("prompt"), _trl),
+    "implicit": Format(_has("chosen", "rejected"), _trl),
+}
+SHAPES = {  # of each format's rows, as messages show them
+    "judgebench": '{"pair_id"?, "source"?, "question", "response_A", "response_B", "label": "A>B"}',
+    "llmbar": '{"input", "output_1", "output_2", "label": 1}',
+    "rmbench": '{"id", "prompt", "chosen": [], "rejected": [], "domain"}',
+    "together": '{"input": {"messages"}, "preferred_output", "non_preferred_output"}',
+    "rb2": '{"id", "subset", "prompt", "chosen": [], "rejected": [], "num_correct", "num_incorrect"}',
+    "ours": '{"id", "subset", "prompt", "chosen", "rejected"}',
+    "ranked": '{"context": [], "completions": [{"rank", "completion"}, ...]}',
+    "ultrafeedback": '{"instruction", "completions": [{"response", "overall_score"}, ...]}',
+    "binarized": '{"prompt"?, "chosen", "rejected", "score_chosen", "score_rejected"}',
+    "hh": '{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": the same}',
+    "trl": '{"prompt", "chosen", "rejected"} of texts or messages',
+    "implicit": '{"chosen", "rejected"} of whole chats or texts',
 }

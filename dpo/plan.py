@@ -135,8 +135,7 @@ def read_shape(config: Config) -> tuple[ModelConfig, Path | None]:
     name = published_name(config.model.path)
     folder = None
     if name is not None and (is_hub_id(config.model.path) or config.model.path == name):
-        fields = PUBLISHED[name]
-        shape = parse_model_config(fields, Path(name))
+        shape = parse_model_config(PUBLISHED[name], Path(name))
         packed = "mxfp4" in FAMILIES[shape.architecture].quantised
     elif is_hub_id(config.model.path):
         raise UserError(
@@ -220,9 +219,7 @@ class Plan:
     def memory(self) -> dict[str, float]:
         """Bytes by part at the peak: while the head runs, or while layers are differentiated."""
         state, trial = self.state, self.trial
-        own = (state.parameters, state.gradients, state.optimizer)
-        kept = dict(zip(("parameters", "gradients", "optimizer"), map(float, own), strict=True))
-        kept = {} if self.offload else kept
+        kept = {} if self.offload else dict(zip(State._fields[:3], map(float, state[:3]), strict=True))
         kept["activations"] = trial.kept * self.work.together
         head = {"head's logits": trial.head, "gathered": float(state.root)}
         backward = {
@@ -274,10 +271,8 @@ class Plan:
     @property
     def hours(self) -> float:
         """Of training and, once, the reference's forwards; not of loading, judging and saving."""
-        reference = (
-            self.work.packs * max(self.trial.forward_s, self.forward().time_s(self.cluster.kind)) / self.work.epochs
-        )
-        return self.work.steps * (self.step_s + reference) / 3600
+        forward_s = max(self.trial.forward_s, self.forward().time_s(self.cluster.kind))
+        return self.work.steps * (self.step_s + self.work.packs * forward_s / self.work.epochs) / 3600
 
     @property
     def mfu(self) -> float:

@@ -37,9 +37,8 @@ def _address(prefix: int, prompt: np.ndarray, branch: np.ndarray) -> bytes:
 def tree_addresses(tree: Tree) -> list[bytes]:
     """Of its prefix, of its prompt, of each branch: those that have tokens."""
     prompt, none = np.array(tree.prompt), np.array([], dtype=np.int64)
-    heads = [_address(tree.prefix, prompt[: tree.prefix], none)] * bool(tree.prefix) + [
-        _address(tree.prefix, prompt, none)
-    ]
+    ends = [tree.prefix] * bool(tree.prefix) + [len(prompt)]
+    heads = [_address(tree.prefix, prompt[:end], none) for end in ends]
     return heads + [_address(tree.prefix, prompt, np.array(branch)) for branch in tree.branches if branch]
 
 
@@ -78,16 +77,14 @@ def store_routes(
     return scored
 
 
-def store_missing(
-    folder: Path, trees: Sequence[Tree], record: Callable[[Sequence[Tree]], object], ranks: Ranks
-) -> None:
-    """Run `record`, which stores routes, on those trees of which the folder lacks one."""
+def store_missing(folder: Path, trees: Sequence[Tree], store: Callable[[Sequence[Tree]], object], ranks: Ranks) -> None:
+    """Run `store`, which stores routes, on those trees of which the folder lacks one."""
     for begin in range(0, len(trees), WINDOW_TREES):
         window = [(trees[i], tree_addresses(trees[i])) for i in range(begin, min(begin + WINDOW_TREES, len(trees)))]
         wanted = {address for _, addresses in window for address in addresses}
         there = broadcast_first(set(read_values(folder, wanted)) if ranks.first else set(), ranks)
         if missing := [tree for tree, addresses in window if not there.issuperset(addresses)]:
-            record(missing)
+            store(missing)
 
 
 @dataclass
@@ -107,9 +104,8 @@ class Routes:
         """What each forward is to be told; all ranks must call together."""
         known: Values = {}
         if self.folder is not None:
-            wanted = set(
-                gather([address for pack in packs if len(pack.rows_R) for address, _ in segments(pack)], ranks)
-            )
+            own = [address for pack in packs if len(pack.rows_R) for address, _ in segments(pack)]
+            wanted = set(gather(own, ranks))
             known = broadcast_first(read_values(self.folder, wanted) if ranks.first else {}, ranks)
         return [
             Routing(pack.layout.tokens, self._reference(pack, known, ranks), self.replay, self.balanced)

@@ -15,7 +15,7 @@ import re
 import textwrap
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -44,9 +44,7 @@ TYPES: dict[str, tuple[str, Callable[[str], object]]] = {  # in words, and how t
     "string": ("text", str),
     "array": (
         "a list",
-        lambda text: (
-            json.loads(text) if text[:1] == "[" else [part.strip() for part in text.split(",")] if text else []
-        ),
+        lambda text: json.loads(text) if text[:1] == "[" else [one.strip() for one in text.split(",") if text],
     ),
 }
 BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -233,7 +231,8 @@ def _folder_name(texts: dict[str, str]) -> str:
 
 def _checked(settings: Settings) -> Config:
     config = _validate(settings)
-    _check_together(config, settings)
+    for fault in _check_together(config, settings):
+        raise UserError(fault)
     return config
 
 
@@ -280,11 +279,9 @@ def _parse(key: Key, text: str) -> object:
 def _parse_values(key: Key, text: str) -> object:
     """The text as a list of the key's values, which may stand in JSON or between commas."""
     values = _parse(key._replace(type="array"), text)
-    return (
-        [_parse(key, value) if isinstance(value, str) else value for value in values]
-        if isinstance(values, list)
-        else text
-    )
+    if not isinstance(values, list):
+        return text
+    return [_parse(key, value) if isinstance(value, str) else value for value in values]
 
 
 def _read_settings(path: Path, above: tuple[Path, ...]) -> Settings:
@@ -398,75 +395,68 @@ def _is_endpoint(url: str) -> bool:
     return sound and url.isascii() and not parts.path.rstrip("/").endswith("/completions")
 
 
-def _check_together(config: Config, settings: Settings) -> None:
-    """What is possible alone but not together."""
+def _check_together(config: Config, settings: Settings) -> Iterator[str]:
+    """What is wrong of what is possible alone but not together."""
 
     def said(name: str) -> str:
         value, source = settings.get(name, (keys()[name].default, "default"))
         return f"{name} = {_written(value)} ({source})"
 
     if config.loss.swap_consistency and config.objective != "verdicts":
-        raise UserError(
+        yield (
             f"{said('loss.swap_consistency')}: compares a verdict with its twin in the other order, and "
             f"{said('objective')} has no twins; set objective=verdicts, or loss.swap_consistency=0"
         )
     if config.data.orders == "one" and (config.objective != "verdicts" or config.loss.swap_consistency):
-        raise UserError(
+        yield (
             f"{said('data.orders')}: is for verdicts without a term over both orders; set objective=verdicts, "
             "loss.swap_consistency=0"
         )
     writes = config.objective == "critiques" or config.judge.critique != "off"
     if not writes and (ignored := next((name for name in settings if name.startswith("critiques.")), "")):
-        raise UserError(
-            f"{said(ignored)}: nothing reads it; set objective=critiques or judge.critique, or leave it out"
-        )
+        yield f"{said(ignored)}: nothing reads it; set objective=critiques or judge.critique, or leave it out"
     if writes and config.critiques.max_tokens >= config.pack.tokens:
-        raise UserError(f"{said('critiques.max_tokens')}: must leave room for the question in {said('pack.tokens')}")
+        yield f"{said('critiques.max_tokens')}: must leave room for the question in {said('pack.tokens')}"
     if config.objective == "critiques":
-        for name, sound in (
-            ("reference.path", not config.reference.path),
-            ("moe.routes", config.moe.routes != "replay"),
-        ):
-            if not sound:
-                raise UserError(f"{said(name)}: is not for objective=critiques, whose reference is each round's start")
+        replayed = "moe.routes" if config.moe.routes == "replay" else ""
+        if name := "reference.path" if config.reference.path else replayed:
+            yield f"{said(name)}: is not for objective=critiques, whose reference is each round's start"
     adapted = config.lora.rank or config.model.adapter
     for name, value in config.lora.model_dump(exclude={"rank", "targets"}).items():
         if value and not adapted:
-            raise UserError(f"{said(f'lora.{name}')}: there is no adapter, for {said('lora.rank')}; e.g. lora.rank=16")
+            yield f"{said(f'lora.{name}')}: there is no adapter, for {said('lora.rank')}; e.g. lora.rank=16"
     if config.train.num_cycles != 0.5 and config.train.schedule != "cosine":
-        raise UserError(f"{said('train.num_cycles')}: {said('train.schedule')} has no waves; set train.schedule=cosine")
+        yield f"{said('train.num_cycles')}: {said('train.schedule')} has no waves; set train.schedule=cosine"
     train = config.train.model_dump()
     for count, every in (("n_evals", "eval_every_steps"), ("n_checkpoints", "checkpoint_every_steps")):
         if train[count] and train[every]:
             both = f"{said(f'train.{count}')} and {said(f'train.{every}')}"
-            raise UserError(f"{both}: say either how many or how often; set one of them to 0")
+            yield f"{both}: say either how many or how often; set one of them to 0"
     if config.data.validation_fraction + config.data.test_fraction >= 1:
         fractions = f"{said('data.validation_fraction')} and {said('data.test_fraction')}"
-        raise UserError(f"{fractions}: leave no rows for training; together they must be < 1")
+        yield f"{fractions}: leave no rows for training; together they must be < 1"
     url = config.endpoint.url
     if url and config.judge.critique != "off":
-        raise UserError(
+        yield (
             f"{said('judge.critique')}: is for a local model; for an endpoint set judge.template=compare_critique, "
             "endpoint.max_tokens=256"
         )
     if config.judge.self_preference and (url or config.judge.protocol == "choose"):
-        raise UserError(
+        yield (
             f"{said('judge.self_preference')}: is of a local model's verdicts on pairs; leave it out with endpoint.url "
             "and with judge.protocol=choose"
         )
     if bool(url) != bool(config.endpoint.model):
-        raise UserError(f"{said('endpoint.url')} and {said('endpoint.model')}; set both, or none for a local model")
+        yield f"{said('endpoint.url')} and {said('endpoint.model')}; set both, or none for a local model"
     if url and not _is_endpoint(url):
-        raise UserError(
-            f"{said('endpoint.url')}: must be http(s)://HOST[:PORT]/PATH that ends before /chat/completions"
-        )
+        yield f"{said('endpoint.url')}: must be http(s)://HOST[:PORT]/PATH that ends before /chat/completions"
     for name, families in (("data.attacks", config.data.attacks), ("judge.attacks", config.judge.attacks)):
         allowed = [*ATTACKS, *["all"] * (name == "judge.attacks")]
         if not set(families) <= set(allowed):
-            raise UserError(f"{said(name)}: there is no such attack; allowed are {', '.join(allowed)}")
+            yield f"{said(name)}: there is no such attack; allowed are {', '.join(allowed)}"
     if "data.format" in settings and config.data.path == "checkable":
-        raise UserError(f"{said('data.format')}: checkable rows are made here; remove it, or set data.path to a file")
+        yield f"{said('data.format')}: checkable rows are made here; remove it, or set data.path to a file"
     for name in ("data.validation_fraction", "data.test_fraction"):
         if name in settings and config.data.path == "checkable":
             rows = name.replace("data.", "checkable.").replace("fraction", "rows")
-            raise UserError(f"{said(name)}: checkable rows come split; set {rows} instead, or data.path to a file")
+            yield f"{said(name)}: checkable rows come split; set {rows} instead, or data.path to a file"

@@ -19,9 +19,8 @@ Records = Iterator[tuple[str, object]]  # ("file:line", what stands there); parq
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 CSV_NUMBERS = {"weight", "margin", "soft_label"}  # the other cells are texts
 CSV_NUMBERS |= {"score_chosen", "score_rejected", "chosen-rating", "rejected-rating"}
-SPLIT = re.compile(
-    r"(train|valid|val|dev|test|eval)(?:idation|uation|ing)?(?![a-z])"
-)  # begins the name of a split's files
+# begins the name of a split's files
+SPLIT = re.compile(r"(train|valid|val|dev|test|eval)(?:idation|uation|ing)?(?![a-z])")
 SPACE = re.compile(r"[ \t\r\n]*")  # JSON's: other spaces between values are faults
 
 
@@ -181,8 +180,7 @@ def _read_csv(path: Path, name: str) -> Records:
                 continue
             if not header:
                 header = cells
-                twice = [key for key in cells if cells.count(key) > 1]
-                if twice:
+                if twice := [key for key in cells if cells.count(key) > 1]:
                     raise UserError(f"{where}: the column {show(twice[0])} stands twice in the header")
                 continue
             if len(cells) != len(header):

@@ -188,11 +188,7 @@ class Meter(TorchDispatchMode):
         self.time_s += time_s
 
     def __torch_dispatch__(  # type: ignore[override]
-        self,
-        func: OpOverload,
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
+        self, func: OpOverload, types: Sequence[type], args: tuple[object, ...], kwargs: dict[str, object] | None = None
     ) -> object:
         kwargs = kwargs or {}
         if func.namespace == "c10d":  # a fake group's collective; it takes no meta tensors
@@ -212,16 +208,13 @@ class Meter(TorchDispatchMode):
                 left, right = given[name in ("addmm", "baddbmm") :][:2]
                 flop = 2 * left.numel() * right.shape[-1]
             self.spend(flop, max(flop / self.rate, moved / self.bandwidth, LAUNCH_S))
-        for x in made:
-            self._hold(x.untyped_storage())
+        for storage in (x.untyped_storage() for x in made):
+            if storage not in self.held:
+                self.held[storage] = True
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._free, storage.nbytes())
         return result
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self.held:
-            self.held[storage] = True
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._free, storage.nbytes())
 
     def _free(self, size: int) -> None:
         self.live -= size
@@ -314,17 +307,18 @@ class Trial:
     backward_s: float
 
 
+def _period(shape: ModelConfig) -> int:
+    """Layers after which dense and sparse ones come again; spans differ too, but attention is stood in for."""
+    sparse = [layer.sparse for layer in shape.layers]
+    return next(n for n in range(1, len(sparse) + 1) if (sparse[:n] * len(sparse))[: len(sparse)] == sparse)
+
+
 def _run(
-    shape: ModelConfig,
-    config: Config,
-    dtype: torch.dtype,
-    world: int,
-    pack: Pack,
-    gpu: str,
-    path: str,
-    period: int,
-    keys: float,
+    shape: ModelConfig, layers: int, config: Config, dtype: torch.dtype, world: int, pack: Pack, gpu: str, path: str
 ) -> Trial:
+    """Of the last `layers`, each with the mean attention of all."""
+    period, keys = _period(shape), sum(seen_keys(pack, layer.span) for layer in shape.layers) / len(shape.layers)
+    shape = replace(shape, layers=shape.layers[-layers:])
     policy = meta_policy(shape, config, dtype)
     if not config.lora.rank and world > 1:
         policy = policy.to(dtype)  # as FSDP gathers it
@@ -391,15 +385,10 @@ def try_pack(
     shape: ModelConfig, config: Config, dtype: torch.dtype, world: int, pack: Pack, gpu: str, path: str = ""
 ) -> Trial:
     """What a pack takes, beside the state, of a GPU of `world`; `path` is linear_logprobs' ("": auto's)."""
-    layers, count = shape.layers, len(shape.layers)
-    sparse = [layer.sparse for layer in layers]  # spans differ too, but attention is stood in for: by the mean
-    period = next(n for n in range(1, count + 1) if (sparse[:n] * count)[:count] == sparse)
-    keys = sum(seen_keys(pack, layer.span) for layer in layers) / count
+    period, count = _period(shape), len(shape.layers)
     path = path or choose(GPUS[gpu].arch, len(pack.rows_R), shape.hidden, shape.vocab)
     sizes = [min(n, count) for n in (period + 1, 2 * period + 1)]
-    one, two = (
-        _run(replace(shape, layers=layers[-n:]), config, dtype, world, pack, gpu, path, period, keys) for n in sizes
-    )
+    one, two = (_run(shape, layers, config, dtype, world, pack, gpu, path) for layers in sizes)
     further = (count - sizes[1]) / max(sizes[1] - sizes[0], 1)
     figures = {name: value + further * (value - getattr(one, name)) for name, value in vars(two).items()}
     return Trial(**figures)

@@ -71,14 +71,13 @@ def split_rows(rows: Rows, *, split: str, validation_fraction: float, test_fract
             rows_of[row.subset, name] += 1
             pairs[name] += len(row.chosen) * len(row.rejected)
             groups[name].add(hash(row.group))
+    subsets = sorted({row.subset for row in rows})
     report: dict[str, object] = {
         "split": split,
         "rows": {name: len(part) for name, part in parts.items()},
         "pairs": pairs,
         "groups": {name: len(found) for name, found in groups.items()},
-        "subsets": {
-            subset: {name: rows_of[subset, name] for name in SPLITS} for subset in sorted({row.subset for row in rows})
-        },
+        "subsets": {subset: {name: rows_of[subset, name] for name in SPLITS} for subset in subsets},
         "unused_rows": unused_rows,
         "leaks": {kind: sum(mark[0] == kind for mark in leaks) for kind in KINDS},
     }
@@ -86,10 +85,8 @@ def split_rows(rows: Rows, *, split: str, validation_fraction: float, test_fract
 
 
 def _split_by_group(rows: Rows, fraction: dict[str, float], seed: int) -> tuple[Parts, int]:
-    told = (
-        (_draw(seed, row.subset), _draw(seed, row.id), SPLITS.index(row.split) if row.split else -1) for row in rows
-    )
-    facts = np.fromiter(told, [("subset", np.uint64), ("row", np.uint64), ("split", np.int64)], len(rows))
+    own = ((_draw(seed, row.subset), _draw(seed, row.id), SPLITS.index(row.split) if row.split else -1) for row in rows)
+    facts = np.fromiter(own, [("subset", np.uint64), ("row", np.uint64), ("split", np.int64)], len(rows))
     unit = bound_rows(rows)
     size = np.bincount(unit, minlength=len(rows))  # of the unit whose first row this is
     members, begin = np.argsort(unit, kind="stable"), size.cumsum() - size
@@ -105,9 +102,8 @@ def _split_by_group(rows: Rows, fraction: dict[str, float], seed: int) -> tuple[
     given = np.flatnonzero(split >= 0)[::-1]
     bound = np.full(len(rows), -1)
     bound[unit[given]] = split[given]  # to the unit's first row that gives one
-    split = np.where(
-        split < 0, bound[unit], split
-    )  # some that differ: each row keeps its own, the guard names the leak
+    # Where some differ each row keeps its own, and the guard names the leak.
+    split = np.where(split < 0, bound[unit], split)
     # A unit goes where rows are missed most, counted over all strata: each subset is divided by the fractions to within
     # about a unit, and the roundings of many small subsets do not add up.
     seen, count = 0, dict.fromkeys(SPLITS, 0)
@@ -121,8 +117,7 @@ def _split_by_group(rows: Rows, fraction: dict[str, float], seed: int) -> tuple[
 
 
 def _split_like_the_study(rows: Rows, fraction: dict[str, float], seed: int) -> tuple[Parts, int]:
-    given = [row for row in rows if row.split is not None]
-    if given:
+    if given := [row for row in rows if row.split is not None]:
         raise UserError(
             f"data.split=study draws its own splits, but {len(given)} rows give one ({_name(given[0])}); "
             "remove `split` from the rows, or set data.split=group"

@@ -80,10 +80,8 @@ def check_arms(arms: Sequence[Arm], *, any_source: bool) -> dict[str, str]:
                 known[read] = columns, digests_of(inputs, arm.config)
             columns, of = known[read]
             if run := finished_folder(arm):
-                if stale := of.not_of(run):
-                    raise UserError(
-                        f"{run} was finished with other {stale} than are read now; move it away to run again"
-                    )
+                if old := of.not_of(run):
+                    raise UserError(f"{run} was finished with other {old} than are read now; move it away to run again")
                 continue
             check_loss(arm.config.loss, columns)
             asks[name_of(arm)] = f"{arm.config.model_dump_json(exclude={*FREE, 'seed'})} {of}"
@@ -168,7 +166,7 @@ def source_of(run: Path) -> str:
 def dry_run(arms: Sequence[Arm], jobs: int) -> str:
     """A line an arm: its steps and tokens, as finished ones took time for their tokens its hours; then the sum."""
     trees: dict[str, tuple[Trees, list[int]]] = {}
-    lines, times, tokens_done, tokens_left = [], 0.0, 0, 0
+    lines, time_s, done, to_do = [], 0.0, 0, 0  # seconds of the finished arms, tokens of those and of the others
     for arm in arms:
         if (read := what_is_read(arm)) not in trees:
             train = read_inputs(arm.config, pick_device(arm.config)).train_trees
@@ -178,15 +176,13 @@ def dry_run(arms: Sequence[Arm], jobs: int) -> str:
         tokens = sum(sizes[place] for step in steps for place in step)
         folder = finished_folder(arm)
         if folder:
-            times += sum(cast(Results, read_json_object(folder / "results.json"))["time_s"].values())
-            tokens_done += tokens
+            time_s += sum(cast(Results, read_json_object(folder / "results.json"))["time_s"].values())
+            done += tokens
         else:
-            tokens_left += tokens
+            to_do += tokens
         state = "finished" if folder else "begun" if begun_folder(arm) else "to run"
         lines.append(f"{state:8} {len(steps):6,} steps {tokens:11,} tokens  {name_of(arm)}")
-    known = (
-        f"about {times / tokens_done * tokens_left / jobs / 3600:.1f} h" if tokens_done else "hours: not before one is"
-    )
+    known = f"about {time_s / done * to_do / jobs / 3600:.1f} h" if done else "hours: not before one is"
     left = sum(not line.startswith("finished") for line in lines)
     return "\n".join([*lines, f"{len(arms)} arms, {left} to finish, {known}"])
 
@@ -194,8 +190,7 @@ def dry_run(arms: Sequence[Arm], jobs: int) -> str:
 def run_arm(arm: Arm, lock: int, place: Mapping[str, str], log: IO[bytes] | None) -> int:
     """Run or resume an arm; the exit code of its process, which holds the sweep's lock as long as it lives."""
     command = [sys.executable, "-m", "dpo.train", *arm.argv, *(["run.resume=latest"] if begun_folder(arm) else [])]
-    environment = os.environ | place
-    return subprocess.run(command, pass_fds=[lock], env=environment, stdout=log, stderr=log).returncode
+    return subprocess.run(command, pass_fds=[lock], env=os.environ | place, stdout=log, stderr=log).returncode
 
 
 def places_of(jobs: int, device: str) -> list[dict[str, str]]:
@@ -327,7 +322,7 @@ def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: lis
     written = Kept(
         name=arms[0].config.exp,
         question=load_question(argv),
-        command=shlex.join(["python", "-m", "dpo.sweep", *map(_placeless, filter(_told, argv))]),
+        command=shlex.join(["python", "-m", "dpo.sweep", *_told(argv)]),
         contrast=contrast and contrast._asdict(),
         arms=kept,
         failed=dict(failed),
@@ -355,14 +350,10 @@ def check_contrast(contrast: Contrast | None, arms: Sequence[Arm]) -> None:
             )
 
 
-def _told(argument: str) -> bool:
-    return not argument.startswith(("run.", "reference.store="))
-
-
-def _placeless(argument: str) -> str:
-    """The argument without where on this machine a file lies."""
-    key, _, value = argument.partition("=")
-    return f"{key}={Path(value).name}" if value.startswith("/") else argument
+def _told(argv: Sequence[str]) -> list[str]:
+    """The arguments without where on this machine a file lies."""
+    given = [arg.partition("=") for arg in argv if not arg.startswith(("run.", "reference.store="))]
+    return [key + equals + (Path(value).name if value.startswith("/") else value) for key, equals, value in given]
 
 
 def main(argv: list[str]) -> int:

@@ -40,10 +40,9 @@ class Judgement(NamedTuple):
 
 def judgements(run: Run, role: str) -> Iterator[Judgement]:
     """What the run's judge `role` said of each pair. UserError where it compared none, or the rows are gone."""
-    if run.config.judge.protocol != "compare":
-        raise UserError(
-            f"{run.folder}: judge.protocol={run.config.judge.protocol} has no two orders; these are of compare"
-        )
+    protocol = run.config.judge.protocol
+    if protocol != "compare":
+        raise UserError(f"{run.folder}: judge.protocol={protocol} has no two orders; these are of compare")
     if run.rows.missing:
         raise UserError(f"{run.folder}: {run.rows.missing}")
     written, path = {}, run.folder / "answers.jsonl"
@@ -92,19 +91,14 @@ def together_row(of: Judgement, run: Run, role: str) -> Record:
 def judgebench_row(of: Judgement, run: Run, role: str) -> Record:
     """A line of JudgeBench's output file: a decision is in terms of the order that the judge saw."""
     settings = judge_settings(run.config, sighted=run.config.judge.sighted)
+    prompt, template, sighted = of.row.prompt, settings.template, settings.sighted and role != "blind"
     reference = of.row.reference_answer if settings.reference_answer else ""
     decisions = {"A": "A>B", "B": "B>A", "Tie": "A=B"}
 
     def judgment(one: Pass) -> Record | None:
         if one.letter is None:
             return None
-        system, user = judge_messages(
-            of.row.prompt,
-            one.answers,
-            settings.template,
-            sighted=settings.sighted and role != "blind",
-            reference=reference,
-        )
+        system, user = judge_messages(prompt, one.answers, template, sighted=sighted, reference=reference)
         said = {"judge_model": role, "prompt": f"{system['content']}\n\n{user['content']}", "response": one.text}
         return {"judgment": said, "decision": decisions[one.letter]}
 

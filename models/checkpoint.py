@@ -141,8 +141,8 @@ def _read(piece: Piece, stored: Mapping[str, Stored], part: Part) -> int:
     return read
 
 
-def _listed(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def weights_fingerprint(folder: Path, memo: Path | None = None, adapter: Path | None = None) -> str:
@@ -194,10 +194,6 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Sequence[int]
     return tensors.shapes if isinstance(tensors, Made) else {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _alone(place: Path) -> Path:
-    return place
-
-
 def save_folder(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -206,7 +202,7 @@ def save_folder(
     dtype: torch.dtype,
     rank: int = 0,
     world: int = 1,
-    of_first: Callable[[Path], Path] = _alone,
+    of_first: Callable[[Path], Path] = lambda place: place,
 ) -> None:
     """Write a Hugging Face model folder, whole or not at all: weights in `dtype`, the rest from `source_folder`.
 

@@ -146,11 +146,9 @@ def _read_tensors(reader: "GGUFReader", rotated_heads: dict[str, int]) -> dict[s
     for tensor in reader.tensors:
         parts = tensor.name.split(".")
         values = dequantize(tensor.data, tensor.tensor_type)
-        if parts[-2] in rotated_heads:
+        if heads := rotated_heads.get(parts[-2]):
             # GGUF interleaves the two rotary halves of a head's rows, published weights don't.
-            values = (
-                values.reshape(rotated_heads[parts[-2]], -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-            )
+            values = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         # torch.tensor copies, so no tensor is a view of the mapped file.
         tensors[".".join(PUBLISHED.get(part, part) for part in parts)] = torch.tensor(values, dtype=torch.bfloat16)
     return tensors

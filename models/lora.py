@@ -10,7 +10,7 @@ where a target names experts.gate_up_proj or experts.down_proj: A [E, r, in], B 
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,19 +52,12 @@ class Adapter:
     def adapts(self, name: str) -> bool:
         """Whether a target is the name of this layer, or of these experts' parameter."""
         experts = _of_experts(name)
-        return (ALL_LINEAR in self.targets and not experts) or any(
-            f".{name}".endswith(f".{target}") for target in self.targets if _of_experts(target) == experts
-        )
+        named = any(f".{name}".endswith(f".{target}") for target in self.targets if _of_experts(target) == experts)
+        return named or (ALL_LINEAR in self.targets and not experts)
 
 
 def _of_experts(name: str) -> bool:
     return name.rpartition(".")[0].rpartition(".")[2] == "experts"
-
-
-def _kaiming(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """A, [..., r, in]: peft's kaiming_uniform(a=sqrt(5)) of the inputs."""
-    bound = 1 / math.sqrt(shape[-1])
-    return torch.rand(*shape, generator=generator, dtype=torch.float64) * (2 * bound) - bound
 
 
 class LowRank(nn.Module):
@@ -158,8 +151,10 @@ def start_lora(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta or ".lora." not in name:
             continue
-        if name.endswith(".A"):
-            copy_into(parameter, _kaiming(parameter.shape, generator))
+        if name.endswith(".A"):  # [..., r, in]: peft's kaiming_uniform(a=sqrt(5)) of the inputs
+            bound = 1 / math.sqrt(parameter.shape[-1])
+            drawn = torch.rand(*parameter.shape, generator=generator, dtype=torch.float64)
+            copy_into(parameter, drawn * (2 * bound) - bound)
         else:
             own_part(parameter).values.zero_()
 
@@ -207,15 +202,8 @@ def merged_weights(model: Decoder, tensors: Mapping[str, Tensor]) -> Made:
 # --- as peft stores it ----------------------------------------------------------------------------------------------
 
 READ = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "target_parameters",
-    "use_rslora",
-    "use_dora",
-    "lora_dropout",
-    "init_lora_weights",
+    *("peft_type", "r", "lora_alpha", "target_modules", "target_parameters"),
+    *("use_rslora", "use_dora", "lora_dropout", "init_lora_weights"),
 }
 HARMLESS = {  # they say nothing of the arithmetic, or what the tensors' names say too
     *("base_model_name_or_path", "revision", "task_type", "peft_version", "auto_mapping", "inference_mode"),
@@ -251,26 +239,21 @@ def read_adapter(folder: Path) -> Adapter:
 
     Its values are load_adapter's, which checks their names and shapes.
     """
-    if not (folder / ADAPTER_CONFIG).is_file():
+    said = folder / ADAPTER_CONFIG
+    if not said.is_file():
         raise UserError(f"{folder}: no adapter there; expected peft's {ADAPTER_CONFIG} and {ADAPTER}")
-    fields = read_json_object(folder / ADAPTER_CONFIG)
+    fields = read_json_object(said)
     if fields.get("peft_type") != "LORA":
-        raise UserError(
-            f"{folder / ADAPTER_CONFIG}: peft_type = {fields.get('peft_type')!r}; only LORA adapters are read"
-        )
+        raise UserError(f"{said}: peft_type = {fields.get('peft_type')!r}; only LORA adapters are read")
     wrong = {key: value for key, value in fields.items() if key not in READ | HARMLESS and value and value != "none"}
     if fields.get("init_lora_weights", True) not in STARTS:
         wrong["init_lora_weights"] = fields["init_lora_weights"]
     if wrong:
         told = ", ".join(f"{key} = {json.dumps(value)}" for key, value in wrong.items())
-        raise UserError(
-            f"{folder / ADAPTER_CONFIG}: {told}: not supported; merge the adapter with peft, then set model.path"
-        )
+        raise UserError(f"{said}: {told}: not supported; merge the adapter with peft, then set model.path")
     rank, alpha = fields.get("r"), fields.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise UserError(
-            f"{folder / ADAPTER_CONFIG}: r = {rank!r}, lora_alpha = {alpha!r}; both must be numbers above 0"
-        )
+        raise UserError(f"{said}: r = {rank!r}, lora_alpha = {alpha!r}; both must be numbers above 0")
     stored = [name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in stored_tensors(folder)]
     named = fields.get("target_parameters")
     parameters = [str(name) for name in named] if isinstance(named, list) else []
@@ -352,12 +335,8 @@ def save_adapter(
     }
     try:
         with atomic_folder(folder) as temporary:
-            stored = _to_peft(values, architecture)
-            save_file(
-                {name: tensor.contiguous().cpu() for name, tensor in stored.items()},
-                temporary / ADAPTER,
-                {"format": "pt"},
-            )
+            stored = {name: tensor.contiguous().cpu() for name, tensor in _to_peft(values, architecture).items()}
+            save_file(stored, temporary / ADAPTER, {"format": "pt"})
             write_json(temporary / ADAPTER_CONFIG, config)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot write the adapter ({error}); nothing half-written is left") from error

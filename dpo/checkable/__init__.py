@@ -60,7 +60,7 @@ def make_rows(
             )
         knobs = (label_noise, length_confound) if split == "train" else (0.0, 0.0)
         for name in subsets:
-            rows += _subset_rows(name, split, -(-size // least), *knobs, difficulty, rejected_per_row, seed)
+            rows += _subset_rows(name, split, -(-size // least), knobs, difficulty, rejected_per_row, seed)
     return rows
 
 
@@ -71,31 +71,27 @@ def assert_closed(rows: Sequence[Row]) -> None:
 
 
 def _subset_rows(
-    name: str,
-    split: str,
-    n_groups: int,
-    label_noise: float,
-    length_confound: float,
-    difficulty: int,
-    rejected_per_row: int,
-    seed: int,
+    name: str, split: str, groups: int, knobs: tuple[float, float], difficulty: int, rejected_per_row: int, seed: int
 ) -> list[Row]:
     """All rows of one subset in one split. Seeds are strings, so that nothing depends on another subset or split."""
     subset, key = SUBSETS[name], f"{seed}/{split}/{name}/{difficulty}"
     couplings = _COUPLINGS if rejected_per_row == 1 else (((0, 1, 2, 3),),)
-    swapped = _nested_sample(f"{key}/noise", n_groups * len(couplings[0]), label_noise)
-    longer = _nested_sample(f"{key}/confound", n_groups * GROUP, length_confound)
+    label_noise, length_confound = knobs
+    swapped = _nested_sample(f"{key}/noise", groups * len(couplings[0]), label_noise)
+    longer = _nested_sample(f"{key}/confound", groups * GROUP, length_confound)
     turn = Random(f"{key}/couplings").randrange(len(_COUPLINGS))
     rows: list[Row] = []
     prompts: set[str] = set()
-    for g in range(n_groups):
+    for g in range(groups):
         group = f"checkable-{split}-{name.lower().replace(' ', '-')}-{g}"
         couples = couplings[(turn + g) % len(couplings)]
         rng = Random(f"{key}/{g}")
         for _ in range(_TRIES):
-            draft = subset.draw(rng, split, difficulty)
-            new = {normalise(request.text) for request in draft or ()}
-            if draft is None or len(new) < GROUP or new & prompts or not _proved(subset, draft):
+            draft = subset.draw(rng, split, difficulty) or []
+            new = {normalise(request.text) for request in draft}
+            # Each answer is right for its own request and for no other.
+            proved = all(subset.check(mine.spec, one.answer) == (mine is one) for mine in draft for one in draft)
+            if len(new) < GROUP or new & prompts or not proved:
                 continue
             draft = Random(f"{key}/{g}/order").sample(draft, GROUP)
             made = []
@@ -121,11 +117,6 @@ def _subset_rows(
 def _nested_sample(seed: str, n: int, fraction: float) -> set[int]:
     """round(fraction * n) of n, the smaller sample inside the larger."""
     return set(Random(seed).sample(range(n), n)[: round(fraction * n)])
-
-
-def _proved(subset: Subset, draft: list[Request]) -> bool:
-    """Whether each answer is right for its own request and for no other."""
-    return all(subset.check(mine.spec, other.answer) == (mine is other) for mine in draft for other in draft)
 
 
 def _lengthen(subset: Subset, draft: list[Request], rows: list[Row], positions: list[int], rng: Random) -> bool:
