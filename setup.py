@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dpo*", "kernels*", "models*"]),
     package_data={
-        "dpo": ["page.css", "page.js"],
+        "dpo": ["alarms.toml", "page.css", "page.js"],
         "dpo.checkable": ["banks.toml"],
         "dpo.judge": ["prices.toml", "templates/*.toml"],
     },

@@ -66,6 +66,13 @@ def test_no_file_is_longer_than_a_reader_bears() -> None:
     assert {name_of(file): lines_of(file) for file in files if lines_of(file) > FILE_LINES} == {}
 
 
+def test_what_the_product_reads_beside_its_code_is_installed_with_it() -> None:
+    installed = [glob for globs in re.findall(r"^        \"[\w.]+\": \[(.+)\],$", (ROOT / "setup.py").read_text(), re.M)
+                 for glob in re.findall(r"\"([^\"]+)\"", globs)]  # fmt: skip
+    beside = [path for path in tracked_files() if path.suffix not in (".py", "") and path.is_relative_to(ROOT / "dpo")]
+    assert len(beside) > 10 and [path for path in beside if not any(path.match(glob) for glob in installed)] == []
+
+
 def test_the_product_and_its_core_keep_to_their_budgets() -> None:
     assert sum(map(lines_of, PRODUCT)) <= PRODUCT_LINES
     core = [ROOT / "dpo" / f"{name}.py" for name in CORE]
