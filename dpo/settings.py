@@ -420,7 +420,7 @@ def _check_together(config: Config, settings: Settings) -> Iterator[str]:
     if config.objective == "critiques":
         replayed = "moe.routes" if config.moe.routes == "replay" else ""
         if name := "reference.path" if config.reference.path else replayed:
-            yield f"{said(name)}: is not for objective=critiques, whose reference is each round's start"
+            yield f"{said(name)}: is not for objective=critiques, whose reference is each round's start; leave it out"
     adapted = config.lora.rank or config.model.adapter
     for name, value in config.lora.model_dump(exclude={"rank", "targets"}).items():
         if value and not adapted:
