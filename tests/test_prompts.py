@@ -33,9 +33,8 @@ def test_a_reference_answer_is_shown_where_the_row_has_one() -> None:
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.toml")))
 def test_every_preset_shows_all_that_its_protocol_has(preset: str) -> None:
-    protocol = {"study_blind": "compare", "fenced": "compare", "classify": "rate"}.get(
-        preset, preset.removesuffix("_critique")
-    )
+    others = {"study_blind": "compare", "fenced": "compare", "classify": "rate", "rewardbench2": "choose"}
+    protocol = others.get(preset, preset.removesuffix("_critique"))
     template = read_template(preset, protocol)
     answers = [f"<{i}>" for i in range(SLOTS[protocol])]
     if preset == "study_blind":
