@@ -90,9 +90,7 @@ class Comparison(TypedDict):
     consistent: PairedTest
     averaged: PairedTest
     same_verdict: float  # share of the pairs with the same both-orders verdict
-    same_verdict_interval: NotRequired[
-        list[float]
-    ]  # share_interval's; not in results.json of before, as the next but one
+    same_verdict_interval: NotRequired[list[float]]  # results.json of before has none of the intervals
     kappa: float | None
     kappa_interval: NotRequired[list[float] | None]
 
