@@ -16,7 +16,7 @@ setup(
     package_data={
         "dpo": ["alarms.toml", "page.css", "page.js"],
         "dpo.checkable": ["banks.toml"],
-        "dpo.judge": ["prices.toml", "templates/*.toml"],
+        "dpo.judge": ["attacks.toml", "prices.toml", "templates/*.toml"],
     },
     install_requires=[
         "torch>=2.13",
