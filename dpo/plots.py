@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dpo.escape import escaped, visible
@@ -17,15 +18,7 @@ from dpo.results import Metrics, Results, widest_interval
 WIDTH, LEFT, RIGHT, TOP, HEIGHT, LINE = 400, 46, 380, 30, 200, 17
 MOST_LETTERS = 44  # of a line of the legend: as many as fit
 MOST_POINTS = 700  # of a line: more than its pixels
-STYLE = """
-svg.plot { --tone0: #0060a8; --tone1: #c24e00; --tone2: #00785a; --tone3: #a8487e; --ink: #1d2129; --grid: #dfe3e8;
-           display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
-@media (prefers-color-scheme: dark) { svg.plot { --tone0: #6cb8f0; --tone1: #ff9a57; --tone2: #4fcfa6;
-                                                 --tone3: #e9a3c9; --ink: #e6e9ee; --grid: #3a414c; } }
-svg.plot text { fill: var(--ink); }
-svg.plot .name { font-weight: 600; }
-svg.plot .grid { stroke: var(--grid); }
-"""
+STYLE = "\n" + Path(__file__).with_name("plots.css").read_text(encoding="utf-8")
 DASHES = ("6 4", "2 3", "9 3 2 3", "1 4")  # of dashed lines, by tone
 SHAPES = (  # of points, by tone
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
