@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dpo*", "kernels*", "models*"]),
     package_data={
-        "dpo": ["alarms.toml", "page.css", "page.html", "page.js", "plots.css"],
+        "dpo": ["alarms.toml", "page.css", "page.html", "page.js", "plots.css", "report.toml"],
         "dpo.checkable": ["banks.toml"],
         "dpo.judge": ["attacks.toml", "prices.toml", "templates/*.toml"],
     },

@@ -33,7 +33,7 @@ from dpo.judged import (
 )
 from dpo.page import MARKS, SAYS, Block, Case, Cases, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import bars, file_text, training_plots
-from dpo.report_run import change, p_value, percent, points
+from dpo.report_run import NOTES, change, p_value, percent, points
 from dpo.results import widest_interval
 from dpo.rows import Row
 from dpo.sweep_report import write_sweep_report
@@ -140,11 +140,7 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("Brier score", *(_known(j["brier"], _interval(j, "brier")) for j in of)),
         ("calibration error", *(_known(j["calibration_error"]) for j in of)),
     ]
-    text = (
-        "In brackets: 95 % intervals, of shares in per cent Wilson's, or over groups of rows where that is wider. The "
-        "calibration error has none, for resampling only adds to it: the bins under Calibration have theirs."
-    )
-    blocks: list[Block] = [Table("The judges", figures), Text("paragraph", text)]
+    blocks: list[Block] = [Table("The judges", figures), Text("paragraph", NOTES["judges"])]
     if not compared:
         return blocks
     many = len(compared) > 1
@@ -157,12 +153,7 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
             better = f"{test['wins_only_a']} / {test['wins_only_b']}"
             shows = f"{100 * test['minimum_detectable']:.1f}" if test["minimum_detectable"] else "-"
             tests.append((f"{one.b.name} less {one.a.name}, {name}", f"{one.n:,}", *points(test), *p, better, shows))
-    text = (
-        "Intervals: over groups of rows, or Bonett and Price's where that is wider. p: McNemar's exact test over "
-        "pairs, and a sign-flip test over groups of rows that belong together; quoted is the "
-        f"larger{', corrected by Holm over the comparisons' * many}. Points that show: a true difference of so many "
-        "would be found four times in five; none where no pair differs."
-    )
+    text = NOTES["differences"].format(corrected=", corrected by Holm over the comparisons" * many)
     return [*blocks, Table("Their differences on the same pairs", tests), Text("paragraph", text)]
 
 
@@ -241,11 +232,7 @@ def _changed(compared: Sequence[Compared], shown: Mapping[Key, Case]) -> list[Bl
 
 def _rows(runs: Sequence[Run], shown: Mapping[Key, Case]) -> list[Block]:
     missing = dict.fromkeys(run.rows.missing for run in runs if run.rows.missing)
-    text = (
-        "Pairs worth reading: where a judge is most surely wrong, where the orders or two judges disagree most, and "
-        "what one judge has right and another has not."
-    )
-    return [Text("paragraph", text), *(Text("paragraph", why) for why in missing), Cases([*shown.values()])]
+    return [*(Text("paragraph", why) for why in (NOTES["rows"], *missing)), Cases([*shown.values()])]
 
 
 # --- from folders to files ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dpo.judge.statistics import reliability
 from dpo.judged import Judge
 from dpo.page import Block, Plot, Table, Text
 from dpo.plots import Axis, Mark, chart
-from dpo.report_run import percent
+from dpo.report_run import NOTES, percent
 from dpo.results import widest_interval
 
 
@@ -142,11 +142,7 @@ def costs(judges: Sequence[Judge]) -> list[Block]:
             title = f"Accuracy against {COSTS[key][0]}"
             axes = Axis(COSTS[key][0], log=True), Axis("order-averaged accuracy", (0, 1), percent=True)
             blocks.append(Plot(key, title, chart(title, *axes, marks)))
-    text = (
-        "Empty: not known. A local judge's price is that of its model at a host. An answer is one order of a pair, or "
-        "one rating; a local judge's pace includes its loading."
-    )
-    return [*blocks, Table("What answers take", rows), Text("paragraph", text)]
+    return [*blocks, Table("What answers take", rows), Text("paragraph", NOTES["costs"])]
 
 
 def _training_saw(judge: Judge, one: Success) -> str:
@@ -167,10 +163,7 @@ def attacks(judges: Sequence[Judge]) -> list[Block]:
     for judge, one, saw in sorted(told, key=lambda told: names.index(told[1]["attack"])):
         share = percent(one["wins"] / one["n"], one["interval"])
         rows.append((one["attack"], judge.name, *[saw] * known, f"{one['n']:,}", share))
-    text = (
-        "Of answers that lose when clean, by the order-averaged log-odds, the share that wins when attacked; position: "
-        "as it is, in one order alone, that which suits it." + " Its training: empty where it is not known." * known
-    )
+    text = NOTES["attacks"] + " Its training: empty where it is not known." * known
     return [Table("Attack", rows), Text("paragraph", text)]
 
 
@@ -188,13 +181,6 @@ def biases(judges: Sequence[Judge]) -> list[Block]:
             rows.append((of["look"], judge.name, f"{n:,}", preferred, percent(chosen / n), *accuracies))
     if len(rows) == 1:
         return []
-    text = (
-        "Of pairs in which one answer alone has the look (longer: by over 30 characters): how often a judge prefers "
-        "that answer, how often it is the right one, and how often the judge is right where it is and where it is not."
-    )
-    if any(of["look"] == LIKELIER for judge in judges for of in judge.biases):
-        text += (
-            " Likelier: of the higher mean log-prob a token, as a reply to the request, under the model that judges; "
-            "accuracy where right less where wrong is arXiv:2410.21819's self-preference, the likelier for its own."
-        )
+    likelier = any(of["look"] == LIKELIER for judge in judges for of in judge.biases)
+    text = NOTES["looks"] + f" {NOTES['likelier']}" * likelier
     return [Table("What is preferred for its looks", rows), Text("paragraph", text)]

@@ -3,7 +3,9 @@
 No dimension letters. Read next: dpo/report.py, which puts the page together.
 """
 
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 
 from dpo.alarms import ALARMS
 from dpo.config import Config
@@ -12,6 +14,8 @@ from dpo.judge.statistics import PairedTest
 from dpo.judged import Run
 from dpo.page import Block, Table, Text
 from dpo.results import Alarm, Judgement, Results
+
+NOTES = tomllib.loads(Path(__file__).with_name("report.toml").read_text(encoding="utf-8"))
 
 # --- numbers in words -----------------------------------------------------------------------------------------------
 
@@ -65,12 +69,7 @@ def summary(run: Run) -> list[Text]:
         f"{change(base['averaged_accuracy'], trained['averaged_accuracy'], tests['averaged'])} on {trained['n']:,} "
         f"held-out {unit}; {judge['conclusion']}."
     )
-    consistent = (
-        f"Consistent accuracy {change(base['accuracy'], trained['accuracy'], tests['consistent'])}. It counts a "
-        "verdict as right only if both orders of the answers give it: a coin that sticks to its verdict has 50 %, a "
-        "judge that always says A has 0 %. In the order-averaged accuracy the preferred place cancels, and both have "
-        "50 %."
-    )
+    consistent = f"Consistent accuracy {change(base['accuracy'], trained['accuracy'], tests['consistent'])}."
     losses = " + ".join((loss.name, *loss.mix))
     setup = (
         f"Run {run.folder.name}: {config.model.path}, objective {config.objective}, {losses} loss with beta "
@@ -78,7 +77,11 @@ def summary(run: Run) -> list[Text]:
         f"{config.data.path}. The judge {'sees the request' if config.judge.sighted else 'does not see the request'}, "
         "and is asked in both orders."
     )
-    return [Text("verdict", verdict), Text("paragraph", consistent), Text("paragraph", setup)]
+    return [
+        Text("verdict", verdict),
+        Text("paragraph", f"{consistent} {NOTES['consistent']}"),
+        Text("paragraph", setup),
+    ]
 
 
 def controls(judge: Judgement) -> list[Block]:
@@ -91,12 +94,7 @@ def controls(judge: Judgement) -> list[Block]:
         rows.append(
             (name, *accuracies, *points(test), p_value(test["p"], test["p_clustered"]), p_value(test["p_holm"]))
         )
-    text = (
-        f"The trained judge is {judge['conclusion']}. Its lead, in points, and the tests are of the order-averaged "
-        f"accuracy on the same pairs. Corrected: {judge['correction']}. A control counts as beaten below "
-        f"{judge['alpha']:g}. The surface classifier is fitted on the training rows; where they are more than "
-        f"{SURFACE_ROWS:,}, on so many drawn with the seed."
-    )
+    text = NOTES["controls"].format_map({**judge, "rows": SURFACE_ROWS})
     return [Table("Controls, on the same pairs", rows), Text("paragraph", text)]
 
 

@@ -11,7 +11,7 @@ from dpo.config import config_dict
 from dpo.judge.statistics import averaged_scores, consistent_scores
 from dpo.judged import Run
 from dpo.page import Block, Table, Text
-from dpo.report_run import percent
+from dpo.report_run import NOTES, percent
 from dpo.runs import flat
 from dpo.sweep_report import over_seeds
 
@@ -57,8 +57,4 @@ def blocks(runs: Sequence[Run]) -> list[Block]:
     for name, of in told.items():
         by_seed = ", ".join(f"{100 * mean:.1f}" for mean in of["by_seed"])
         rows.append((name, percent(of["mean"], of["interval"]), f"{100 * of['deviation']:.1f} points", by_seed))
-    text = (
-        "The runs differ in nothing but their seeds. In brackets the widest of 95 % intervals over groups of rows, "
-        "over rows and seeds drawn anew together, Student's over the seeds, and Wilson's."
-    )
-    return [Table("Over the seeds", rows), Text("paragraph", text)]
+    return [Table("Over the seeds", rows), Text("paragraph", NOTES["seeds"])]

@@ -38,7 +38,7 @@ from dpo.judge.statistics import (
 )
 from dpo.page import Block, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import Axis, Mark, bars, chart, file_text
-from dpo.report_run import p_value
+from dpo.report_run import NOTES, p_value
 from models.errors import UserError
 from models.files import atomic_write_text, read_json_object
 
@@ -292,12 +292,7 @@ def _standings(standings: Sequence[Standing], arms: Sequence[KeptArm]) -> list[B
         if biases := longer.get(one.setting):
             told = _percent(mean_share([of["prefers"] / of["n"] for of in biases], biases[0]["interval"]))
         rows.append((one.setting, ", ".join(map(str, one.seeds)), f"{one.pairs:,}", *figures, seeds, told))
-    text = (
-        "Shares of the judged pairs in %; in brackets 95 % intervals: the widest of one over groups of rows, one over "
-        "rows and seeds drawn anew together, Student's over seeds, and Wilson's. Averaged: the answer that the "
-        "log-odds of both orders favour; consistent: right in both orders; rewards: by the implicit rewards of the "
-        "answers. Prefers the longer: of pairs with answers of over 30 characters' difference; Student's over seeds."
-    )
+    text = NOTES["sweep"]["settings"]
     shares = {one.setting: [one.figures.get(readout) for readout in shown] for one in standings}
     title = "Every setting"
     return [Plot("settings", title, bars(title, shares, shown)), Table(title, rows), Text("paragraph", text)]
@@ -311,13 +306,7 @@ def _differences(found: Sequence[Difference]) -> list[Block]:
         cells.setdefault((one.b, one.a), {})[one.readout] = f"{_percent(one.difference, '+')}, {told}"
     rows = [("difference", *shown)]
     rows += [(f"{b} less {a}", *(of.get(readout, "") for readout in shown)) for (b, a), of in cells.items()]
-    text = (
-        "In points, on the same pairs of the same seeds; intervals as above, but Bonett and Price's "
-        "in place of Wilson's. p: the largest of McNemar's exact test over pairs, the sign-flip test over groups of "
-        "rows, and Student's over seeds, corrected by Holm over all pairs of settings of a column. Not resolved: the "
-        "interval contains 0, or p is above .05."
-    )
-    return [Table("Every two settings", rows), Text("paragraph", text)]
+    return [Table("Every two settings", rows), Text("paragraph", NOTES["sweep"]["differences"])]
 
 
 def _number(value: object) -> float:
@@ -388,11 +377,7 @@ def _attacks(kept: Kept) -> list[Block]:
     rows = [("setting", *names)]
     rows += [("base" if len(bases) == 1 else f"base of {setting}", *cells) for setting, cells in bases.items()]
     rows += [(setting, *cells) for setting, cells in won("trained").items()]
-    text = (
-        "Of answers that lose when clean, by the order-averaged log-odds of the same judge, the share in % that "
-        "wins when attacked; in brackets 95 % intervals, Student's over seeds where there are several."
-    )
-    return [Table("Attacks on the judges", rows), Text("paragraph", text)] if names else []
+    return [Table("Attacks on the judges", rows), Text("paragraph", NOTES["sweep"]["attacks"])] if names else []
 
 
 def _won(of: Sequence[Success]) -> str:
@@ -413,8 +398,7 @@ def _costs(kept: Kept) -> list[Block]:
         means = [fmean(arm[key] for arm in of) for key in ("steps", "tokens", "train_s", "whole_s")]  # type: ignore[literal-required]
         computed = sum(arm["reference_computed"] for arm in of)
         rows.append((setting, str(len(of)), *(f"{mean:,.0f}" for mean in means), f"{computed:,}"))
-    text = "Means of an arm; reference runs: completions that the reference had to be run on, of all its arms."
-    return [Table("What the arms took", rows), Text("paragraph", text)]
+    return [Table("What the arms took", rows), Text("paragraph", NOTES["sweep"]["costs"])]
 
 
 def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]:
