@@ -28,6 +28,7 @@ from dpo.judge.calibration import (
 )
 
 BLOCK = 100  # flips or resamples drawn at once: a [BLOCK, G] array stays small whatever G is
+Values = Sequence[float] | Floats
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     return low, high
 
 
-def _group_sums(values: Sequence[float] | Floats, groups: Sequence[str]) -> tuple[Floats, Floats]:
+def _group_sums(values: Values, groups: Sequence[str]) -> tuple[Floats, Floats]:
     """(sum_G, count_G) of the values, groups in sorted order (so the order of the rows never matters to a seed)."""
     _, group_R = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     return np.bincount(group_R, weights=values).astype(np.float64), np.bincount(group_R).astype(np.float64)
@@ -187,11 +188,7 @@ def widest(*intervals: Sequence[float]) -> list[float]:
 
 
 def cluster_interval(
-    values: Sequence[float] | Floats,
-    groups: Sequence[str],
-    seed: int,
-    samples: int = 10_000,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    values: Values, groups: Sequence[str], seed: int, samples: int = 10_000, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float, float]:
     """95 % interval of the mean over whole groups: cluster_bootstrap, below LEAST_CLUSTERS groups sign_flip_interval.
 
@@ -202,14 +199,12 @@ def cluster_interval(
     return cluster_bootstrap(values, groups, seed, samples)
 
 
-def share_interval(scores: Sequence[float] | Floats, groups: Sequence[str], seed: int) -> list[float]:
+def share_interval(scores: Values, groups: Sequence[str], seed: int) -> list[float]:
     """95 % interval of the mean of scores in 0 .. 1: the wider of Wilson's and the clustered one."""
     return widest(wilson_interval(float(np.sum(scores)), len(scores)), cluster_interval(scores, groups, seed))
 
 
-def cluster_bootstrap(
-    values: Sequence[float] | Floats, groups: Sequence[str], seed: int, samples: int = 10_000
-) -> tuple[float, float]:
+def cluster_bootstrap(values: Values, groups: Sequence[str], seed: int, samples: int = 10_000) -> tuple[float, float]:
     """95 % percentile interval of the mean, whole groups resampled with replacement (Efron 1979, by cluster).
 
     The resampled mean is sum of sums / sum of sizes (a ratio, so groups may differ in size).
@@ -281,11 +276,7 @@ def reliability(verdicts: Sequence[Verdict], bins: int = 5) -> list[Bin]:
 
 
 def sign_flip_interval(
-    values: Sequence[float] | Floats,
-    groups: Sequence[str],
-    seed: int,
-    samples: int = 10_000,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    values: Values, groups: Sequence[str], seed: int, samples: int = 10_000, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float, float]:
     """95 % interval of the means that sign_flip_p, applied to values - mean, does not reject.
 
@@ -314,9 +305,7 @@ def mcnemar_exact(b: int, c: int) -> float:
     return min(1.0, 2 * tail / 2 ** (b + c))
 
 
-def paired_interval(
-    differences: Sequence[float] | Floats, groups: Sequence[str], seed: int, samples: int = 10_000
-) -> list[float]:
+def paired_interval(differences: Values, groups: Sequence[str], seed: int, samples: int = 10_000) -> list[float]:
     """95 % interval of the mean of paired differences in -1 .. 1: the wider of cluster_interval's and Bonett & Price's.
 
     The former is too narrow where few pairs differ, and of no width where none does. The latter (J. Educ. Behav. Stat.
@@ -336,7 +325,7 @@ def paired_interval(
     return widest(cluster_interval(values_R, groups, seed, samples, (-1.0, 1.0)), adjusted)
 
 
-def sign_flip_p(differences: Sequence[float] | Floats, groups: Sequence[str], seed: int, flips: int = 20_000) -> float:
+def sign_flip_p(differences: Values, groups: Sequence[str], seed: int, flips: int = 20_000) -> float:
     """Two-sided paired randomisation test, clustered: each group's whole sum may change sign (Fisher 1935).
 
     Exact over all 2^G signs for at most 14 groups with a non-zero sum (a zero sum changes nothing), else Monte Carlo:
@@ -367,7 +356,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def minimum_detectable_difference(differences: Sequence[float] | Floats, groups: Sequence[str]) -> float:
+def minimum_detectable_difference(differences: Values, groups: Sequence[str]) -> float:
     """The smallest true difference of means that such differences show four times in five, at a two-sided 5 %.
 
     d = z sqrt(v / (1 + z^2 / G)), z = z_.975 + z_.8, v = sum_G (a group's sum)^2 / R^2: d = z SE (Miller 2411.00640)
@@ -389,6 +378,7 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
     decided, groups = wins + losses, [verdict.group for verdict in verdicts]
     chosen_R = chosen_probabilities(verdicts if odds else [])
     curve_R = selective_accuracy(chosen_R)
+    surest = [float(curve_R[-(-len(curve_R) * tenth // 10) - 1]) for tenth in range(1, 11) if len(curve_R)]
     intervals = {
         "position_consistency": share_interval(np.isin(outcome_R, ["win", "loss"]).astype(float), groups, seed),
         "raw_a_rate": share_interval(says_a_scores(verdicts), groups, seed),
@@ -418,9 +408,7 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
         kappa=agreement(outcome_R, np.full(n, "win")),
         brier=brier(chosen_R) if len(chosen_R) else None,
         calibration_error=expected_calibration_error(chosen_R) if len(chosen_R) else None,
-        selective_accuracy=[float(curve_R[-(-len(curve_R) * tenth // 10) - 1]) for tenth in range(1, 11)]
-        if len(curve_R)
-        else [],
+        selective_accuracy=surest,
         intervals=intervals,
     )
 
