@@ -5,7 +5,7 @@ Letters: Q questions of a row, L labels of the template. Read next: dpo/judge/pr
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -20,7 +20,7 @@ from models.errors import UserError
 
 def ask_rows(rows: Sequence[Row], ask: Ask, settings: TreeSettings) -> tuple[list[Floats], list[Answer]]:
     """reply_QL of each row (dpo/judge/protocols.py), and the answers that they are read from, one a question."""
-    labels, counts = settings.template.labels, []
+    counts = []
     prompts: list[tuple[Message, ...]] = []
     for row in rows:
         reference = row.reference_answer if settings.reference_answer else ""
@@ -34,10 +34,16 @@ def ask_rows(rows: Sequence[Row], ask: Ask, settings: TreeSettings) -> tuple[lis
         except UserError as error:
             raise UserError(f"{row.where or row.id}: {error}") from error
         counts.append(len(questions))
-    read = READERS.get(settings.protocol, written_label)
-    answers = ask(prompts, lambda answer: not math.isnan(read(answer, labels)[0]))
-    reply_QL = np.array([read(answer, labels) for answer in answers])
+    answers = ask(prompts, lambda answer: not math.isnan(read_reply(answer, settings)[0]))
+    reply_QL = np.array([read_reply(answer, settings) for answer in answers])
     return np.split(reply_QL, np.cumsum(counts)[:-1]), answers
+
+
+def read_reply(answer: Answer, settings: TreeSettings) -> list[float]:
+    """reply_L of a question's answer; in `compare` the log-odds of "A" and 0."""
+    if settings.protocol == "compare":
+        return [verdict_odds(answer), 0.0]
+    return written_label(answer, settings.template.labels)
 
 
 def written_label(answer: Answer, labels: Sequence[str]) -> list[float]:
@@ -56,15 +62,6 @@ def written_verdict(answer: Answer) -> str:
     """The letter of the better answer, or "Tie", where verdict_odds would look for it; "" where there is neither."""
     found = _found(answer, ("A", "B", "Tie"))
     return found[1].capitalize() if found else ""
-
-
-def compared(answer: Answer, labels: Sequence[str]) -> list[float]:
-    """The log-odds of "A" and 0."""
-    return [verdict_odds(answer), 0.0]
-
-
-READERS: dict[str, Callable[[Answer, Sequence[str]], list[float]]] = {"compare": compared}
-"""judge.protocol -> how an answer is read, where not by written_label."""
 
 
 def verdict_odds(answer: Answer) -> float:

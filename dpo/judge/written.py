@@ -17,7 +17,7 @@ import numpy as np
 
 from dpo.config import Config
 from dpo.inputs import Inputs
-from dpo.judge.asked import READERS, written_label
+from dpo.judge.asked import read_reply
 from dpo.judge.calibration import Floats
 from dpo.judge.endpoint import Answer, kept_answers
 from dpo.judge.statistics import wilson_interval
@@ -46,7 +46,7 @@ class Pen:
 
     def says_nothing(self, answer: Answer) -> bool:
         """Whether it gives no verdict."""
-        return math.isnan(READERS.get(self.settings.protocol, written_label)(answer, self.settings.template.labels)[0])
+        return math.isnan(read_reply(answer, self.settings)[0])
 
 
 def written(pen: Pen, trees: Sequence[Tree]) -> Iterator[list[Answer]]:
@@ -173,12 +173,11 @@ def written_replies(pen: Pen, trees: Sequence[Tree], most_invalid: float = 1.0) 
 
     UserError as soon as surely more than `most_invalid` of them, or in the end more, are not in form.
     """
-    read, labels = READERS.get(pen.settings.protocol, written_label), pen.settings.template.labels
     replies: list[Floats] = []
     answers: list[Answer] = []
     invalid: list[Answer] = []
     for of_tree in written(pen, trees):
-        replies.append(np.array([read(answer, labels) for answer in of_tree]))
+        replies.append(np.array([read_reply(answer, pen.settings) for answer in of_tree]))
         answers += of_tree
         invalid += [answer for answer in of_tree if pen.says_nothing(answer)]
         sure = wilson_interval(len(invalid), len(answers), z=4)[0] > most_invalid
