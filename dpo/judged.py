@@ -8,7 +8,7 @@ No dimension letters. Read next: dpo/report.py.
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -88,12 +88,10 @@ class Judge:
 
     @property
     def attacks(self) -> list[Success]:
-        """On it alone."""
         return [one for one in self.run.results.get("attacks", []) if one["judge"] == self.role]
 
     @property
     def biases(self) -> list[Bias]:
-        """Its own."""
         return [one for one in self.run.results.get("biases", []) if one["judge"] == self.role]
 
 
@@ -166,14 +164,15 @@ def judges_of(runs: Sequence[Run]) -> list[Judge]:
             verdicts = {(v.id, v.pair, v.group, digest.get(v.id, told)): v for v in run.verdicts[role]}
             if role != "base" or all(judge.verdicts != verdicts for judge in found):
                 found.append(Judge(role, role, run, run.results["judge"][role], verdicts))  # type: ignore[literal-required]
-    for name in (_by_experiment, _by_settings, _by_folder):
+    names: tuple[Callable[[Judge, Sequence[Run]], str], ...] = (
+        lambda judge, twins: f"{judge.run.config.exp} {judge.role}",
+        _by_settings,
+        lambda judge, twins: f"{judge.run.folder.name} {judge.role}",
+    )
+    for name in names:
         twins = [[other.run for other in found if other.name == judge.name] for judge in found]
         found = [replace(j, name=name(j, of)) if len(of) > 1 else j for j, of in zip(found, twins, strict=True)]
     return found
-
-
-def _by_experiment(judge: Judge, twins: Sequence[Run]) -> str:
-    return f"{judge.run.config.exp} {judge.role}"
 
 
 def _by_settings(judge: Judge, twins: Sequence[Run]) -> str:
@@ -183,10 +182,6 @@ def _by_settings(judge: Judge, twins: Sequence[Run]) -> str:
     keys = [key for key in own if not key.startswith(("run.", "log.")) and any(one[key] != own[key] for one in of)]
     told = (f"{key}={own[key] if isinstance(own[key], str) else json.dumps(own[key])}" for key in keys)
     return ", ".join((judge.role, *told)) if len(keys) <= 3 else judge.name
-
-
-def _by_folder(judge: Judge, twins: Sequence[Run]) -> str:
-    return f"{judge.run.folder.name} {judge.role}"
 
 
 # --- two judges -----------------------------------------------------------------------------------------------------
@@ -250,10 +245,6 @@ def _averaged(verdict: Verdict) -> float:
     return 0.0 if math.isnan(odds) else odds
 
 
-def _surest_mistake(verdict: Verdict) -> float:
-    return -_averaged(verdict)
-
-
 def _between_orders(verdict: Verdict) -> float:
     return min(abs(verdict.first), abs(verdict.second)) if verdict.first * verdict.second > 0 else 0.0
 
@@ -273,8 +264,8 @@ def reasons(judges: Sequence[Judge]) -> dict[Key, list[str]]:
     """The pairs worth reading, and why, at most MOST_CASES of a kind; above 0 is a pair's claim to be read."""
     kinds: dict[str, dict[Key, float]] = {}
     for a in judges:
-        for name, claim in (("surest mistakes of", _surest_mistake), ("orders differ most for", _between_orders)):
-            kinds[f"{name} {a.name}"] = {key: claim(verdict) for key, verdict in a.verdicts.items()}
+        kinds[f"surest mistakes of {a.name}"] = {key: -_averaged(verdict) for key, verdict in a.verdicts.items()}
+        kinds[f"orders differ most for {a.name}"] = {key: _between_orders(of) for key, of in a.verdicts.items()}
     for a, b in combinations(judges, 2):
         both = [(key, a.verdicts[key], b.verdicts[key]) for key in a.verdicts if key in b.verdicts]
         kinds[f"{a.name} and {b.name} differ most"] = {key: _between_judges(one, other) for key, one, other in both}
