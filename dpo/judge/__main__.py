@@ -42,6 +42,7 @@ from dpo.log import stage
 from dpo.logprobs import score_trees
 from dpo.packing import better_size
 from dpo.policy import load_policy, with_adapter
+from dpo.report_run import percent
 from dpo.results import widest_interval
 from dpo.rows import Rows
 from dpo.runs import new_folder, write_json
@@ -239,13 +240,8 @@ def told(
     folder: Path, judged: Judged, summary: Summary, benchmark: Benchmark | None, attacks: Sequence[Success]
 ) -> str:
     """The figures in a few lines."""
-    averaged, consistent = (
-        f"{100 * share:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-        for share, (low, high) in (
-            (summary["averaged_accuracy"], widest_interval(summary)),
-            (summary["accuracy"], summary["accuracy_interval"]),
-        )
-    )
+    averaged = percent(summary["averaged_accuracy"], widest_interval(summary))
+    consistent = percent(summary["accuracy"], summary["accuracy_interval"])
     lines = [
         f"{judged.judge}: order-averaged accuracy {averaged}, consistent {consistent}; {summary['n']:,} pairs, "
         f"{summary['ties']:,} ties, {summary['invalid']:,} invalid; says A {100 * summary['raw_a_rate']:.0f} %"

@@ -16,11 +16,11 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo.judge.calibration import Floats
 from dpo.judge.statistics import PairedTest, Verdict, averaged_scores, compare, consistent_scores, holm, log_odds
 from dpo.rows import Row, normalise, prompt_key
 
 Pair = tuple[Row, tuple[int, int]]
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 SURFACE_ROWS = 10_000  # that the surface classifier is fitted on at most: its memory and time do not grow beyond
 
