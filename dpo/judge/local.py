@@ -19,8 +19,7 @@ from dpo.judge.calibration import Floats
 from dpo.judge.controls import conclude, control_verdicts
 from dpo.judge.protocols import read_verdicts as verdicts_of
 from dpo.judge.protocols import replies_of
-from dpo.judge.statistics import Verdict, compare_subsets, summarise, verdict_record
-from dpo.judge.statistics import compare as compare_judges
+from dpo.judge.statistics import Verdict, compare, compare_subsets, summarise, verdict_record
 from dpo.logprobs import TreeLogps
 from dpo.losses import pair_losses, reads, reward_metrics
 from dpo.packing import bare_batch
@@ -104,27 +103,21 @@ def evaluation(
 
 
 def judge_results(
-    inputs: Inputs,
-    config: Config,
-    judged: Mapping[str, Sequence[Verdict]],
-    base_validation: Sequence[Verdict],
+    inputs: Inputs, config: Config, judged: Mapping[str, Sequence[Verdict]], base_validation: Sequence[Verdict]
 ) -> dict[str, object]:
     """results.json's `judge`: the judges "base" and "trained", their comparison, and the controls.
 
     `judged` holds verdicts on the test rows by judge: those two, and "blind" and "rewards" where they are wanted.
     The controls that need validation rows are left out without any.
     """
-    seed = config.seed
+    seed, base, trained = config.seed, judged["base"], judged["trained"]
     test_pairs = [(row, pair) for row in inputs.splits.test for pair in pairs_of(row, config.judge.pairs_per_row)]
-    controls = control_verdicts(
-        inputs.splits.train, test_pairs, judged["base"], base_validation, judged.get("blind"), seed
-    )
-    conclusion = conclude(judged["trained"], controls, seed)
+    controls = control_verdicts(inputs.splits.train, test_pairs, base, base_validation, judged.get("blind"), seed)
     return {
         **{name: summarise(judge, seed, odds=name != "rewards") for name, judge in judged.items()},
-        "comparison": compare_judges(judged["trained"], judged["base"], seed),
-        "subset_tests": compare_subsets(judged["trained"], judged["base"], seed),
-        **conclusion,
+        "comparison": compare(trained, base, seed),
+        "subset_tests": compare_subsets(trained, base, seed),
+        **conclude(trained, controls, seed),
     }
 
 
