@@ -262,12 +262,11 @@ def _percent(figure: Figure, sign: str = "") -> str:
     return f"{mean} [{', '.join(ends)}]"
 
 
-def _contrast(kept: Kept, settings: Settings) -> str:
+def _contrast(kept: Kept, found: tuple[Difference, float] | None) -> str:
     named = kept["contrast"]
     if not named:
         return "No comparison was named before the runs: all of this is exploratory."
     told = f"Named before the runs: {named['a']} less {named['b']}, {named['readout']}"
-    found = contrast_of(kept, settings)
     if found is None:
         return f"{told}: its arms are not finished."
     of, p = found
@@ -281,16 +280,12 @@ def _contrast(kept: Kept, settings: Settings) -> str:
 
 def _standings(standings: Sequence[Standing], arms: Sequence[KeptArm]) -> list[Block]:
     shown = [readout for readout in READOUTS if any(readout in one.figures for one in standings)]
-    longer: dict[str, list[Bias]] = {}
-    for arm in arms:
-        longer.setdefault(arm["setting"], []).extend([arm["longer"]] if "longer" in arm else [])
     rows = [("setting", "seeds", "pairs", *shown, "averaged, its seeds", "prefers the longer")]
     for one in standings:
         figures = [_percent(one.figures[readout]) if readout in one.figures else "" for readout in shown]
         seeds = " to ".join(f"{100 * share:.1f}" for share in one.averaged_range)
-        told = ""
-        if biases := longer.get(one.setting):
-            told = _percent(mean_share([of["prefers"] / of["n"] for of in biases], biases[0]["interval"]))
+        biases = [arm["longer"] for arm in arms if arm["setting"] == one.setting and "longer" in arm]
+        told = _percent(mean_share([of["prefers"] / of["n"] for of in biases], biases[0]["interval"])) if biases else ""
         rows.append((one.setting, ", ".join(map(str, one.seeds)), f"{one.pairs:,}", *figures, seeds, told))
     text = NOTES["sweep"]["settings"]
     shares = {one.setting: [one.figures.get(readout) for readout in shown] for one in standings}
@@ -334,11 +329,7 @@ def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout
             y, whiskers = zip(*(figures[one] for one in names), strict=True)
             marks.append(Mark(name, x, y, tone, "joined", whiskers))
             if log and len(x) > 2:
-                slopes = [
-                    slope
-                    for seed in settings[names[0]]
-                    if (slope := _slope(x, names, settings, seed, readout)) is not None
-                ]
+                slopes = _slopes(x, [settings[name] for name in names], readout)
                 if len(slopes) > 1:
                     told = _percent((fmean(slopes), student(slopes)), "+")
                     blocks.append(Text("paragraph", f"{name}: {told} points of {readout} a doubling of {axis}."))
@@ -348,13 +339,12 @@ def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout
     return blocks
 
 
-def _slope(x: Sequence[float], names: Sequence[str], settings: Settings, seed: int, readout: str) -> float | None:
-    """The least-squares slope of a seed's means over log2 x; None where it lacks one."""
+def _slopes(x: Sequence[float], line: Sequence[Mapping[int, Judged]], readout: str) -> list[float]:
+    """The least-squares slope of the means over log2 x, of each seed that all settings of the line have."""
     role, score = READOUTS[readout]
-    if any(seed not in settings[name] for name in names):
-        return None
-    means = [float(score(settings[name][seed][role]).mean()) for name in names]
-    return float(np.polyfit(np.log2(x), means, 1)[0])
+    seeds = [seed for seed in line[0] if all(seed in by_seed for by_seed in line)]
+    means = [[float(score(by_seed[seed][role]).mean()) for by_seed in line] for seed in seeds]
+    return [float(np.polyfit(np.log2(x), of_seed, 1)[0]) for of_seed in means]
 
 
 def _attacks(kept: Kept) -> list[Block]:
@@ -384,11 +374,6 @@ def _won(of: Sequence[Success]) -> str:
     return _percent(mean_share([one["wins"] / one["n"] for one in of], of[0]["interval"])) if of else ""
 
 
-def _without_holm(of: Difference) -> dict[str, object]:
-    """Its figures; a contrast is one, and is not corrected."""
-    return {key: value for key, value in asdict(of).items() if key != "p_holm"}
-
-
 def _costs(kept: Kept) -> list[Block]:
     rows: list[tuple[str, ...]] = [
         ("setting", "arms", "steps", "tokens forward in training", "training, s", "all, s", "reference runs")
@@ -411,7 +396,8 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
     for one in standings:
         by_subset.append((one.setting, *(_percent(one.subsets[s]) if s in one.subsets else "" for s in subsets)))
     sources = {arm["source"] for arm in kept["arms"]}
-    lead = [Text("paragraph", kept["question"]), Text("verdict", _contrast(kept, settings))]
+    named = contrast_of(kept, settings)
+    lead = [Text("paragraph", kept["question"]), Text("verdict", _contrast(kept, named))]
     lead += [Text("command", kept["command"])] if kept["command"] else []
     lead += [Text("paragraph", f"{name} failed with exit code {code}.") for name, code in kept["failed"].items()]
     if len(sources) > 1:
@@ -424,9 +410,11 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
         "Attacks": _attacks(kept),
         "Cost": _costs(kept),
     }
-    named = contrast_of(kept, settings)
+    contrast = named and asdict(named[0]) | {"p_seeds": named[1]}
+    if contrast:
+        del contrast["p_holm"]  # it is one, and is not corrected
     figures: dict[str, object] = {
-        "contrast": named and {**_without_holm(named[0]), "p_seeds": named[1]},
+        "contrast": contrast,
         "settings": [asdict(one) for one in standings],
         "differences": [{**asdict(one), "resolved": one.resolved} for one in found],
     }
