@@ -204,10 +204,8 @@ def _curves(trained: Sequence[Run]) -> list[Block]:
     plots: list[Block] = []
     for number, run in enumerate(trained, 1):
         for name, (title, svg) in training_plots(run.metrics, run.results).items() if run.config.log.plots else ():
-            many = len(trained) > 1
-            plots.append(
-                Plot(f"{name}-{number}" if many else name, f"{run.folder.name}: {title}" if many else title, svg)
-            )
+            named = (f"{name}-{number}", f"{run.folder.name}: {title}") if len(trained) > 1 else (name, title)
+            plots.append(Plot(*named, svg))
     return plots
 
 
