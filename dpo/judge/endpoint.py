@@ -64,9 +64,7 @@ class Answer:
 
     text: str
     finish: str  # "stop", "length" (cut at endpoint.max_tokens), "content_filter", ...
-    tokens: tuple[
-        tuple[str, dict[str, float]], ...
-    ]  # of the text, each with log p (nats) of the likeliest in its place
+    tokens: tuple[tuple[str, dict[str, float]], ...]  # each with log p (nats) of the likeliest in its place
     prompt_tokens: int
     completion_tokens: int
     model: str  # as the endpoint names what it ran
@@ -102,8 +100,8 @@ def endpoint(config: EndpointConfig, cache: Path, usage: Usage) -> Ask:
         raise UserError(f"endpoint.url={config.url}: needs the package openai: pip install -e '.[api]'")
     if not (key := _key(config)).isascii() or not key.isprintable():
         raise UserError(f"endpoint.api_key_env={config.api_key_env}: this variable holds no key: plain characters only")
-    price = usage.price = read_price(config)
-    usage.cost = None if price is None else 0.0
+    usage.price = read_price(config)
+    usage.cost = None if usage.price is None else 0.0
     name = f"{re.sub(r'[^a-zA-Z0-9.-]', '_', config.model)[:60]}-{_hash([config.url, config.model])[:8]}"
     path = cache / "answers" / f"{name}.jsonl"
 
@@ -117,7 +115,7 @@ def endpoint(config: EndpointConfig, cache: Path, usage: Usage) -> Ask:
             progress(len(prompts), f"asking {config.model}", "answers") as bar,
             interruptible() as interrupted,
         ):
-            job = _Job(config, price, usage, in_form, interrupted)
+            job = _Job(config, usage, in_form, interrupted)
 
             def take(key: str, answer: Answer) -> None:
                 if answer.finish != "error" and key not in kept:
@@ -223,7 +221,6 @@ class _Job:
     """One list of prompts under way: what it may spend, how it goes, and why it is to stop."""
 
     config: EndpointConfig
-    price: tuple[float, float] | None
     usage: Usage
     in_form: InForm
     interrupted: Callable[[], bool]
@@ -248,8 +245,8 @@ class _Job:
         usage.unanswered += failed
         usage.prompt_tokens += answer.prompt_tokens
         usage.completion_tokens += answer.completion_tokens
-        if self.price is not None and usage.cost is not None:
-            usage.cost += _cost(self.price, answer.prompt_tokens, answer.completion_tokens)
+        if usage.price is not None and usage.cost is not None:
+            usage.cost += _cost(usage.price, answer.prompt_tokens, answer.completion_tokens)
         if failed or not self.in_form(answer):
             self.invalid += 1
             self.example = answer.text if failed else f"{answer.finish}: {show(answer.text)}"
@@ -258,7 +255,7 @@ class _Job:
 
     def may_spend(self, worker: int, request: Request) -> bool:
         """Reserves what the request can cost at most; stops the job where that is too much with nothing under way."""
-        if not self.config.max_cost or self.price is None or self.usage.cost is None:
+        if not self.config.max_cost or self.usage.price is None or self.usage.cost is None:
             return True
         prompt = cast("list[Message]", request["messages"])
         most_prompt = sum(len(message["content"].encode()) for message in prompt) + TEMPLATE_TOKENS
@@ -266,7 +263,7 @@ class _Job:
         if not isinstance(most_answer, int):
             self.stop = "endpoint.max_cost: needs a limit of tokens in the request; see max_tokens in endpoint.extra"
             return False
-        bound = _cost(self.price, most_prompt, most_answer)
+        bound = _cost(self.usage.price, most_prompt, most_answer)
         if self.usage.cost + sum(self.reserved.values()) + bound <= self.config.max_cost:
             self.reserved[worker] = bound
             return True
