@@ -63,11 +63,7 @@ def report_page(runs: Sequence[Run]) -> Page:
     if lone and lone.trained:
         results, controls = lone.results, "Controls: judges that have learnt nothing about judging"
         sections[controls] = report_run.controls(results["judge"])
-        sections["Training"] = [
-            report_run.training(results),
-            *report_run.critiques(results),
-            *sections.pop("Training"),
-        ]
+        sections["Training"] = [report_run.training(results), *report_run.critiques(results), *sections.pop("Training")]
         sections["Alarms"] = report_run.alarms(results["alarms"])
     sections |= {"What changed": _changed(compared, shown), "Rows": _rows(runs, shown)}
     if lone:
@@ -204,8 +200,8 @@ def _curves(trained: Sequence[Run]) -> list[Block]:
     plots: list[Block] = []
     for number, run in enumerate(trained, 1):
         for name, (title, svg) in training_plots(run.metrics, run.results).items() if run.config.log.plots else ():
-            named = (f"{name}-{number}", f"{run.folder.name}: {title}") if len(trained) > 1 else (name, title)
-            plots.append(Plot(*named, svg))
+            told = (f"{name}-{number}", f"{run.folder.name}: {title}") if len(trained) > 1 else (name, title)
+            plots.append(Plot(*told, svg))
     return plots
 
 

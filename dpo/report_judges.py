@@ -56,10 +56,8 @@ def position(judges: Sequence[Judge]) -> list[Block]:
         n = len(judge.verdicts)
         lean = f"{round(100 * (said['AA'] - said['BB']) / n, 1) + 0.0:+.1f} points"
         rows.append((judge.name, *(f"{count:,}" for count in (*counts, n - sum(counts))), lean))
-    if len(rows) == 1:
-        return []
     text = "What a judge says where the chosen answer is shown first, and where it is shown second."
-    return [Table("Verdicts in both orders", rows), Text("paragraph", text)]
+    return [Table("Verdicts in both orders", rows), Text("paragraph", text)] if len(rows) > 1 else []
 
 
 def calibration(judges: Sequence[Judge]) -> list[Block]:
@@ -179,8 +177,6 @@ def biases(judges: Sequence[Judge]) -> list[Block]:
             accuracies = [percent(hits / count) if count else "-" for hits, count in (right, wrong)]
             preferred = percent(of["prefers"] / n, of["interval"])
             rows.append((of["look"], judge.name, f"{n:,}", preferred, percent(chosen / n), *accuracies))
-    if len(rows) == 1:
-        return []
     likelier = any(of["look"] == LIKELIER for judge in judges for of in judge.biases)
     text = NOTES["looks"] + f" {NOTES['likelier']}" * likelier
-    return [Table("What is preferred for its looks", rows), Text("paragraph", text)]
+    return [Table("What is preferred for its looks", rows), Text("paragraph", text)] if len(rows) > 1 else []
