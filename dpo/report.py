@@ -44,10 +44,9 @@ MOST_CHANGED = 2000  # pairs listed on a page
 USAGE = "usage: python -m dpo.report RUN_FOLDER...   or sweeps' results, e.g. experiments/results/*"
 
 
-def report_page(runs: Sequence[Run]) -> Page:
+def report_page(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence[Compared]) -> Page:
     """The page: of one run all that there is to say, of several what compares their judges."""
-    judges = judges_of(runs)
-    compared, shown = comparisons(judges), cases(judges)
+    shown = cases(judges)
     trained = [run for run in runs if run.trained]
     sections: dict[str, Sequence[Block]] = {
         "Verdicts": [*_verdicts(judges, compared), *report_seeds.blocks(runs)],
@@ -232,9 +231,8 @@ def _rows(runs: Sequence[Run], shown: Mapping[Key, Case]) -> list[Block]:
 # --- from folders to files ------------------------------------------------------------------------------------------
 
 
-def figures(runs: Sequence[Run]) -> dict[str, object]:
+def figures(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence[Compared]) -> dict[str, object]:
     """report.json: what the page says, for machines; verdicts.jsonl of each run holds every pair."""
-    judges = judges_of(runs)
     whose, tests = _subset_tests(judges)
     return {
         "runs": [{"folder": str(run.folder), "exp": run.config.exp, **run.environment} for run in runs],
@@ -250,7 +248,7 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
         "comparisons": [
             {"judge": one.b.name, "against": one.a.name, "pairs": one.n, **one.test, "p_holm": one.p_holm}
             | {"changed": [asdict(of) for of in changed(one.a, one.b).values()]}
-            for one in comparisons(judges)
+            for one in compared
         ],
         "seeds": report_seeds.over_runs(runs),
         "subsets": {whose: tests},
@@ -267,7 +265,9 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = (), home: Path |
     """
     runs = [read_run(folder, rows) for folder in folders]
     try:  # with files as the runs wrote them there is nothing that could raise
-        page, told = report_page(runs), figures(runs)
+        judges = judges_of(runs)
+        compared = comparisons(judges)
+        page, told = report_page(runs, judges, compared), figures(runs, judges, compared)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         fault = f"without the key {error}" if isinstance(error, KeyError) else f"not as a run writes it ({error})"
         place = " or ".join(str(folder / name) for folder in folders for name in ("results.json", "env.json"))
