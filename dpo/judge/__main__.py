@@ -162,11 +162,8 @@ def benchmark_of(judged: Judged, verdicts: Sequence[Verdict], config: Config) ->
             by_row[verdict.id].append(verdict)
         return scored(name, lambda at: of_pairs([v for p in at for v in by_row[rows[p].id]]), groups, config.seed)
     parsed: list[float] = []
-    if (
-        judged.answers
-        and config.judge.protocol == "choose"
-        and "[[" in settings.template.system + settings.template.user
-    ):
+    boxed = "[[" in settings.template.system + settings.template.user
+    if judged.answers and config.judge.protocol == "choose" and boxed:
         slots = [settings.template.labels[chosen_slot(row, settings.seed)] for row in rows]
         parsed = [choice_score(official_choice(a.text), slot) for a, slot in zip(judged.answers, slots, strict=True)]
 
