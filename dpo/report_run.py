@@ -100,21 +100,8 @@ def controls(judge: Judgement) -> list[Block]:
 
 def training(results: Results) -> Table:
     """Its size, pace and arithmetic."""
-    rows = {
-        "": "training",
-        "optimizer steps": "{train[steps]:,}",
-        "pairs": "{train[pairs]:,}",
-        "tokens": "{train[tokens]:,}",
-        "time in steps": "{train[time_s]:,.1f} s",
-        "tokens/s": "{train[tokens_per_s]:,.0f}",
-        "peak memory": "{train[peak_rss_mib]:,.0f} MiB",
-        "reference log-probs": "{reference[hits]:,} found, {reference[misses]:,} computed",
-        "arithmetic": "{train[dtype]}",
-        "weights judged and exported": "of step {train[best_step]:,}",
-        "loss before the first update": "{step0_loss:.6f}",
-        "policy less reference then, at most": "{step0_max_difference:.2g} nats a completion",
-    }
-    return Table("Size and pace", [(name, figure.format_map(results)) for name, figure in rows.items()])
+    rows = [(name, figure.format_map(results)) for name, figure in NOTES["training"].items()]
+    return Table("Size and pace", [("", "training"), *rows])
 
 
 def critiques(results: Results) -> list[Table]:
