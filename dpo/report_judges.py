@@ -64,24 +64,19 @@ def calibration(judges: Sequence[Judge]) -> list[Block]:
     """How often they are right by how sure they are, of those that give probabilities."""
     marks = [Mark("as often right as sure", (0.5, 1), (0.5, 1), 3, "dashed")]
     rows = [("judge", "pairs", "sure of it, on average", "right")]
+    surest, tenths = [], [tenth / 10 for tenth in range(1, 11)]
     for tone, judge in enumerate(judges):
-        verdicts = list(judge.verdicts.values())
         if judge.summary["brier"] is None:
             continue  # it gave no probabilities
-        bins = reliability(verdicts)
+        bins = reliability(list(judge.verdicts.values()))
         for of in bins:
             right = percent(of["accuracy"], of["interval"])
             rows.append((judge.name, f"{of['n']:,}", percent(of["confidence"]), right))
         sure, right_of = [of["confidence"] for of in bins], [of["accuracy"] for of in bins]
         marks.append(Mark(judge.name, sure, right_of, tone, "joined", [of["interval"] for of in bins]))
-    if len(rows) == 1:
+        surest.append(Mark(judge.name, tenths, judge.summary["selective_accuracy"], tone, "joined"))
+    if not surest:
         return []
-    tenths = [tenth / 10 for tenth in range(1, 11)]
-    surest = [
-        Mark(judge.name, tenths, judge.summary["selective_accuracy"], tone, "joined")
-        for tone, judge in enumerate(judges)
-        if judge.summary["selective_accuracy"]
-    ]
     covered = "Accuracy on the surest verdicts"
     share = Axis("share of the verdicts, surest first", (0, 1), percent=True), Axis("right", (0, 1), percent=True)
     title = "Accuracy by confidence"
