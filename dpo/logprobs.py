@@ -26,15 +26,9 @@ TreeLogps = list[np.ndarray]
 def pack_logps(model: Decoder, pack: Pack, head_chunk: int, routing: Routing | None = None) -> Tensor:
     """log p of a pack's scored tokens [R], differentiable; `routing` is told the routes to its experts."""
     device = next(model.parameters()).device
-    return model(
-        pack.tokens_T.to(device),
-        pack.positions_T.to(device),
-        pack.layout,
-        pack.rows_R.to(device),
-        pack.targets_R.to(device),
-        head_chunk,
-        routing,
-    )
+    tokens_T, positions_T = pack.tokens_T.to(device), pack.positions_T.to(device)
+    rows_R, targets_R = pack.rows_R.to(device), pack.targets_R.to(device)
+    return model(tokens_T, positions_T, pack.layout, rows_R, targets_R, head_chunk, routing)
 
 
 def completion_sums(logp_R: Tensor, completion_R: Tensor, completions: int) -> Tensor:

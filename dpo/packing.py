@@ -73,8 +73,9 @@ def _pieces(index: int, tree: Tree, pack_tokens: int) -> list[_Piece]:
     return [*pieces, _Piece(index, tuple(taken), size)]
 
 
-def _first_fit_decreasing(pieces: Sequence[_Piece], trees: Sequence[Tree], pack_tokens: int) -> list[list[_Piece]]:
-    """Bins of pieces with one prefix each: each piece goes to the first bin that has room, the largest first."""
+def _first_fit_decreasing(trees: Sequence[Tree], pack_tokens: int) -> list[list[_Piece]]:
+    """Bins of the trees' pieces with one prefix each: each goes to the first bin that has room, the largest first."""
+    pieces = [piece for index, tree in enumerate(trees) for piece in _pieces(index, tree, pack_tokens)]
     bins: list[list[_Piece]] = []
     room: list[int] = []
     prefixes: list[tuple[int, ...]] = []
@@ -127,14 +128,8 @@ def _pack(pieces: Sequence[_Piece], trees: Sequence[Tree], slots: dict[tuple[int
         shapes.append((prompt - prefix, tuple(len(tree.branches[branch]) for branch in piece.branches)))
     padding = pack_tokens - len(tokens)
     rows_R, targets_R, completion_R = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3).T.contiguous()
-    return Pack(
-        torch.tensor(tokens + [0] * padding),
-        torch.tensor(positions + [0] * padding),
-        Layout(prefix, tuple(shapes)),
-        rows_R,
-        targets_R,
-        completion_R,
-    )
+    tokens_T, positions_T = torch.tensor(tokens + [0] * padding), torch.tensor(positions + [0] * padding)
+    return Pack(tokens_T, positions_T, Layout(prefix, tuple(shapes)), rows_R, targets_R, completion_R)
 
 
 def empty_pack(pack_tokens: int) -> Pack:
@@ -148,8 +143,7 @@ def empty_pack(pack_tokens: int) -> Pack:
 
 def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:
     """Batches that together hold every tree once; each batch's packs are to be kept until its loss is taken."""
-    pieces = [piece for index, tree in enumerate(trees) for piece in _pieces(index, tree, pack_tokens)]
-    bins = _first_fit_decreasing(pieces, trees, pack_tokens)
+    bins = _first_fit_decreasing(trees, pack_tokens)
     batches = []
     for group in _linked(bins):
         members = {tree: trees[tree] for tree in sorted({piece.tree for i in group for piece in bins[i]})}
@@ -161,8 +155,7 @@ def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:
 
 def filled_share(trees: Sequence[Tree], pack_tokens: int) -> float:
     """The share of the packs of trees that is not padding."""
-    pieces = [piece for index, tree in enumerate(trees) for piece in _pieces(index, tree, pack_tokens)]
-    bins = _first_fit_decreasing(pieces, trees, pack_tokens)
+    bins = _first_fit_decreasing(trees, pack_tokens)
     tokens = sum(trees[bin[0].tree].prefix + sum(piece.tokens for piece in bin) for bin in bins)
     return tokens / max(len(bins) * pack_tokens, 1)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dpo.config import PackConfig
@@ -88,10 +87,8 @@ def reference_logps(
     `score` runs the reference on whole trees, in order; all ranks must call together, the first one reads and writes.
     """
     keys = [[tree.key(c) for c in range(len(tree.completions))] for tree in trees]
-    found: dict[bytes, np.ndarray] = {}
-    if ranks.first:
-        found = read_values(folder, {key for tree_keys in keys for key in tree_keys})
-    found = broadcast_first(found, ranks)
+    wanted = {key for tree_keys in keys for key in tree_keys}
+    found = broadcast_first(read_values(folder, wanted) if ranks.first else {}, ranks)
     missing = [i for i, tree_keys in enumerate(keys) if any(key not in found for key in tree_keys)]
     misses = sum(key not in found for tree_keys in keys for key in tree_keys)
     usage.misses += misses
