@@ -326,16 +326,7 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
         seen = list(dict.fromkeys([*(seen or []), *own]))
     parts = {"train": train, "validation": validation, "test": test}
     counts = {name: {split: part.counts[name] for split, part in parts.items()} for name in train.counts}
-    report = {**splits.report, **counts}
+    splits = Splits(train.rows, validation.rows, test.rows, {**splits.report, **counts})
     return Inputs(
-        dtype,
-        cache,
-        model_folder,
-        reference_folder,
-        tokenizer,
-        Splits(train.rows, validation.rows, test.rows, report),
-        train.trees,
-        validation.trees,
-        attacked,
-        seen,
+        dtype, cache, model_folder, reference_folder, tokenizer, splits, train.trees, validation.trees, attacked, seen
     )
