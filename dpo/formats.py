@@ -34,7 +34,7 @@ HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Format(NamedTuple):
-    """One shape of row."""
+    """One shape of row; `convert` makes ours of a record, or None where it states no preference: `dropped` says why."""
 
     marks: Callable[[Record], bool]  # asked in the order of FORMATS
     convert: Convert
@@ -91,11 +91,6 @@ def recognise(record: Record) -> str | None:
     """The name of the format that the record's keys are of, if any; a null is an absent key."""
     there = {key: value for key, value in record.items() if value is not None}
     return next((name for name, format in FORMATS.items() if format.marks(there)), None)
-
-
-def convert(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:
-    """A record of the format `name` as a raw row of ours, or None where it states no preference: `dropped` says why."""
-    return FORMATS[name].convert(record, name, where, dropped)
 
 
 def known() -> str:
@@ -255,8 +250,7 @@ def _hh(record: Record, name: str, where: str, dropped: Counter[str]) -> Record 
         chat = zip(turns[::2], turns[1::2], strict=True)
         chats.append([{"role": HH_ROLES[who], "content": said.removeprefix(" ")} for who, said in chat])
     prompt, chosen, rejected = _last_turns(chats[0], chats[1], where)
-    reason = "identical answers" if plain(chosen) == plain(rejected) else None
-    return _unless(reason, _row(record, name, where, prompt, [chosen], [rejected]), dropped)
+    return _best(record, name, where, prompt, [(1, chosen), (0, rejected)], dropped)
 
 
 def _scored(record: Record, name: str, where: str, score: str, text: str, read: Read) -> list[tuple[float, Answer]]:

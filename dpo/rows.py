@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.formats import Answer, Message, convert, known, message_of, messages_of, need, plain, recognise, text_of
+from dpo.formats import FORMATS, Answer, Message, known, message_of, messages_of, need, plain, recognise, text_of
 from dpo.lines import Lines
 from dpo.shards import Record, read_records
 from models.errors import UserError, show
@@ -129,7 +129,8 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
                 record = _record(raw, where)
                 if format == "auto":
                     first = _format_of(record, where, first)
-                ours = convert(record, first[0] if first else format, where, dropped)
+                name = first[0] if first else format
+                ours = FORMATS[name].convert(record, name, where, dropped)
                 if ours is None:
                     continue
                 row = _row(ours, where)
