@@ -107,8 +107,7 @@ def cache_folder(config: Config) -> Path:
 def data_rows(config: Config, dropped: Counter[str]) -> tuple[Rows, list[str]]:
     """The rows of `data.path`, made, fetched or read, and their formats; `dropped` counts what prefers nothing."""
     if config.data.path == "checkable":
-        made = make_rows(**config.checkable.model_dump(), seed=config.seed)
-        return keep_rows(made, cache_folder(config)), ["ours"]
+        return keep_rows(make_rows(config.checkable, config.seed), cache_folder(config)), ["ours"]
     path = config.data.path
     plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
     place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
