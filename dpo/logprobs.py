@@ -21,6 +21,10 @@ WINDOW_TREES = 4096  # trees packed at a time when scoring: bin packing stays ch
 
 TreeLogps = list[np.ndarray]
 """Of one tree: for each completion, log p of its scored tokens (nats; fp32, fp64 in fp64 runs)."""
+Score = Callable[[Sequence[Tree]], list[TreeLogps]]
+"""A model as a function: trees in, per-token log-probs out."""
+Note = Callable[[Pack, Routing], None]
+"""What is told where a pack sent its tokens."""
 
 
 def pack_logps(model: Decoder, pack: Pack, head_chunk: int, routing: Routing | None = None) -> Tensor:
@@ -72,12 +76,7 @@ def batch_sums(logp_R: Tensor, batch: Batch, *, tails: bool = False) -> Tensor:
 
 @torch.no_grad()
 def score_trees(
-    model: Decoder,
-    trees: Sequence[Tree],
-    pack: PackConfig,
-    ranks: Ranks,
-    label: str,
-    note: Callable[[Pack, Routing], None] | None = None,
+    model: Decoder, trees: Sequence[Tree], pack: PackConfig, ranks: Ranks, label: str, note: Note | None = None
 ) -> list[TreeLogps]:
     """Per-token log-probs of every completion of every tree, in order. All ranks share the work and get all of it.
 

@@ -11,7 +11,7 @@ Loss settings are in none of them, so a sweep over losses, betas, rates and seed
 import ast
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from dpo.config import PackConfig
 from dpo.distributed import Ranks, broadcast_first
 from dpo.log import cpu_name
-from dpo.logprobs import TreeLogps
+from dpo.logprobs import Score, TreeLogps
 from dpo.store import main, read_values, write_part
 from dpo.trees import Tree
 
@@ -75,13 +75,7 @@ def numerics_tag(
     }
 
 
-def reference_logps(
-    folder: Path,
-    trees: Sequence[Tree],
-    score: Callable[[Sequence[Tree]], list[TreeLogps]],
-    ranks: Ranks,
-    usage: Usage,
-) -> list[TreeLogps]:
+def reference_logps(folder: Path, trees: Sequence[Tree], score: Score, ranks: Ranks, usage: Usage) -> list[TreeLogps]:
     """Per-token reference log-probs of every tree, from the store where it has them, else from `score` (and kept).
 
     `score` runs the reference on whole trees, in order; all ranks must call together, the first one reads and writes.

@@ -25,7 +25,6 @@ from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
 from dpo.judge.local import (
     Reply,
-    Score,
     evaluation,
     judge_results,
     likelihood_leads,
@@ -38,7 +37,7 @@ from dpo.judge.robustness import Success, biases, successes
 from dpo.judge.statistics import Verdict
 from dpo.judge.written import Pen, written_replies
 from dpo.log import peak_rss_mib, stage
-from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
+from dpo.logprobs import WINDOW_TREES, Note, Score, TreeLogps, score_trees
 from dpo.loop import TrainState, train
 from dpo.losses import losses_help, reads
 from dpo.pairs import TreeSums, reference_sums, tree_sums
@@ -46,7 +45,7 @@ from dpo.policy import load_policy, load_reference, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
 from dpo.results import read_metrics
-from dpo.routes import Note, keeps_routes, routes_of, store_missing, store_routes
+from dpo.routes import keeps_routes, routes_of, store_missing, store_routes
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, sole_process, write_json
 from dpo.settings import help_text, load_config
@@ -158,13 +157,10 @@ def train_and_judge(
         return tag | ({"experts": "packed"} if packed else {})  # other products; on the CPU they are the same
 
     def live(model: Decoder, label: str, routes: Path | None = None) -> Score:
-        if routes is None:
-            return lambda trees: score_trees(model, trees, config.pack, ranks, label)
-
-        def score(trees: Sequence[Tree], note: Note) -> list[TreeLogps]:
+        def score(trees: Sequence[Tree], note: Note | None = None) -> list[TreeLogps]:
             return score_trees(model, trees, config.pack, ranks, label, note)
 
-        return lambda trees: store_routes(routes, trees, score, ranks)
+        return score if routes is None else lambda trees: store_routes(routes, trees, score, ranks)
 
     def stored(model: Decoder, weights: str, label: str, routes: Path | None = None) -> Score:
         score = live(model, label, routes)
