@@ -153,14 +153,9 @@ def export(folder: Path, model: Decoder, source: Path, config: Config, ranks: Ra
     """
     tensors = full_parameters(model)
     if config.lora.rank:
-        save_adapter(
-            folder / "adapter",
-            tensors,
-            adapter_of(config.lora),
-            base=str(source),
-            architecture=model.config.architecture,
-            write=ranks.first,
-        )
+        adapter, architecture = adapter_of(config.lora), model.config.architecture
+        place = folder / "adapter"
+        save_adapter(place, tensors, adapter, base=str(source), architecture=architecture, write=ranks.first)
     save_folder(
         folder / "model",
         merged_weights(model, tensors),

@@ -94,13 +94,8 @@ def _put(folder: Path, parts: Iterable[Encoded]) -> Trees:
 
 
 def _address(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> str:
-    told = (
-        TABLE,
-        settings,
-        sorted(tokenizer.end_ids),
-        sorted(tokenizer.variables.items()),
-        importlib.metadata.version("tokenizers"),
-    )
+    library = importlib.metadata.version("tokenizers")
+    told = TABLE, settings, sorted(tokenizer.end_ids), sorted(tokenizer.variables.items()), library
     digest = hashlib.sha256(repr(told).encode())
     for module in CODE:
         digest.update(inspect.getsource(module).encode())

@@ -116,22 +116,17 @@ def response_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings) -> Tre
     prompt, pairs = tuple(tokenizer.prompt_ids(row.prompt)), pairs_of(row, settings.pairs_per_row)
     thinking = answers_of(row, pairs)
     scored = [tuple(tokenizer.completion_ids(row.prompt, *thought)) for thought in thinking.items()]
-    answers = list(thinking)
+    place = {answer: branch for branch, answer in enumerate(thinking)}
+    weight = PAIR_WEIGHTS[settings.pair_weight](len(pairs))
     return Tree(
         row.id,
         prompt,
         tuple(tokens[:-1] for tokens in scored),
         tuple(Completion(branch, 0, tokens) for branch, tokens in enumerate(scored)),
         tuple(
-            Pair(
-                answers.index(row.chosen[i]),
-                answers.index(row.rejected[j]),
-                PAIR_WEIGHTS[settings.pair_weight](len(pairs)) * values.weight,
-                values.margin,
-                values.soft_label,
-            )
+            Pair(place[row.chosen[i]], place[row.rejected[j]], weight * of.weight, of.margin, of.soft_label)
             for i, j in pairs
-            for values in [values_of(row, i, j)]
+            for of in [values_of(row, i, j)]
         ),
     )
 
