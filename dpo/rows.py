@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.formats import FORMATS, Answer, Message, known, message_of, messages_of, need, plain, recognise, text_of
+from dpo.formats import FORMATS, Answer, Message, message_of, messages_of, need, plain, recognise, text_of
 from dpo.lines import Lines
 from dpo.shards import Record, read_records
 from models.errors import UserError, show
@@ -205,7 +205,8 @@ def _format_of(record: Record, where: str, first: tuple[str, str] | None) -> tup
     """Format and place of the file's first row, which all its rows must be like."""
     found = recognise(record)
     if first is None and found is None:
-        raise UserError(f"{where}: the keys {show(sorted(record))} are of no known format. Known are {known()}")
+        known = "; ".join(f"{name}: {format.shape}" for name, format in FORMATS.items())
+        raise UserError(f"{where}: the keys {show(sorted(record))} are of no known format. Known are {known}")
     if first is not None and found not in (first[0], None):
         raise UserError(
             f"{where}: looks like the format {found}, but {first[1]} like {first[0]}; a file holds one format: split "
