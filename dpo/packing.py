@@ -8,7 +8,7 @@ than a pack is split between branches, its prompt repeated; packs that share a t
 differentiated together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -176,22 +176,17 @@ def bare_batch(members: Mapping[int, Tree]) -> Batch:
     completions = tuple((index, c) for index, tree in members.items() for c in range(len(tree.completions)))
     slots = {completion: slot for slot, completion in enumerate(completions)}
     pairs = [(index, place, pair) for index, tree in members.items() for place, pair in enumerate(tree.pairs)]
-    twins = [(p.twin - place if p.twin is not None else 0) for _, place, p in pairs]
-
-    def each(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype)
-
-    return Batch(
-        (),
-        completions,
-        each((len(members[index].completions[c].targets) for index, c in completions), torch.int64),
-        each((slots[index, pair.winner] for index, _, pair in pairs), torch.int64),
-        each((slots[index, pair.loser] for index, _, pair in pairs), torch.int64),
-        each(pair.weight for _, _, pair in pairs),
-        each(pair.margin for _, _, pair in pairs),
-        each(pair.soft_label for _, _, pair in pairs),
-        each(twins, torch.int64) + torch.arange(len(pairs)),
-    )
+    lengths = [len(members[index].completions[c].targets) for index, c in completions]
+    indices = [
+        (slots[index, pair.winner], slots[index, pair.loser], pair.twin - place if pair.twin is not None else 0)
+        for index, place, pair in pairs
+    ]
+    said = [(pair.weight, pair.margin, pair.soft_label) for _, _, pair in pairs]
+    winner_B, loser_B, to_twin_B = torch.tensor(indices, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+    weight_B, margin_B, soft_label_B = torch.tensor(said, dtype=torch.float64).reshape(-1, 3).T.contiguous()
+    twin_B = torch.arange(len(pairs)) + to_twin_B
+    lengths_S = torch.tensor(lengths, dtype=torch.int64)
+    return Batch((), completions, lengths_S, winner_B, loser_B, weight_B, margin_B, soft_label_B, twin_B)
 
 
 def pack_share(trees: Sequence[Tree], pack_tokens: int, rank: int, world: int) -> list[Batch]:
