@@ -117,7 +117,8 @@ def run(config: Config) -> Path:
     restarts = gather([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")], ranks)
     if not config.run.resume and any(count != "0" for count in restarts):  # torchrun started us again
         config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
-    resumed = broadcast_first(resumed_folder(config) if config.run.resume and ranks.first else None, ranks)
+    resume = config.run.resume
+    resumed = broadcast_first(resumed_folder(config, resume) if resume and ranks.first else None, ranks)
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)
     watch_ranks(ranks, config.run.hang_s)
