@@ -17,7 +17,6 @@ from models.errors import UserError, show
 Message = dict[str, str]  # role and content; an assistant's may have thinking, what it thought before
 Answer = str | Message  # a message where it has thinking
 Read = Callable[[object, str, str], Answer]  # an answer from (value, its name, "file:line")
-Convert = Callable[[Record, str, str, Counter[str]], Record | None]  # (record, format, "file:line", dropped)
 ROLES = ("system", "user", "assistant")
 THINKING = ("thinking", "reasoning_content", "reasoning")  # what others call it
 # Ours, where another format has them.
@@ -37,7 +36,7 @@ class Format(NamedTuple):
     """One shape of row; `convert` makes ours of a record, or None where it states no preference: `dropped` says why."""
 
     marks: Callable[[Record], bool]  # asked in the order of FORMATS
-    convert: Convert
+    convert: Callable[[Record, str, str, Counter[str]], Record | None]  # of (record, format, "file:line", dropped)
     shape: str  # as messages show it
 
 

@@ -102,9 +102,8 @@ def columns_of(rows: Iterable[Row]) -> set[str]:
 
 def row_digest(row: Row) -> str:
     """Of what a judge reads of the row, and of its id."""
-    return hashlib.sha256(
-        json.dumps([row.id, row.prompt, row.chosen, row.rejected, row.reference_answer]).encode()
-    ).hexdigest()[:16]
+    read = json.dumps([row.id, row.prompt, row.chosen, row.rejected, row.reference_answer])
+    return hashlib.sha256(read.encode()).hexdigest()[:16]
 
 
 def rows_digest(rows: Iterable[Row]) -> str:

@@ -221,15 +221,13 @@ def train_and_judge(
         score = live(policy, "validation")
         return evaluation(inputs, validation_references, score, reply(score), config)
 
-    def round_references(of_round: Inputs, weights: str) -> TreeSums:
+    def references_of(of_round: Inputs, weights: str) -> TreeSums:
         return training_references(of_round, config, stored(policy, weights, "reference"), ranks)
 
     critiques: list[dict[str, int]] = []
     with stage("train", times):
         if config.objective == "critiques":
-            done, critiques = train_rounds(
-                policy, inputs, round_references, evaluate, config, ranks, folder, fingerprint
-            )
+            done, critiques = train_rounds(policy, inputs, references_of, evaluate, config, ranks, folder, fingerprint)
         else:
             done = train(
                 policy,

@@ -138,11 +138,9 @@ def judge_prefix(tokenizer: Tokenizer, settings: TreeSettings) -> tuple[int, ...
     template that does not render without a reference answer.
     """
     prompts = [({"role": "user", "content": word},) for word in "0~"]
-    template, slots = settings.template, SLOTS[settings.protocol]
+    ask = partial(judge_messages, template=settings.template, sighted=settings.sighted)
     try:
-        messages = [
-            judge_messages(one, one[0]["content"] * slots, template, sighted=settings.sighted) for one in prompts
-        ]
+        messages = [ask(one, one[0]["content"] * SLOTS[settings.protocol]) for one in prompts]
     except UserError:
         return ()
     one, other = map(tokenizer.verdict_prompt_ids, messages)
