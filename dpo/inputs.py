@@ -92,13 +92,6 @@ def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
 
 
-def check_kernels(config: Config, device: str, dtype: torch.dtype) -> None:
-    """UserError where kernels.backend=triton asks for what this machine does not have."""
-    missing = why_not_triton(torch.device(device), dtype) if config.kernels.backend == "triton" else None
-    if missing is not None:
-        raise UserError(f"kernels.backend=triton: {missing}; or set kernels.backend=auto, which takes what there is")
-
-
 def cache_folder(config: Config) -> Path:
     """run.cache, else $DPO_CACHE, else ~/.cache/dpo-judges."""
     return Path(os.path.expanduser(config.run.cache or os.environ.get("DPO_CACHE") or "~/.cache/dpo-judges"))
@@ -284,7 +277,9 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     When `judging` only the rows to be judged are there (load_splits).
     """
     dtype = pick_dtype(config, device)
-    check_kernels(config, device, dtype)
+    missing = why_not_triton(torch.device(device), dtype) if config.kernels.backend == "triton" else None
+    if missing is not None:
+        raise UserError(f"kernels.backend=triton: {missing}; or set kernels.backend=auto, which takes what there is")
     cache = cache_folder(config)
     check_place("run.root", Path(config.run.root))
     check_place("run.cache", cache)

@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,7 +64,9 @@ class Trees(Lines[Tree]):
 def token_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings, cache: Path) -> Trees:
     """The trees of `rows` (dpo.trees.build_trees), from the cache where it has them, else built and kept there."""
     folder = cache / "tokens" / _address(rows, tokenizer, settings)
-    with _alone(folder.with_suffix(".lock")):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # of one process; the system lifts the lock of one that dies
         found = _open(folder)
         if found is None:
             found = _put(folder, _encoded(rows, lambda some: _lines(build_trees(some, tokenizer, settings))))
@@ -105,15 +107,6 @@ def _address(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) 
         said = row.id, row.prompt, row.chosen, row.rejected, row.thinking, row.pair_values, row.reference_answer
         digest.update(repr(said).encode())
     return digest.hexdigest()[:24]
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Within it no other process is within it; the system lifts the lock of one that dies."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _open(folder: Path) -> Trees | None:

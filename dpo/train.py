@@ -38,7 +38,7 @@ from dpo.judge.statistics import Verdict
 from dpo.judge.written import Pen, written_replies
 from dpo.log import peak_rss_mib, stage
 from dpo.logprobs import WINDOW_TREES, Note, Score, TreeLogps, score_trees
-from dpo.loop import TrainState, train
+from dpo.loop import train
 from dpo.losses import losses_help, reads
 from dpo.pairs import TreeSums, reference_sums, tree_sums
 from dpo.policy import load_policy, load_reference, with_adapter
@@ -89,20 +89,6 @@ def used_kernels(policy: Decoder, inputs: Inputs, config: Config, ranks: Ranks) 
     return {
         "linear_logprobs": describe(backend, ranks.device, inputs.dtype, *shape, trainable=not config.lora.rank),
         "preference_loss": describe_pairs(backend if pairs else "torch", ranks.device, exact),
-    }
-
-
-def train_results(done: TrainState, dtype: torch.dtype) -> dict[str, object]:
-    """results.json's `train`."""
-    return {
-        "steps": done.step,
-        "pairs": done.pairs,
-        "tokens": done.tokens,
-        "time_s": done.time_s,
-        "tokens_per_s": done.tokens / max(done.time_s, 1e-9),
-        "peak_rss_mib": peak_rss_mib(),
-        "best_step": done.best_step,
-        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -277,7 +263,16 @@ def train_and_judge(
                 for name, said in judged.items()
                 for bias in biases(name, test, said, config.seed, base_leads if name == "base" else leads)
             ],
-            "train": train_results(done, inputs.dtype),
+            "train": {
+                "steps": done.step,
+                "pairs": done.pairs,
+                "tokens": done.tokens,
+                "time_s": done.time_s,
+                "tokens_per_s": done.tokens / max(done.time_s, 1e-9),
+                "peak_rss_mib": peak_rss_mib(),
+                "best_step": done.best_step,
+                "dtype": str(inputs.dtype).removeprefix("torch."),
+            },
             "alarms": alarms_of(read_metrics(folder / "metrics.jsonl"), done.without_gradient),
             "kernels": used,
             "data": inputs.splits.report,
