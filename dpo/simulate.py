@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -357,20 +357,18 @@ def _cut_experts(policy: Decoder, config: Config, ranks: Ranks) -> None:
 
 def _free_gradients(policy: Decoder, world: int) -> None:
     """Let gradients go as they do: in one process at once (State has them), under FSDP when the layer's are whole."""
-    waiting: list[tuple[str, nn.Parameter]] = []
+    waiting: list[tuple[str, Tensor]] = []
 
-    def follow(unit: str, parameter: nn.Parameter) -> None:
-        def arrived(_: Tensor) -> None:
-            waiting.append((unit, parameter))
-            for place in [p for p in waiting if world == 1 or (unit and p[0] not in ("", unit))]:
-                place[1].grad = None
-                waiting.remove(place)
-
-        parameter.register_post_accumulate_grad_hook(arrived)
+    def arrived(unit: str, parameter: Tensor) -> None:
+        waiting.append((unit, parameter))
+        for place in [p for p in waiting if world == 1 or (unit and p[0] not in ("", unit))]:
+            place[1].grad = None
+            waiting.remove(place)
 
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
-            follow(name.split(".")[2] if name.startswith("model.layers.") else "", parameter)
+            unit = name.split(".")[2] if name.startswith("model.layers.") else ""
+            parameter.register_post_accumulate_grad_hook(partial(arrived, unit))
 
 
 def try_pack(
