@@ -54,12 +54,10 @@ def forward_code(root: Path) -> str:
     return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
 
 
-def numerics_tag(
-    device: torch.device, dtype: torch.dtype, pack: PackConfig, head_kernels: dict[str, str]
-) -> dict[str, str]:
+def numerics_tag(device: torch.device, dtype: torch.dtype, pack: PackConfig, head: dict[str, str]) -> dict[str, str]:
     """Everything that the bits of a log-prob depend on besides weights and tokens.
 
-    `head_kernels`: what kernels.backend.describe says of the head's path; NO_FORWARD is left out.
+    `head`: what kernels.backend.describe says of the head's path; NO_FORWARD is left out.
     """
     units = f"{torch.backends.cpu.get_cpu_capability()}, amx={torch.cpu._is_amx_tile_supported()}"
     cpu = f"{cpu_name()}, {units}"  # the libraries pick their kernels by both
@@ -71,7 +69,7 @@ def numerics_tag(
         "pack": f"{pack.tokens} tokens, head chunks of {pack.head_chunk}",
         "attention": "flex_attention" if device.type == "cuda" else "sdpa per branch",
         "code": forward_code(Path(__file__).parents[1]),
-        "head": ", ".join(f"{key}: {value}" for key, value in head_kernels.items() if key not in NO_FORWARD),
+        "head": ", ".join(f"{key}: {value}" for key, value in head.items() if key not in NO_FORWARD),
     }
 
 
