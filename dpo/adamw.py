@@ -30,9 +30,8 @@ class AdamW:
                 step = torch.zeros((), device=parameter.device)
                 moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[parameter] |= {"step": step, **moments}
-        steps, means, squares = (
-            [self.state[parameter][name] for parameter in moving] for name in ("step", "exp_avg", "exp_avg_sq")
-        )
+        states = [self.state[parameter] for parameter in moving]
+        steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
         if moving:
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(

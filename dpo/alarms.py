@@ -27,13 +27,12 @@ GRADIENT_STEPS = 5  # a LoRA update's A has none in step 1, where B is 0; by the
 DIFFERENCE = 1e-5  # nats a completion; on a CPU more than this stops the run (dpo/loop.py), elsewhere it is told
 
 Line = dict[str, float]
-Sign = Callable[[Sequence[Line], Config], float | None]
 
 
 class Kind(NamedTuple):
     """`sign` is its value where it shows in a run's first and last WINDOW training lines; texts: dpo/alarms.toml."""
 
-    sign: Sign
+    sign: Callable[[Sequence[Line], Config], float | None]
     least: int  # lines that it takes
     rewards: bool  # it reads rewards, of which a loss without a reference has none
     meaning: str

@@ -61,7 +61,6 @@ def save(folder: Path, model: Decoder, state: dict[str, object], ranks: Ranks, o
         tensors |= {f"{name}|{key}": value for key, value in moments.items()}
     ends = list(accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     files = {name: 1 + end // (FILE_BYTES * ranks.world) for name, end in zip(tensors, ends, strict=True)}
-    failure: BaseException
     try:
         with atomic_folder(folder) if ranks.first else nullcontext(folder) as temporary, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # that one process is enough
@@ -72,17 +71,14 @@ def save(folder: Path, model: Decoder, state: dict[str, object], ranks: Ranks, o
             if ranks.first:
                 (place / STATE).write_text(json.dumps(state, indent=2) + "\n")
                 (place / SUMS).write_text("".join([*sums, _line(place / STATE)]))
-        return
-    except dcp.CheckpointException as error:
-        failure = next(iter(error.failures.values()))[0]
-    except OSError as error:
-        failure = error
-    if not isinstance(failure, Exception):  # a second Ctrl-C
-        raise failure
-    raise UserError(
-        f"checkpoint {folder}: cannot write {ends[-1] / 2**20:.1f} MiB ({failure}); earlier checkpoints are whole. "
-        f"Free space ({shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB left), then run.resume=latest goes on"
-    ) from failure
+    except (dcp.CheckpointException, OSError) as error:
+        failure = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        if not isinstance(failure, Exception):  # a second Ctrl-C
+            raise failure from None
+        raise UserError(
+            f"checkpoint {folder}: cannot write {ends[-1] / 2**20:.1f} MiB ({failure}); earlier checkpoints are whole. "
+            f"Free space ({shutil.disk_usage(folder.parent).free / 2**20:.1f} MiB left), then run.resume=latest goes on"
+        ) from failure
 
 
 def _damaged(folder: Path, line: str) -> str:
@@ -153,14 +149,9 @@ def export(folder: Path, model: Decoder, source: Path, config: Config, ranks: Ra
     """
     tensors = full_parameters(model)
     if config.lora.rank:
-        save_adapter(
-            folder / "adapter",
-            tensors,
-            adapter_of(config.lora),
-            base=str(source),
-            architecture=model.config.architecture,
-            write=ranks.first,
-        )
+        adapter, architecture = adapter_of(config.lora), model.config.architecture
+        place = folder / "adapter"
+        save_adapter(place, tensors, adapter, base=str(source), architecture=architecture, write=ranks.first)
     save_folder(
         folder / "model",
         merged_weights(model, tensors),

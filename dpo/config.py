@@ -45,19 +45,8 @@ class DataConfig(Section):
         description="checkable (made here), a row file, a folder of them, or a Hub dataset ORG/NAME[@REVISION][:FILE]",
     )
     format: Literal[
-        "auto",
-        "judgebench",
-        "llmbar",
-        "rmbench",
-        "together",
-        "rb2",
-        "ours",
-        "ranked",
-        "ultrafeedback",
-        "binarized",
-        "hh",
-        "trl",
-        "implicit",
+        Literal["auto", "judgebench", "llmbar", "rmbench", "together", "rb2"],
+        Literal["ours", "ranked", "ultrafeedback", "binarized", "hh", "trl", "implicit"],
     ] = Field("auto", description="of the rows (dpo/formats.py); auto = by the keys of each file's first row")
     rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
     pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")

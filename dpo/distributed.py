@@ -60,16 +60,12 @@ def join_ranks(device: str, hang_s: float) -> Ranks:
     several = os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
     if several and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and os.environ.get(shared) != "1":
         raise UserError(f"torchrun --max-restarts on several nodes: set {shared}=1 before it, or ranks may not meet")
-    prefix = "" if several else restarts  # nodes count their own restarts
     store, rank, world = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo",  # objects go through gloo
-        store=dist.PrefixStore(prefix, store),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=hang_s + 60),
-    )
-    return Ranks(dist.get_rank(), dist.get_world_size(), local)
+    store = dist.PrefixStore("" if several else restarts, store)  # nodes count their own restarts
+    backend = "cpu:gloo,cuda:nccl" if local.type == "cuda" else "gloo"  # objects go through gloo
+    limit = timedelta(seconds=hang_s + 60)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    return Ranks(rank, world, local)
 
 
 def watch_ranks(ranks: Ranks, hang_s: float) -> None:

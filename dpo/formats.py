@@ -17,7 +17,6 @@ from models.errors import UserError, show
 Message = dict[str, str]  # role and content; an assistant's may have thinking, what it thought before
 Answer = str | Message  # a message where it has thinking
 Read = Callable[[object, str, str], Answer]  # an answer from (value, its name, "file:line")
-Convert = Callable[[Record, str, str, Counter[str]], Record | None]  # (record, format, "file:line", dropped)
 ROLES = ("system", "user", "assistant")
 THINKING = ("thinking", "reasoning_content", "reasoning")  # what others call it
 # Ours, where another format has them.
@@ -34,10 +33,11 @@ HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Format(NamedTuple):
-    """One shape of row."""
+    """One shape of row; `convert` makes ours of a record, or None where it states no preference: `dropped` says why."""
 
     marks: Callable[[Record], bool]  # asked in the order of FORMATS
-    convert: Convert
+    convert: Callable[[Record, str, str, Counter[str]], Record | None]  # of (record, format, "file:line", dropped)
+    shape: str  # as messages show it
 
 
 def plain(answer: Answer) -> str:
@@ -93,20 +93,10 @@ def recognise(record: Record) -> str | None:
     return next((name for name, format in FORMATS.items() if format.marks(there)), None)
 
 
-def convert(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:
-    """A record of the format `name` as a raw row of ours, or None where it states no preference: `dropped` says why."""
-    return FORMATS[name].convert(record, name, where, dropped)
-
-
-def known() -> str:
-    """The formats' names and shapes, for a message."""
-    return "; ".join(f"{name}: {shape}" for name, shape in SHAPES.items())
-
-
 def need(record: Record, key: str, name: str, where: str) -> object:
     """What the record of the format `name` has at `key`; UserError where it has nothing."""
     if record.get(key) is None:
-        shape = f"a row of the format {name} is {SHAPES[name]}"
+        shape = f"a row of the format {name} is {FORMATS[name].shape}"
         raise UserError(f"{where}: key {key!r} is missing or null; {shape}; data.format= forces another format")
     return record[key]
 
@@ -255,8 +245,7 @@ def _hh(record: Record, name: str, where: str, dropped: Counter[str]) -> Record 
         chat = zip(turns[::2], turns[1::2], strict=True)
         chats.append([{"role": HH_ROLES[who], "content": said.removeprefix(" ")} for who, said in chat])
     prompt, chosen, rejected = _last_turns(chats[0], chats[1], where)
-    reason = "identical answers" if plain(chosen) == plain(rejected) else None
-    return _unless(reason, _row(record, name, where, prompt, [chosen], [rejected]), dropped)
+    return _best(record, name, where, prompt, [(1, chosen), (0, rejected)], dropped)
 
 
 def _scored(record: Record, name: str, where: str, score: str, text: str, read: Read) -> list[tuple[float, Answer]]:
@@ -315,30 +304,32 @@ def _rmbench(record: Record, name: str, where: str, dropped: Counter[str]) -> Re
 
 
 FORMATS: dict[str, Format] = {
-    "judgebench": Format(_has(*JUDGEBENCH), _labelled),
-    "llmbar": Format(_has(*LLMBAR), _labelled),
-    "rmbench": Format(_has("domain"), _rmbench),
-    "together": Format(_has("preferred_output", "non_preferred_output"), _together),
-    "rb2": Format(_has("num_correct", "num_incorrect"), _rb2),
-    "ours": Format(_is_ours, lambda record, *_: record),
-    "ranked": Format(_has("context"), _ranked),
-    "ultrafeedback": Format(_has("completions"), _ultrafeedback),
-    "binarized": Format(_has(*(key for keys in SCORES for key in keys)), _binarized),
-    "hh": Format(_is_hh, _hh),
-    "trl": Format(_has("prompt"), _trl),
-    "implicit": Format(_has("chosen", "rejected"), _trl),
-}
-SHAPES = {  # of each format's rows, as messages show them
-    "judgebench": '{"pair_id"?, "source"?, "question", "response_A", "response_B", "label": "A>B"}',
-    "llmbar": '{"input", "output_1", "output_2", "label": 1}',
-    "rmbench": '{"id", "prompt", "chosen": [], "rejected": [], "domain"}',
-    "together": '{"input": {"messages"}, "preferred_output", "non_preferred_output"}',
-    "rb2": '{"id", "subset", "prompt", "chosen": [], "rejected": [], "num_correct", "num_incorrect"}',
-    "ours": '{"id", "subset", "prompt", "chosen", "rejected"}',
-    "ranked": '{"context": [], "completions": [{"rank", "completion"}, ...]}',
-    "ultrafeedback": '{"instruction", "completions": [{"response", "overall_score"}, ...]}',
-    "binarized": '{"prompt"?, "chosen", "rejected", "score_chosen", "score_rejected"}',
-    "hh": '{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": the same}',
-    "trl": '{"prompt", "chosen", "rejected"} of texts or messages',
-    "implicit": '{"chosen", "rejected"} of whole chats or texts',
+    "judgebench": Format(
+        _has(*JUDGEBENCH), _labelled, '{"pair_id"?, "source"?, "question", "response_A", "response_B", "label": "A>B"}'
+    ),
+    "llmbar": Format(_has(*LLMBAR), _labelled, '{"input", "output_1", "output_2", "label": 1}'),
+    "rmbench": Format(_has("domain"), _rmbench, '{"id", "prompt", "chosen": [], "rejected": [], "domain"}'),
+    "together": Format(
+        _has("preferred_output", "non_preferred_output"),
+        _together,
+        '{"input": {"messages"}, "preferred_output", "non_preferred_output"}',
+    ),
+    "rb2": Format(
+        _has("num_correct", "num_incorrect"),
+        _rb2,
+        '{"id", "subset", "prompt", "chosen": [], "rejected": [], "num_correct", "num_incorrect"}',
+    ),
+    "ours": Format(_is_ours, lambda record, *_: record, '{"id", "subset", "prompt", "chosen", "rejected"}'),
+    "ranked": Format(_has("context"), _ranked, '{"context": [], "completions": [{"rank", "completion"}, ...]}'),
+    "ultrafeedback": Format(
+        _has("completions"), _ultrafeedback, '{"instruction", "completions": [{"response", "overall_score"}, ...]}'
+    ),
+    "binarized": Format(
+        _has(*(key for keys in SCORES for key in keys)),
+        _binarized,
+        '{"prompt"?, "chosen", "rejected", "score_chosen", "score_rejected"}',
+    ),
+    "hh": Format(_is_hh, _hh, '{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": the same}'),
+    "trl": Format(_has("prompt"), _trl, '{"prompt", "chosen", "rejected"} of texts or messages'),
+    "implicit": Format(_has("chosen", "rejected"), _trl, '{"chosen", "rejected"} of whole chats or texts'),
 }

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 
@@ -23,22 +24,21 @@ def watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float) -> Non
     A line on stderr then names the ranks for which the others wait. Without the store, torchrun's, it ends at once; no
     one else uses this client of it, whose calls wait for each other.
     """
-    given = (store, rank, world, limit_s, threading.main_thread().ident or 0)
-    threading.Thread(target=_watch, args=given, daemon=True).start()
+    threading.Thread(target=_watch, args=(store, rank, world, limit_s), daemon=True).start()
 
 
-def _watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float, main: int) -> None:
+def _watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float) -> None:
     look_s = min(2.0, limit_s / LOOKS)
-    stood, still_s = _stack(main), 0.0  # looks are counted, not the clock: who was stopped may go on
+    stood, still_s = _stack(), 0.0  # looks are counted, not the clock: who was stopped may go on
     try:
         while not store.check(["hang"]):
             time.sleep(look_s)
-            stands = _stack(main)
+            stands = _stack()
             still_s = still_s + look_s if stands == stood else 0.0
             stood = stands
             if still_s > limit_s:
                 store.set("hang", "")
-        store.set(f"hang {rank}", _told(main))
+        store.set(f"hang {rank}", _told())
         time.sleep(2 * look_s + 1)  # until each that can has told
         told = {r: store.get(key).decode() for r in range(world) if store.check([key := f"hang {r}"])}
     except dist.DistError:  # torchrun is gone, or all is done
@@ -60,21 +60,19 @@ def _watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float, main:
     os._exit(1)
 
 
-def _frames(main: int) -> list[FrameType]:
-    frames, frame = [], sys._current_frames().get(main)
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
+def _frames() -> list[FrameType]:
+    """Of the main thread, the innermost first."""
+    innermost = sys._current_frames().get(threading.main_thread().ident or 0)
+    return [frame for frame, _ in traceback.walk_stack(innermost)] if innermost else []
 
 
-def _stack(main: int) -> list[tuple[object, int]]:
-    return [(frame.f_code, frame.f_lasti) for frame in _frames(main)]
+def _stack() -> list[tuple[object, int]]:
+    return [(frame.f_code, frame.f_lasti) for frame in _frames()]
 
 
-def _told(main: int) -> str:
+def _told() -> str:
     """Whether the main thread waits for other ranks, and which line of ours it is in."""
-    frames = _frames(main)
+    frames = _frames()
     ours = next((f for f in frames if f.f_code.co_filename.startswith(OURS)), None)
     place = f"{Path(ours.f_code.co_filename).relative_to(ROOT)}:{ours.f_lineno}" if ours else "its start or end"
     waits = bool(frames) and frames[0].f_code.co_filename.startswith(WAITING)

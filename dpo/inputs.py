@@ -92,13 +92,6 @@ def _cpu_multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
 
 
-def check_kernels(config: Config, device: str, dtype: torch.dtype) -> None:
-    """UserError where kernels.backend=triton asks for what this machine does not have."""
-    missing = why_not_triton(torch.device(device), dtype) if config.kernels.backend == "triton" else None
-    if missing is not None:
-        raise UserError(f"kernels.backend=triton: {missing}; or set kernels.backend=auto, which takes what there is")
-
-
 def cache_folder(config: Config) -> Path:
     """run.cache, else $DPO_CACHE, else ~/.cache/dpo-judges."""
     return Path(os.path.expanduser(config.run.cache or os.environ.get("DPO_CACHE") or "~/.cache/dpo-judges"))
@@ -107,8 +100,7 @@ def cache_folder(config: Config) -> Path:
 def data_rows(config: Config, dropped: Counter[str]) -> tuple[Rows, list[str]]:
     """The rows of `data.path`, made, fetched or read, and their formats; `dropped` counts what prefers nothing."""
     if config.data.path == "checkable":
-        made = make_rows(**config.checkable.model_dump(), seed=config.seed)
-        return keep_rows(made, cache_folder(config)), ["ours"]
+        return keep_rows(make_rows(config.checkable, config.seed), cache_folder(config)), ["ours"]
     path = config.data.path
     plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
     place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
@@ -285,7 +277,9 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     When `judging` only the rows to be judged are there (load_splits).
     """
     dtype = pick_dtype(config, device)
-    check_kernels(config, device, dtype)
+    missing = why_not_triton(torch.device(device), dtype) if config.kernels.backend == "triton" else None
+    if missing is not None:
+        raise UserError(f"kernels.backend=triton: {missing}; or set kernels.backend=auto, which takes what there is")
     cache = cache_folder(config)
     check_place("run.root", Path(config.run.root))
     check_place("run.cache", cache)
@@ -326,16 +320,7 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
         seen = list(dict.fromkeys([*(seen or []), *own]))
     parts = {"train": train, "validation": validation, "test": test}
     counts = {name: {split: part.counts[name] for split, part in parts.items()} for name in train.counts}
-    report = {**splits.report, **counts}
+    splits = Splits(train.rows, validation.rows, test.rows, {**splits.report, **counts})
     return Inputs(
-        dtype,
-        cache,
-        model_folder,
-        reference_folder,
-        tokenizer,
-        Splits(train.rows, validation.rows, test.rows, report),
-        train.trees,
-        validation.trees,
-        attacked,
-        seen,
+        dtype, cache, model_folder, reference_folder, tokenizer, splits, train.trees, validation.trees, attacked, seen
     )

@@ -21,20 +21,18 @@ WINDOW_TREES = 4096  # trees packed at a time when scoring: bin packing stays ch
 
 TreeLogps = list[np.ndarray]
 """Of one tree: for each completion, log p of its scored tokens (nats; fp32, fp64 in fp64 runs)."""
+Score = Callable[[Sequence[Tree]], list[TreeLogps]]
+"""A model as a function: trees in, per-token log-probs out."""
+Note = Callable[[Pack, Routing], None]
+"""What is told where a pack sent its tokens."""
 
 
 def pack_logps(model: Decoder, pack: Pack, head_chunk: int, routing: Routing | None = None) -> Tensor:
     """log p of a pack's scored tokens [R], differentiable; `routing` is told the routes to its experts."""
     device = next(model.parameters()).device
-    return model(
-        pack.tokens_T.to(device),
-        pack.positions_T.to(device),
-        pack.layout,
-        pack.rows_R.to(device),
-        pack.targets_R.to(device),
-        head_chunk,
-        routing,
-    )
+    tokens_T, positions_T = pack.tokens_T.to(device), pack.positions_T.to(device)
+    rows_R, targets_R = pack.rows_R.to(device), pack.targets_R.to(device)
+    return model(tokens_T, positions_T, pack.layout, rows_R, targets_R, head_chunk, routing)
 
 
 def completion_sums(logp_R: Tensor, completion_R: Tensor, completions: int) -> Tensor:
@@ -58,12 +56,9 @@ def tail_sums(logp_R: Tensor, completion_R: Tensor, sides_2B: Tensor, completion
     return completion_sums(logp_R[token_R.to(logp_R.device)], side_R, len(sides_2B))
 
 
-def batch_logps(
-    model: Decoder, batch: Batch, head_chunk: int, routings: Sequence[Routing | None] | None = None
-) -> Tensor:
+def batch_logps(model: Decoder, batch: Batch, head_chunk: int, routings: Sequence[Routing] | None = None) -> Tensor:
     """log p of a batch's scored tokens [R], differentiable; the graphs of its packs are all alive until backward."""
-    routings = routings or [None] * len(batch.packs)
-    packs = zip(batch.packs, routings, strict=True)
+    packs = zip(batch.packs, routings or [None] * len(batch.packs), strict=True)
     return torch.cat([pack_logps(model, pack, head_chunk, routing) for pack, routing in packs])
 
 
@@ -78,12 +73,7 @@ def batch_sums(logp_R: Tensor, batch: Batch, *, tails: bool = False) -> Tensor:
 
 @torch.no_grad()
 def score_trees(
-    model: Decoder,
-    trees: Sequence[Tree],
-    pack: PackConfig,
-    ranks: Ranks,
-    label: str,
-    note: Callable[[Pack, Routing], None] | None = None,
+    model: Decoder, trees: Sequence[Tree], pack: PackConfig, ranks: Ranks, label: str, note: Note | None = None
 ) -> list[TreeLogps]:
     """Per-token log-probs of every completion of every tree, in order. All ranks share the work and get all of it.
 

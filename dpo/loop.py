@@ -7,12 +7,13 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dpo.adamw import AdamW
 from dpo.alarms import DIFFERENCE, Watch, told
@@ -26,6 +27,7 @@ from dpo.pairs import TreeSums, tree_sums
 from dpo.routes import Routes
 from dpo.runs import write_json
 from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps, set_dropout
+from dpo.trees import Tree
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import read_json_object
@@ -99,22 +101,17 @@ def train(
         while done.step < len(steps) and not 0 < config.train.patience <= done.stale:
             begin = time.perf_counter()
             members = steps[done.step]
+            trees, tree_references = [inputs.train_trees[i] for i in members], [references[i] for i in members]
             set_dropout(policy, done.step, config, ranks)
             sums = accumulate_gradients(
-                policy,
-                [inputs.train_trees[i] for i in members],
-                [references[i] for i in members],
-                config,
-                ranks,
-                one_kernel=one_kernel,
-                routes=routes,
+                policy, trees, tree_references, config, ranks, one_kernel=one_kernel, routes=routes
             )
             policy.eval()
             if done.step == 0:
                 difference = float(torch.tensor(gather([sums["difference"]], ranks), dtype=torch.float64).max())
                 done.step0_loss, done.step0_max_difference = means(sums)["loss"], difference
                 if same_start and ranks.device.type == "cpu" and not difference <= STEP0_TOLERANCE:
-                    raise refused_start(difference, policy, inputs, members, references, config, ranks)
+                    raise refused_start(difference, policy, trees, tree_references, config, ranks)
             rate = learning_rate(done.step, len(steps), config.train)
             grad_norm = clip_gradients(parameters, config.train.clip_norm, ranks)
             if not math.isfinite(grad_norm):
@@ -176,19 +173,12 @@ def train(
 
 
 def refused_start(
-    difference: float,
-    policy: Decoder,
-    inputs: Inputs,
-    members: Sequence[int],
-    references: TreeSums,
-    config: Config,
-    ranks: Ranks,
+    difference: float, policy: Decoder, trees: list[Tree], references: list[Tensor], config: Config, ranks: Ranks
 ) -> UserError:
     """What to tell where step 0 found this difference, nats; a second pass over its trees says who is at fault."""
-    trees = [inputs.train_trees[i] for i in members]
     scored = score_trees(policy, trees, config.pack, ranks, "once more")
     sums = torch.cat([tree_sums(*of, config.loss) for of in zip(scored, trees, strict=True)])
-    again = float((sums - torch.cat([references[i] for i in members])).abs().max())
+    again = float((sums - torch.cat(references)).abs().max())
     if again <= STEP0_TOLERANCE:
         why = "this machine gave two answers to one question: run again, and report this"
     else:

@@ -8,7 +8,7 @@ than a pack is split between branches, its prompt repeated; packs that share a t
 differentiated together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,8 +73,9 @@ def _pieces(index: int, tree: Tree, pack_tokens: int) -> list[_Piece]:
     return [*pieces, _Piece(index, tuple(taken), size)]
 
 
-def _first_fit_decreasing(pieces: Sequence[_Piece], trees: Sequence[Tree], pack_tokens: int) -> list[list[_Piece]]:
-    """Bins of pieces with one prefix each: each piece goes to the first bin that has room, the largest first."""
+def _first_fit_decreasing(trees: Sequence[Tree], pack_tokens: int) -> list[list[_Piece]]:
+    """Bins of the trees' pieces with one prefix each: each goes to the first bin that has room, the largest first."""
+    pieces = [piece for index, tree in enumerate(trees) for piece in _pieces(index, tree, pack_tokens)]
     bins: list[list[_Piece]] = []
     room: list[int] = []
     prefixes: list[tuple[int, ...]] = []
@@ -127,14 +128,8 @@ def _pack(pieces: Sequence[_Piece], trees: Sequence[Tree], slots: dict[tuple[int
         shapes.append((prompt - prefix, tuple(len(tree.branches[branch]) for branch in piece.branches)))
     padding = pack_tokens - len(tokens)
     rows_R, targets_R, completion_R = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3).T.contiguous()
-    return Pack(
-        torch.tensor(tokens + [0] * padding),
-        torch.tensor(positions + [0] * padding),
-        Layout(prefix, tuple(shapes)),
-        rows_R,
-        targets_R,
-        completion_R,
-    )
+    tokens_T, positions_T = torch.tensor(tokens + [0] * padding), torch.tensor(positions + [0] * padding)
+    return Pack(tokens_T, positions_T, Layout(prefix, tuple(shapes)), rows_R, targets_R, completion_R)
 
 
 def empty_pack(pack_tokens: int) -> Pack:
@@ -148,8 +143,7 @@ def empty_pack(pack_tokens: int) -> Pack:
 
 def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:
     """Batches that together hold every tree once; each batch's packs are to be kept until its loss is taken."""
-    pieces = [piece for index, tree in enumerate(trees) for piece in _pieces(index, tree, pack_tokens)]
-    bins = _first_fit_decreasing(pieces, trees, pack_tokens)
+    bins = _first_fit_decreasing(trees, pack_tokens)
     batches = []
     for group in _linked(bins):
         members = {tree: trees[tree] for tree in sorted({piece.tree for i in group for piece in bins[i]})}
@@ -161,8 +155,7 @@ def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:
 
 def filled_share(trees: Sequence[Tree], pack_tokens: int) -> float:
     """The share of the packs of trees that is not padding."""
-    pieces = [piece for index, tree in enumerate(trees) for piece in _pieces(index, tree, pack_tokens)]
-    bins = _first_fit_decreasing(pieces, trees, pack_tokens)
+    bins = _first_fit_decreasing(trees, pack_tokens)
     tokens = sum(trees[bin[0].tree].prefix + sum(piece.tokens for piece in bin) for bin in bins)
     return tokens / max(len(bins) * pack_tokens, 1)
 
@@ -183,22 +176,17 @@ def bare_batch(members: Mapping[int, Tree]) -> Batch:
     completions = tuple((index, c) for index, tree in members.items() for c in range(len(tree.completions)))
     slots = {completion: slot for slot, completion in enumerate(completions)}
     pairs = [(index, place, pair) for index, tree in members.items() for place, pair in enumerate(tree.pairs)]
-    twins = [(p.twin - place if p.twin is not None else 0) for _, place, p in pairs]
-
-    def each(values: Iterable[float], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype)
-
-    return Batch(
-        (),
-        completions,
-        each((len(members[index].completions[c].targets) for index, c in completions), torch.int64),
-        each((slots[index, pair.winner] for index, _, pair in pairs), torch.int64),
-        each((slots[index, pair.loser] for index, _, pair in pairs), torch.int64),
-        each(pair.weight for _, _, pair in pairs),
-        each(pair.margin for _, _, pair in pairs),
-        each(pair.soft_label for _, _, pair in pairs),
-        each(twins, torch.int64) + torch.arange(len(pairs)),
-    )
+    lengths = [len(members[index].completions[c].targets) for index, c in completions]
+    indices = [
+        (slots[index, pair.winner], slots[index, pair.loser], pair.twin - place if pair.twin is not None else 0)
+        for index, place, pair in pairs
+    ]
+    said = [(pair.weight, pair.margin, pair.soft_label) for _, _, pair in pairs]
+    winner_B, loser_B, to_twin_B = torch.tensor(indices, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+    weight_B, margin_B, soft_label_B = torch.tensor(said, dtype=torch.float64).reshape(-1, 3).T.contiguous()
+    twin_B = torch.arange(len(pairs)) + to_twin_B
+    lengths_S = torch.tensor(lengths, dtype=torch.int64)
+    return Batch((), completions, lengths_S, winner_B, loser_B, weight_B, margin_B, soft_label_B, twin_B)
 
 
 def pack_share(trees: Sequence[Tree], pack_tokens: int, rank: int, world: int) -> list[Batch]:

@@ -56,13 +56,9 @@ def keeps_packed(config: Config, folder: Path) -> bool:
 
 def load_policy(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> Decoder:
     """The policy: all of it trainable in fp32 masters, or frozen in `dtype` (the arithmetic's) beside an adapter."""
-    policy = empty_decoder(
-        folder,
-        weight_dtype=dtype if config.lora.rank else torch.promote_types(dtype, torch.float32),
-        compute_dtype=dtype,
-        backend=config.kernels.backend,
-        packed=keeps_packed(config, folder),
-    )
+    weight_dtype = dtype if config.lora.rank else torch.promote_types(dtype, torch.float32)
+    packed, backend = keeps_packed(config, folder), config.kernels.backend
+    policy = empty_decoder(folder, weight_dtype=weight_dtype, compute_dtype=dtype, backend=backend, packed=packed)
     if config.lora.rank:
         add_lora(policy, adapter_of(config.lora), seed=config.seed)
     else:

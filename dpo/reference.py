@@ -11,18 +11,17 @@ Loss settings are in none of them, so a sweep over losses, betas, rates and seed
 import ast
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dpo.config import PackConfig
 from dpo.distributed import Ranks, broadcast_first
 from dpo.log import cpu_name
-from dpo.logprobs import TreeLogps
+from dpo.logprobs import Score, TreeLogps
 from dpo.store import main, read_values, write_part
 from dpo.trees import Tree
 
@@ -55,12 +54,10 @@ def forward_code(root: Path) -> str:
     return hashlib.sha256(repr(code).encode()).hexdigest()[:16]
 
 
-def numerics_tag(
-    device: torch.device, dtype: torch.dtype, pack: PackConfig, head_kernels: dict[str, str]
-) -> dict[str, str]:
+def numerics_tag(device: torch.device, dtype: torch.dtype, pack: PackConfig, head: dict[str, str]) -> dict[str, str]:
     """Everything that the bits of a log-prob depend on besides weights and tokens.
 
-    `head_kernels`: what kernels.backend.describe says of the head's path; NO_FORWARD is left out.
+    `head`: what kernels.backend.describe says of the head's path; NO_FORWARD is left out.
     """
     units = f"{torch.backends.cpu.get_cpu_capability()}, amx={torch.cpu._is_amx_tile_supported()}"
     cpu = f"{cpu_name()}, {units}"  # the libraries pick their kernels by both
@@ -72,26 +69,18 @@ def numerics_tag(
         "pack": f"{pack.tokens} tokens, head chunks of {pack.head_chunk}",
         "attention": "flex_attention" if device.type == "cuda" else "sdpa per branch",
         "code": forward_code(Path(__file__).parents[1]),
-        "head": ", ".join(f"{key}: {value}" for key, value in head_kernels.items() if key not in NO_FORWARD),
+        "head": ", ".join(f"{key}: {value}" for key, value in head.items() if key not in NO_FORWARD),
     }
 
 
-def reference_logps(
-    folder: Path,
-    trees: Sequence[Tree],
-    score: Callable[[Sequence[Tree]], list[TreeLogps]],
-    ranks: Ranks,
-    usage: Usage,
-) -> list[TreeLogps]:
+def reference_logps(folder: Path, trees: Sequence[Tree], score: Score, ranks: Ranks, usage: Usage) -> list[TreeLogps]:
     """Per-token reference log-probs of every tree, from the store where it has them, else from `score` (and kept).
 
     `score` runs the reference on whole trees, in order; all ranks must call together, the first one reads and writes.
     """
     keys = [[tree.key(c) for c in range(len(tree.completions))] for tree in trees]
-    found: dict[bytes, np.ndarray] = {}
-    if ranks.first:
-        found = read_values(folder, {key for tree_keys in keys for key in tree_keys})
-    found = broadcast_first(found, ranks)
+    wanted = {key for tree_keys in keys for key in tree_keys}
+    found = broadcast_first(read_values(folder, wanted) if ranks.first else {}, ranks)
     missing = [i for i, tree_keys in enumerate(keys) if any(key not in found for key in tree_keys)]
     misses = sum(key not in found for tree_keys in keys for key in tree_keys)
     usage.misses += misses

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo.config import Config
 from dpo.distributed import Ranks, broadcast_first, gather
-from dpo.logprobs import TreeLogps
+from dpo.logprobs import Note, TreeLogps
 from dpo.packing import Pack
 from dpo.store import Values, read_values, write_part
 from dpo.trees import Tree
@@ -26,7 +26,6 @@ from models.errors import UserError
 from models.routing import Routing
 
 WINDOW_TREES = 1024  # whose routes are held at once
-Note = Callable[[Pack, Routing], None]
 
 
 def _address(prefix: int, prompt: np.ndarray, branch: np.ndarray) -> bytes:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.formats import Answer, Message, convert, known, message_of, messages_of, need, plain, recognise, text_of
+from dpo.formats import FORMATS, Answer, Message, message_of, messages_of, need, plain, recognise, text_of
 from dpo.lines import Lines
 from dpo.shards import Record, read_records
 from models.errors import UserError, show
@@ -102,9 +102,8 @@ def columns_of(rows: Iterable[Row]) -> set[str]:
 
 def row_digest(row: Row) -> str:
     """Of what a judge reads of the row, and of its id."""
-    return hashlib.sha256(
-        json.dumps([row.id, row.prompt, row.chosen, row.rejected, row.reference_answer]).encode()
-    ).hexdigest()[:16]
+    read = json.dumps([row.id, row.prompt, row.chosen, row.rejected, row.reference_answer])
+    return hashlib.sha256(read.encode()).hexdigest()[:16]
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
@@ -129,7 +128,8 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
                 record = _record(raw, where)
                 if format == "auto":
                     first = _format_of(record, where, first)
-                ours = convert(record, first[0] if first else format, where, dropped)
+                name = first[0] if first else format
+                ours = FORMATS[name].convert(record, name, where, dropped)
                 if ours is None:
                     continue
                 row = _row(ours, where)
@@ -204,7 +204,8 @@ def _format_of(record: Record, where: str, first: tuple[str, str] | None) -> tup
     """Format and place of the file's first row, which all its rows must be like."""
     found = recognise(record)
     if first is None and found is None:
-        raise UserError(f"{where}: the keys {show(sorted(record))} are of no known format. Known are {known()}")
+        known = "; ".join(f"{name}: {format.shape}" for name, format in FORMATS.items())
+        raise UserError(f"{where}: the keys {show(sorted(record))} are of no known format. Known are {known}")
     if first is not None and found not in (first[0], None):
         raise UserError(
             f"{where}: looks like the format {found}, but {first[1]} like {first[0]}; a file holds one format: split "

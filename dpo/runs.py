@@ -49,12 +49,11 @@ def new_folder(config: Config) -> Path:
     return folder
 
 
-def resumed_folder(config: Config) -> Path | None:
-    """The folder that run.resume names, begun under the same configuration.
+def resumed_folder(config: Config, name: str) -> Path | None:
+    """The folder that `name`, a value of run.resume, is of, begun under the same configuration.
 
     `auto` is the last one begun so and without report, the last thing that a run writes, or None: a new run.
     """
-    name = config.run.resume
     home = Path(config.run.root) / config.exp
     if name == "auto":
         begun = sorted((path.parent for path in home.glob("[0-9]*/config.json")), reverse=True)

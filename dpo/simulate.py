@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -145,13 +145,9 @@ def _units(model: Decoder, own: Mapping[nn.Parameter, Tensor], parts: int) -> It
         sizes = {p: own[p].numel() * parts for p in parameters}  # the first part is the largest; the rest is padded
         masters = model.head.weight.requires_grad  # are gathered in the dtype of the arithmetic
         widths = {p: (model.compute_dtype if masters and p.is_floating_point() else p.dtype).itemsize for p in sizes}
-        yield Unit(
-            name,
-            sum(size * widths[p] for p, size in sizes.items()),
-            sum(size * exact.itemsize for p, size in sizes.items() if p.requires_grad),
-            1 + (name in few and model.checkpoint_activations),
-            name in modules,
-        )
+        gathered = sum(size * widths[p] for p, size in sizes.items())
+        reduced = sum(size * exact.itemsize for p, size in sizes.items() if p.requires_grad)
+        yield Unit(name, gathered, reduced, 1 + (name in few and model.checkpoint_activations), name in modules)
 
 
 # --- what a pack takes: metered ---------------------------------------------------------------------------------------
@@ -285,13 +281,9 @@ def head_cost(R: int, V: int, D: int, width: int, chunk: int, trained: bool, gpu
     product = 2 * R * V * D
     ms = modelled_ms(gpu, "chunked" if path == "torch" else path, steps("chunked", gpu, R, D, V, trained))
     shares = (2 / 3, 1 / 3) if trained else (1, 0)
+    time_s = (ms * shares[0] / 1e3, ms * shares[1] / 1e3)
     weight_grad = trained * (V * D * exact * (1 if kept else 2) + (0 if kept else work))
-    return Cost(
-        R * D * exact + kept,
-        (work, weight_grad),
-        (2 * product, trained * product),
-        (ms * shares[0] / 1e3, ms * shares[1] / 1e3),
-    )
+    return Cost(R * D * exact + kept, (work, weight_grad), (2 * product, trained * product), time_s)
 
 
 @dataclass(frozen=True)
@@ -365,20 +357,18 @@ def _cut_experts(policy: Decoder, config: Config, ranks: Ranks) -> None:
 
 def _free_gradients(policy: Decoder, world: int) -> None:
     """Let gradients go as they do: in one process at once (State has them), under FSDP when the layer's are whole."""
-    waiting: list[tuple[str, nn.Parameter]] = []
+    waiting: list[tuple[str, Tensor]] = []
 
-    def follow(unit: str, parameter: nn.Parameter) -> None:
-        def arrived(_: Tensor) -> None:
-            waiting.append((unit, parameter))
-            for place in [p for p in waiting if world == 1 or (unit and p[0] not in ("", unit))]:
-                place[1].grad = None
-                waiting.remove(place)
-
-        parameter.register_post_accumulate_grad_hook(arrived)
+    def arrived(unit: str, parameter: Tensor) -> None:
+        waiting.append((unit, parameter))
+        for place in [p for p in waiting if world == 1 or (unit and p[0] not in ("", unit))]:
+            place[1].grad = None
+            waiting.remove(place)
 
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
-            follow(name.split(".")[2] if name.startswith("model.layers.") else "", parameter)
+            unit = name.split(".")[2] if name.startswith("model.layers.") else ""
+            parameter.register_post_accumulate_grad_hook(partial(arrived, unit))
 
 
 def try_pack(

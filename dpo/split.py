@@ -132,15 +132,10 @@ def _split_like_the_study(rows: Rows, fraction: dict[str, float], seed: int) -> 
         train += drawn[:train_rows]
         test += drawn[train_rows : train_rows + test_rows]
     pairs = [
-        replace(
-            row,
-            id=f"{row.id}#{j}",
-            chosen=row.chosen[:1],
-            rejected=(rejected,),
-            pair_values=(values_of(row, 0, j),) if row.pair_values else (),
-        )
+        replace(row, id=f"{row.id}#{j}", chosen=row.chosen[:1], rejected=(rejected,), pair_values=values)
         for row in train
         for j, rejected in enumerate(row.rejected)
+        for values in [(values_of(row, 0, j),) if row.pair_values else ()]
     ]
     pairs.sort(key=lambda row: _draw(seed, row.id))
     n_validation = round(fraction["validation"] * len(pairs))

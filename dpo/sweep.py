@@ -145,9 +145,8 @@ def begun_folder(arm: Arm) -> Path | None:
     latest = Path(arm.config.run.root) / arm.config.exp / "latest"
     if not (latest / "config.json").is_file():
         return None
-    run = arm.config.run.model_copy(update={"resume": "latest"})
     try:
-        return resumed_folder(arm.config.model_copy(update={"run": run}))
+        return resumed_folder(arm.config, "latest")
     except UserError as error:
         raise UserError(f"{error}. For a sweep from the start move that folder away, or set run.root") from None
 
@@ -290,7 +289,7 @@ def sweep(
 def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: list[str]) -> None:
     """Put the finished arms' verdicts, compressed, and what else dpo/sweep_report.py reads into `folder`."""
     kept: list[KeptArm] = []
-    contrast = load_contrast(argv, *choices_of(arms))
+    contrast = contrast_of(arms, argv)
     for arm in arms:
         if not (run := finished_folder(arm)):
             continue
@@ -335,19 +334,17 @@ def file_of(path: str) -> str:
     return f"{Path(path).name} {hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
-def choices_of(arms: Sequence[Arm]) -> tuple[list[str], list[str]]:
-    """What a contrast may name: settings and readouts."""
-    return ["base", *dict.fromkeys(arm.setting for arm in arms)], list(READOUTS)
-
-
-def check_contrast(contrast: Contrast | None, arms: Sequence[Arm]) -> None:
-    """UserError where a side of the contrast will not have its readout."""
+def contrast_of(arms: Sequence[Arm], argv: list[str]) -> Contrast | None:
+    """The comparison that the sweep names before; UserError where a side of it will not have its readout."""
+    settings = ["base", *dict.fromkeys(arm.setting for arm in arms)]
+    contrast = load_contrast(argv, settings, list(READOUTS))
     if contrast and contrast.readout == "rewards":
         without = ["base", *(arm.setting for arm in arms if arm.config.judge.rewards == "off")]
         if side := next((side for side in (contrast.a, contrast.b) if side in without), ""):
             raise UserError(
                 f'sweep.contrast: readout = "rewards": {side} has none: a base never has, an arm needs judge.rewards'
             )
+    return contrast
 
 
 def _told(argv: Sequence[str]) -> list[str]:
@@ -362,7 +359,7 @@ def main(argv: list[str]) -> int:
     def command() -> int:
         mine, given = _own_arguments(argv)
         arms = load_sweep(given)
-        check_contrast(load_contrast(given, *choices_of(arms)), arms)
+        contrast_of(arms, given)
         any_source = mine["source"] == "any"
         if mine["--dry-run"]:
             check_arms(arms, any_source=any_source)

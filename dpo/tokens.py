@@ -17,9 +17,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -40,8 +39,8 @@ from models.tokenizer import Tokenizer
 
 CODE: tuple[ModuleType, ...] = (dpo.trees, dpo.judge.prompts, models.tokenizer)  # what makes tokens of rows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-# Of a tree: the bytes of its line; its row's place; how many of these it has; what Built says.
-TABLE = ("begin", "end", "row", "completions", "pairs", "cut", "merges")
+# Of a tree: how many bytes its line has; its row's place; how many of these it has; what Built says.
+TABLE = ("bytes", "row", "completions", "pairs", "cut", "merges")
 CHUNK_ROWS = 128  # rows that a worker takes at a time
 PARALLEL_ROWS = 2048  # below, starting workers costs more than it saves
 MOST_WORKERS = 16
@@ -65,10 +64,12 @@ class Trees(Lines[Tree]):
 def token_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings, cache: Path) -> Trees:
     """The trees of `rows` (dpo.trees.build_trees), from the cache where it has them, else built and kept there."""
     folder = cache / "tokens" / _address(rows, tokenizer, settings)
-    with _alone(folder.with_suffix(".lock")):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # of one process; the system lifts the lock of one that dies
         found = _open(folder)
         if found is None:
-            found = _put(folder, _encoded(rows, partial(_encode, tokenizer=tokenizer, settings=settings)))
+            found = _put(folder, _encoded(rows, lambda some: _lines(build_trees(some, tokenizer, settings))))
     return found
 
 
@@ -78,21 +79,25 @@ def keep_trees(folder: Path, trees: Iterable[Tree], rows: Iterable[int]) -> Tree
 
 
 def _put(folder: Path, parts: Iterable[Encoded]) -> Trees:
+    digest = hashlib.sha256()
+    tables = [np.zeros((0, len(TABLE)), np.int64)]
     with atomic_folder(folder) as new:
-        _write(new, parts)
+        with (new / "trees.jsonl").open("wb") as file:
+            for lines, table in parts:
+                file.write(lines)
+                digest.update(lines)
+                tables.append(table)
+        whole = np.concatenate(tables)
+        checksum = {"sha256": _checksum(digest.digest(), whole)}
+        safetensors.numpy.save_file({"table": whole}, new / "table.safetensors", checksum)
     found = _open(folder)
     assert found is not None, f"{folder} is not what was just written there"
     return found
 
 
 def _address(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> str:
-    told = (
-        TABLE,
-        settings,
-        sorted(tokenizer.end_ids),
-        sorted(tokenizer.variables.items()),
-        importlib.metadata.version("tokenizers"),
-    )
+    library = importlib.metadata.version("tokenizers")
+    told = TABLE, settings, sorted(tokenizer.end_ids), sorted(tokenizer.variables.items()), library
     digest = hashlib.sha256(repr(told).encode())
     for module in CODE:
         digest.update(inspect.getsource(module).encode())
@@ -102,15 +107,6 @@ def _address(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) 
         said = row.id, row.prompt, row.chosen, row.rejected, row.thinking, row.pair_values, row.reference_answer
         digest.update(repr(said).encode())
     return digest.hexdigest()[:24]
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Within it no other process is within it; the system lifts the lock of one that dies."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _open(folder: Path) -> Trees | None:
@@ -123,22 +119,10 @@ def _open(folder: Path) -> Trees | None:
             sound = (part.metadata() or {}).get("sha256") == _checksum(digest.digest(), table)
     except (OSError, safetensors.SafetensorError):
         return None
-    return Trees(file, table[:, :2], _decode, table, digest.hexdigest()) if sound else None
-
-
-def _write(folder: Path, parts: Iterable[Encoded]) -> None:
-    digest = hashlib.sha256()
-    tables: list[NDArray[np.int64]] = []
-    end = 0
-    with (folder / "trees.jsonl").open("wb") as file:
-        for lines, table in parts:
-            file.write(lines)
-            digest.update(lines)
-            tables.append(table + np.array([end, end, 0, 0, 0, 0, 0]))
-            end += len(lines)
-    whole = np.concatenate([np.zeros((0, len(TABLE)), np.int64), *tables])
-    checksum = {"sha256": _checksum(digest.digest(), whole)}
-    safetensors.numpy.save_file({"table": whole}, folder / "table.safetensors", checksum)
+    if not sound:
+        return None
+    ends = table[:, 0].cumsum()
+    return Trees(file, np.stack([ends - table[:, 0], ends], 1), _decode, table, digest.hexdigest())
 
 
 def _checksum(trees: bytes, table: NDArray[np.int64]) -> str:
@@ -158,12 +142,11 @@ def _encoded(rows: Sequence[Row], encode: Callable[[Sequence[Row]], Encoded]) ->
         parts = map(encode, chunks) if pool is None else pool.imap(_work, chunks)
         for begin, (lines, table) in zip(begins, parts, strict=True):
             bar.update(min(CHUNK_ROWS, len(rows) - begin))
-            yield lines, table + np.array([0, 0, begin, 0, 0, 0, 0])
+            yield lines, table + np.array([0, begin, 0, 0, 0, 0])
 
 
-_of_worker: list[
-    Callable[[Sequence[Row]], Encoded]
-] = []  # of a forked process: neither templates nor tokenizers travel
+# Of a forked process: neither templates nor tokenizers travel.
+_of_worker: list[Callable[[Sequence[Row]], Encoded]] = []
 
 
 def _begin_work(encode: Callable[[Sequence[Row]], Encoded]) -> None:
@@ -175,23 +158,16 @@ def _work(rows: Sequence[Row]) -> Encoded:
     return _of_worker[0](rows)
 
 
-def _encode(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> Encoded:
-    return _lines(build_trees(rows, tokenizer, settings))
-
-
 def _lines(trees: Iterable[Built]) -> Encoded:
     lines: list[bytes] = []
     table: list[tuple[int, ...]] = []
-    begin = 0
     for built in trees:
         tree = built.tree
         completions = [(c.branch, c.start, c.targets) for c in tree.completions]
         pairs = [(p.winner, p.loser, p.weight, p.margin, p.soft_label, p.twin) for p in tree.pairs]
         record = (tree.id, tree.prompt, tree.branches, completions, pairs, tree.prefix)
         lines.append(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        end = begin + len(lines[-1])
-        table.append((begin, end, built.row, len(completions), len(pairs), built.cut, built.merges))
-        begin = end
+        table.append((len(lines[-1]), built.row, len(completions), len(pairs), built.cut, built.merges))
     return b"".join(lines), np.array(table, np.int64).reshape(-1, len(TABLE))
 
 

@@ -25,7 +25,6 @@ from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
 from dpo.judge.local import (
     Reply,
-    Score,
     evaluation,
     judge_results,
     likelihood_leads,
@@ -38,15 +37,15 @@ from dpo.judge.robustness import Success, biases, successes
 from dpo.judge.statistics import Verdict
 from dpo.judge.written import Pen, written_replies
 from dpo.log import peak_rss_mib, stage
-from dpo.logprobs import WINDOW_TREES, TreeLogps, score_trees
-from dpo.loop import TrainState, train
+from dpo.logprobs import WINDOW_TREES, Note, Score, TreeLogps, score_trees
+from dpo.loop import train
 from dpo.losses import losses_help, reads
 from dpo.pairs import TreeSums, reference_sums, tree_sums
 from dpo.policy import load_policy, load_reference, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
 from dpo.results import read_metrics
-from dpo.routes import Note, keeps_routes, routes_of, store_missing, store_routes
+from dpo.routes import keeps_routes, routes_of, store_missing, store_routes
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, sole_process, write_json
 from dpo.settings import help_text, load_config
@@ -93,20 +92,6 @@ def used_kernels(policy: Decoder, inputs: Inputs, config: Config, ranks: Ranks) 
     }
 
 
-def train_results(done: TrainState, dtype: torch.dtype) -> dict[str, object]:
-    """results.json's `train`."""
-    return {
-        "steps": done.step,
-        "pairs": done.pairs,
-        "tokens": done.tokens,
-        "time_s": done.time_s,
-        "tokens_per_s": done.tokens / max(done.time_s, 1e-9),
-        "peak_rss_mib": peak_rss_mib(),
-        "best_step": done.best_step,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
 def run(config: Config) -> Path:
     """The whole path, from inputs to report; the run folder."""
     times: dict[str, float] = {}
@@ -118,7 +103,8 @@ def run(config: Config) -> Path:
     restarts = gather([os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")], ranks)
     if not config.run.resume and any(count != "0" for count in restarts):  # torchrun started us again
         config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
-    resumed = broadcast_first(resumed_folder(config) if config.run.resume and ranks.first else None, ranks)
+    resume = config.run.resume
+    resumed = broadcast_first(resumed_folder(config, resume) if resume and ranks.first else None, ranks)
     with stage("inputs", times):
         inputs = read_inputs(config, ranks.device.type)
     watch_ranks(ranks, config.run.hang_s)
@@ -158,13 +144,10 @@ def train_and_judge(
         return tag | ({"experts": "packed"} if packed else {})  # other products; on the CPU they are the same
 
     def live(model: Decoder, label: str, routes: Path | None = None) -> Score:
-        if routes is None:
-            return lambda trees: score_trees(model, trees, config.pack, ranks, label)
-
-        def score(trees: Sequence[Tree], note: Note) -> list[TreeLogps]:
+        def score(trees: Sequence[Tree], note: Note | None = None) -> list[TreeLogps]:
             return score_trees(model, trees, config.pack, ranks, label, note)
 
-        return lambda trees: store_routes(routes, trees, score, ranks)
+        return score if routes is None else lambda trees: store_routes(routes, trees, score, ranks)
 
     def stored(model: Decoder, weights: str, label: str, routes: Path | None = None) -> Score:
         score = live(model, label, routes)
@@ -224,15 +207,13 @@ def train_and_judge(
         score = live(policy, "validation")
         return evaluation(inputs, validation_references, score, reply(score), config)
 
-    def round_references(of_round: Inputs, weights: str) -> TreeSums:
+    def references_of(of_round: Inputs, weights: str) -> TreeSums:
         return training_references(of_round, config, stored(policy, weights, "reference"), ranks)
 
     critiques: list[dict[str, int]] = []
     with stage("train", times):
         if config.objective == "critiques":
-            done, critiques = train_rounds(
-                policy, inputs, round_references, evaluate, config, ranks, folder, fingerprint
-            )
+            done, critiques = train_rounds(policy, inputs, references_of, evaluate, config, ranks, folder, fingerprint)
         else:
             done = train(
                 policy,
@@ -282,7 +263,16 @@ def train_and_judge(
                 for name, said in judged.items()
                 for bias in biases(name, test, said, config.seed, base_leads if name == "base" else leads)
             ],
-            "train": train_results(done, inputs.dtype),
+            "train": {
+                "steps": done.step,
+                "pairs": done.pairs,
+                "tokens": done.tokens,
+                "time_s": done.time_s,
+                "tokens_per_s": done.tokens / max(done.time_s, 1e-9),
+                "peak_rss_mib": peak_rss_mib(),
+                "best_step": done.best_step,
+                "dtype": str(inputs.dtype).removeprefix("torch."),
+            },
             "alarms": alarms_of(read_metrics(folder / "metrics.jsonl"), done.without_gradient),
             "kernels": used,
             "data": inputs.splits.report,

@@ -77,49 +77,70 @@ class Tree:
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
+PAIR_WEIGHTS: dict[str, Callable[[int], float]] = {"pair": lambda pairs: 1.0, "row": lambda pairs: 1.0 / pairs}
+"""pair_weight -> weight of a pair whose row has so many: each pair counts the same, or each row."""
+
+
+@dataclass(frozen=True)
+class TreeSettings:
+    """All that trees depend on besides their rows and the tokenizer; the keys of the configuration say what each is."""
+
+    objective: str
+    pairs_per_row: int
+    pair_weight: str
+    pack_tokens: int
+    max_tokens: int = 0
+    too_long: str = "error"
+    sighted: bool = True
+    protocol: str = "compare"
+    template: Template = COMPARE
+    reference_answer: bool = True
+    seed: int = 0  # of the slots of `choose`, and of one_order
+    room: int = 0  # tokens left free behind every branch, for what is written there
+    one_order: bool = False
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of a prompt with one of its branches."""
+        return min(self.max_tokens or self.pack_tokens, self.pack_tokens) - self.room
+
+
 def answers_of(row: Row, pairs: Sequence[tuple[int, int]]) -> dict[str, str]:
     """The distinct answers of the pairs in their order -> what was thought before each, "" for nothing."""
     thinking = dict(row.thinking)
     return {answer: thinking.get(answer, "") for i, j in pairs for answer in (row.chosen[i], row.rejected[j])}
 
 
-def response_tree(row: Row, tokenizer: Tokenizer, pairs: Sequence[tuple[int, int]], pair_weight: str) -> Tree:
+def response_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings) -> Tree:
     """prompt -> chosen against rejected: a branch for each distinct answer that a pair needs."""
-    prompt = tuple(tokenizer.prompt_ids(row.prompt))
+    prompt, pairs = tuple(tokenizer.prompt_ids(row.prompt)), pairs_of(row, settings.pairs_per_row)
     thinking = answers_of(row, pairs)
     scored = [tuple(tokenizer.completion_ids(row.prompt, *thought)) for thought in thinking.items()]
-    answers = list(thinking)
+    place = {answer: branch for branch, answer in enumerate(thinking)}
+    weight = PAIR_WEIGHTS[settings.pair_weight](len(pairs))
     return Tree(
         row.id,
         prompt,
         tuple(tokens[:-1] for tokens in scored),
         tuple(Completion(branch, 0, tokens) for branch, tokens in enumerate(scored)),
         tuple(
-            Pair(
-                answers.index(row.chosen[i]),
-                answers.index(row.rejected[j]),
-                PAIR_WEIGHTS[pair_weight](len(pairs)) * values.weight,
-                values.margin,
-                values.soft_label,
-            )
+            Pair(place[row.chosen[i]], place[row.rejected[j]], weight * of.weight, of.margin, of.soft_label)
             for i, j in pairs
-            for values in [values_of(row, i, j)]
+            for of in [values_of(row, i, j)]
         ),
     )
 
 
-def judge_prefix(
-    tokenizer: Tokenizer, *, sighted: bool, template: Template = COMPARE, protocol: str = "compare"
-) -> tuple[int, ...]:
+def judge_prefix(tokenizer: Tokenizer, settings: TreeSettings) -> tuple[int, ...]:
     """The tokens that every judge's prompt begins with: what two prompts without a word in common share.
 
     Less one, so that a tree whose questions share nothing more still has a prompt token of its own. Empty for a
     template that does not render without a reference answer.
     """
     prompts = [({"role": "user", "content": word},) for word in "0~"]
-    slots = SLOTS[protocol]
+    ask = partial(judge_messages, template=settings.template, sighted=settings.sighted)
     try:
-        messages = [judge_messages(one, one[0]["content"] * slots, template, sighted=sighted) for one in prompts]
+        messages = [ask(one, one[0]["content"] * SLOTS[settings.protocol]) for one in prompts]
     except UserError:
         return ()
     one, other = map(tokenizer.verdict_prompt_ids, messages)
@@ -134,19 +155,7 @@ def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
     return shared
 
 
-def verdict_tree(
-    row: Row,
-    tokenizer: Tokenizer,
-    pairs: Sequence[tuple[int, int]],
-    pair_weight: str,
-    *,
-    protocol: str = "compare",
-    template: Template = COMPARE,
-    sighted: bool = True,
-    reference_answer: bool = True,
-    seed: int = 0,
-    prefix: tuple[int, ...] = (),
-) -> Tree:
+def verdict_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings, prefix: tuple[int, ...] = ()) -> Tree:
     """Judge prompt -> each of the template's L labels: a branch for each question that the protocol asks of the row.
 
     Completion b L + l is label l on branch b. The tokens that all questions share are the tree's prompt; `prefix` (of
@@ -154,18 +163,20 @@ def verdict_tree(
     the last token of the longest is read behind stands at the end of every branch. In `compare` each pair is asked in
     both orders, chosen first on even branches, second on odd ones: "A" against "B" are the tree's pairs.
     """
+    template, compared = settings.template, settings.protocol == "compare"
     labels = [tuple(tokenizer.verdict_ids(label)) for label in template.labels]
     tail = max(labels, key=len)[:-1]
     alike = all(label and label[:-1] == tail[: len(label) - 1] for label in labels)
-    if len(set(labels)) < len(labels) or not alike or (tail and protocol == "compare"):
+    if len(set(labels)) < len(labels) or not alike or (tail and compared):
         raise UserError(
             f"the tokenizer of {tokenizer.folder} writes the verdicts {' and '.join(template.labels)} as the tokens "
             f"{[list(label) for label in labels]}, but each must be one token of its own, or of `rate` begin as the "
             "longest does; take another model, or other labels in judge.template"
         )
-    reference = row.reference_answer if reference_answer else ""
-    questions = QUESTIONS[protocol](row, pairs, seed)
-    words = asked_by(template, row)
+    reference = row.reference_answer if settings.reference_answer else ""
+    pairs = pairs_of(row, settings.pairs_per_row)
+    questions = QUESTIONS[settings.protocol](row, pairs, settings.seed)
+    words, sighted = asked_by(template, row), settings.sighted
     messages = [judge_messages(row.prompt, one, words, sighted=sighted, reference=reference) for one in questions]
     asked = [tuple(tokenizer.verdict_prompt_ids(one)) for one in messages]
     if len(set(asked)) < len(set(questions)):
@@ -175,8 +186,8 @@ def verdict_tree(
         )
     prompt = asked[0][: _shared_tokens(asked)]
     branches = tuple(tokens[len(prompt) :] for tokens in asked)
-    weight = PAIR_WEIGHTS[pair_weight](len(branches))
-    values = [values_of(row, i, j) for i, j in pairs for _ in template.labels] if protocol == "compare" else []
+    weight = PAIR_WEIGHTS[settings.pair_weight](len(branches))
+    values = [values_of(row, i, j) for i, j in pairs for _ in template.labels] if compared else []
     return Tree(
         row.id,
         prompt,
@@ -206,36 +217,6 @@ def one_order(tree: Tree, seed: int) -> Tree:
     )
 
 
-TreeMaker = Callable[[Row, Tokenizer, Sequence[tuple[int, int]], str], Tree]
-
-PAIR_WEIGHTS: dict[str, Callable[[int], float]] = {"pair": lambda pairs: 1.0, "row": lambda pairs: 1.0 / pairs}
-"""pair_weight -> weight of a pair whose row has so many: each pair counts the same, or each row."""
-
-
-@dataclass(frozen=True)
-class TreeSettings:
-    """All that trees depend on besides their rows and the tokenizer; the keys of the configuration say what each is."""
-
-    objective: str
-    pairs_per_row: int
-    pair_weight: str
-    pack_tokens: int
-    max_tokens: int = 0
-    too_long: str = "error"
-    sighted: bool = True
-    protocol: str = "compare"
-    template: Template = COMPARE
-    reference_answer: bool = True
-    seed: int = 0  # of the slots of `choose`, and of one_order
-    room: int = 0  # tokens left free behind every branch, for what is written there
-    one_order: bool = False
-
-    @property
-    def limit(self) -> int:
-        """The most tokens of a prompt with one of its branches."""
-        return min(self.max_tokens or self.pack_tokens, self.pack_tokens) - self.room
-
-
 class Built(NamedTuple):
     """A tree and how it came to be."""
 
@@ -247,32 +228,18 @@ class Built(NamedTuple):
 
 def build_trees(rows: Sequence[Row], tokenizer: Tokenizer, settings: TreeSettings) -> Iterator[Built]:
     """A tree a row, in order; of those too long for settings.limit what TOO_LONG says."""
-    makers: dict[str, Callable[[], TreeMaker]] = {
-        "responses": lambda: response_tree,
-        "verdicts": lambda: partial(
-            verdict_tree,
-            protocol=settings.protocol,
-            template=settings.template,
-            sighted=settings.sighted,
-            reference_answer=settings.reference_answer,
-            seed=settings.seed,
-            prefix=judge_prefix(
-                tokenizer, sighted=settings.sighted, template=settings.template, protocol=settings.protocol
-            ),
-        ),
-    }
-    make = makers[settings.objective]()
+    answers = settings.objective == "responses"
+    make: Callable[[Row, Tokenizer, TreeSettings], Tree] = response_tree
+    if not answers:
+        make = partial(verdict_tree, prefix=judge_prefix(tokenizer, settings))
     for place, row in enumerate(rows):
-        pairs = pairs_of(row, settings.pairs_per_row)
+        thoughts = answers_of(row, pairs_of(row, settings.pairs_per_row)) if answers else {}
         fitting: Row | None = row
         try:
             while fitting:
-                tree = make(fitting, tokenizer, pairs, settings.pair_weight)
+                tree = make(fitting, tokenizer, settings)
                 if _longest(tree) <= settings.limit:
-                    merges = settings.objective == "responses" and any(
-                        tokenizer.boundary_differs(fitting.prompt, *thought)
-                        for thought in answers_of(row, pairs).items()
-                    )
+                    merges = any(tokenizer.boundary_differs(fitting.prompt, *thought) for thought in thoughts.items())
                     tree = one_order(tree, settings.seed) if settings.one_order else tree
                     yield Built(tree, place, fitting is not row, merges)
                     break

@@ -10,16 +10,17 @@ import pytest
 
 from dpo.checkable import assert_closed, make_rows
 from dpo.checkable.makers import BANKS, SUBSETS, TOPICS, Request, plain_words
+from dpo.config import CheckableConfig
 from dpo.rows import Row, normalise
 from models.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 
 
-def rows_of(**changed: object) -> list[Row]:
+def rows_of(seed: int = 0, **changed: object) -> list[Row]:
     arguments: dict[str, object] = {"train_rows": 320, "validation_rows": 80, "test_rows": 160, "difficulty": 2}
     arguments |= {"subsets": tuple(SUBSETS), "label_noise": 0.0, "length_confound": 0.0, "rejected_per_row": 1}
-    return make_rows(**arguments | {"seed": 0} | changed)  # type: ignore[arg-type]
+    return make_rows(CheckableConfig.model_construct(**arguments | changed), seed)
 
 
 def request(row: Row) -> str:

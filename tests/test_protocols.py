@@ -96,7 +96,7 @@ def test_rate_gives_verdicts_on_pairs_and_both_of_rewardbench_2s_scores() -> Non
 def test_a_trees_labels_are_scored_where_the_models_reply_begins(folder: str, request: pytest.FixtureRequest) -> None:
     tokenizer = load_tokenizer(request.getfixturevalue(folder))
     how = settings("rate")
-    tree = verdict_tree(FOUR[0], tokenizer, [(0, 0)], "pair", protocol="rate", template=how.template)
+    tree = verdict_tree(FOUR[0], tokenizer, how)
     labels = [tuple(tokenizer.verdict_ids(label)) for label in how.template.labels]
     assert len(tree.branches) == 4 and len(tree.completions) == 40 and tree.pairs == ()
     longest = max(map(len, labels))
@@ -120,7 +120,7 @@ def test_labels_that_begin_unlike_the_longest_are_refused(tiny_folder: Path, tmp
     path.write_text(f"{labels}\nsystem = ''\nuser = '{{{{ prompt }}}} {{{{ answer }}}}'\n")
     template = read_template(str(path), "rate")
     with pytest.raises(UserError, match="must be one token of its own"):
-        verdict_tree(FOUR[0], load_tokenizer(tiny_folder), [(0, 0)], "pair", protocol="rate", template=template)
+        verdict_tree(FOUR[0], load_tokenizer(tiny_folder), replace(settings("rate"), template=template))
 
 
 # ---- in words

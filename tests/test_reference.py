@@ -305,9 +305,9 @@ class Runs:
 def runs(tmp_path, monkeypatch):
     forwards: list[tuple[str, int]] = []
 
-    def noted(decoder, trees, pack, ranks, label):
+    def noted(decoder, trees, pack, ranks, label, note):
         forwards.append((label, len(trees)))
-        return score_trees(decoder, trees, pack, ranks, label)
+        return score_trees(decoder, trees, pack, ranks, label, note)
 
     monkeypatch.setattr("dpo.train.score_trees", noted)
     write_small_rows(tmp_path / "rows.jsonl")

@@ -12,7 +12,7 @@ import pytest
 
 from dpo import report, sweep
 from dpo.judge.local import read_verdicts
-from dpo.settings import load_config, load_contrast, load_sweep
+from dpo.settings import load_config, load_sweep
 from dpo.sweep_report import read_kept
 from models.errors import UserError
 
@@ -96,7 +96,7 @@ def test_named_arms_and_contrasts_that_cannot_be_are_refused(
 
 def test_a_contrast_is_read_as_it_was_named(tmp_path: Path) -> None:
     given = arms_file(tmp_path / "e.toml", '[sweep.contrast]\na = "ipo"\nb = "base"\nreadout = "says A"')
-    assert load_contrast(given, *sweep.choices_of(load_sweep(given))) == ("ipo", "base", "says A")
+    assert sweep.contrast_of(load_sweep(given), given) == ("ipo", "base", "says A")
 
 
 def test_a_single_run_leaves_a_files_sweep_alone_and_refuses_one_that_is_typed(tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from dpo.config import Config
 from dpo.judge.endpoint import request_of
 from dpo.rows import Row
 from dpo.settings import load_config
-from dpo.trees import response_tree, verdict_tree
+from dpo.trees import TreeSettings, response_tree, verdict_tree
 from models.errors import UserError
 from models.tokenizer import FROZEN_DATE, Tokenizer, byte_level_bpe, load_tokenizer, read_variables, write_tokenizer
 from tests.test_tokenizer import CHATS, USER, StoppedClock
+
+FIRST = TreeSettings("verdicts", 1, "pair", 2048)  # the first pair of a row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -283,15 +285,13 @@ def test_thinking_is_scored_before_the_answer_and_gone_from_earlier_turns(root: 
 def test_a_rows_thinking_is_trained_with_its_answer_and_not_shown_to_a_judge(root: Path) -> None:
     row = Row("r", "s", (USER,), ("Eight.",), ("Six.",), "g", thinking=(("Eight.", "Two fours."),))
     ours = ours_of(root / "harmony")
-    chosen, rejected = (
-        ours.decode(scored.targets) for scored in response_tree(row, ours, [(0, 0)], "pair").completions
-    )
+    chosen, rejected = (ours.decode(scored.targets) for scored in response_tree(row, ours, FIRST).completions)
     assert chosen == (
         "<|channel|>analysis<|message|>Two fours.<|end|><|start|>assistant<|channel|>final<|message|>Eight.<|return|>"
     )
     assert rejected == "<|channel|>final<|message|>Six.<|return|>"
-    judged = verdict_tree(row, ours, [(0, 0)], "pair")
-    assert judged == verdict_tree(replace(row, thinking=()), ours, [(0, 0)], "pair")
+    judged = verdict_tree(row, ours, FIRST)
+    assert judged == verdict_tree(replace(row, thinking=()), ours, FIRST)
 
 
 def test_generation_stops_at_the_end_of_a_turn_and_not_of_a_thought(root: Path, tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_a_verdict_stands_where_the_answers_text_begins(root: Path, name: str) -
         thinks = load_tokenizer(root / name, read_variables(["enable_thinking=true"]))
         assert thinks.verdict_prompt_ids(SYSTEM) == thinks.prompt_ids(SYSTEM) + ours.encode("<think>\n\n</think>\n\n")
     row = Row("r", "s", (USER,), ("Eight.",), ("Six.",), "g")
-    tree = verdict_tree(row, ours, [(0, 0)], "pair")
+    tree = verdict_tree(row, ours, FIRST)
     assert all(ours.decode([*tree.prompt, *branch]).endswith(opening) for branch in tree.branches)
 
 
@@ -339,7 +339,7 @@ def test_what_is_judged_ends_no_turn_and_opens_none(root: Path, name: str) -> No
     spelt = "".join(token.content for token in added.values())
 
     def marks(wrong: str) -> list[int]:
-        tree = verdict_tree(Row("r", "s", (USER,), ("Eight.",), (wrong,), "g"), ours, [(0, 0)], "pair")
+        tree = verdict_tree(Row("r", "s", (USER,), ("Eight.",), (wrong,), "g"), ours, FIRST)
         return [token for token in (*tree.prompt, *tree.branches[0]) if token in added]
 
     assert marks(f"Six.{spelt}") == marks("Six.") and set(ours.encode(f"Six.{spelt}")) >= set(added)

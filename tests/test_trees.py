@@ -21,6 +21,8 @@ DIALOGUE = (
     {"role": "user", "content": "Translate: 日本語 🙂"},
 )
 ROW = Row("r1", "Focus", USER, ("February.", "It is February."), ("March.", "Февраль?", "I don't know"), "g")
+PAIRS = TreeSettings("verdicts", 0, "pair", 2048)  # all of a row's
+FIRST = dataclasses.replace(PAIRS, pairs_per_row=1)
 ROWS = [ROW, dataclasses.replace(ROW, id="r2", prompt=DIALOGUE, chosen=("Japanese 🙂",), rejected=("日本",))]
 
 
@@ -63,7 +65,7 @@ def scored_sequence(tree: Tree, completion: Completion) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("row", ROWS, ids=["one turn", "dialogue"])
 def test_a_responses_scored_tokens_are_the_answer_and_its_end_of_turn(folder, tokenizer, row):
-    tree = response_tree(row, tokenizer, pairs_of(row, 0), "pair")
+    tree = response_tree(row, tokenizer, PAIRS)
     assert tree.prompt == plain(folder, row.prompt)
     end = tokenizer.encode("<|im_end|>")
     for answer, completion in zip([*row.chosen, *row.rejected], _by_answer(tree, row), strict=True):
@@ -85,7 +87,7 @@ def _by_answer(tree: Tree, row: Row) -> list[Completion]:
 
 def test_an_answer_that_begins_or_ends_in_white_space_is_scored_as_generation_would_write_it(tokenizer):
     row = dataclasses.replace(ROW, chosen=("\n\nFebruary. \n",), rejected=(" February",))
-    tree = response_tree(row, tokenizer, [(0, 0)], "pair")
+    tree = response_tree(row, tokenizer, FIRST)
     assert [tokenizer.decode(completion.targets) for completion in tree.completions] == [
         "\n\nFebruary. \n<|im_end|>",
         " February<|im_end|>",
@@ -94,17 +96,17 @@ def test_an_answer_that_begins_or_ends_in_white_space_is_scored_as_generation_wo
 
 
 def test_each_answer_is_run_once_however_many_pairs_it_is_in(tokenizer):
-    tree = response_tree(ROW, tokenizer, pairs_of(ROW, 0), "pair")
+    tree = response_tree(ROW, tokenizer, PAIRS)
     assert len(tree.branches) == len(tree.completions) == 5 and len(tree.pairs) == 6
     assert len({(pair.winner, pair.loser) for pair in tree.pairs}) == 6
     repeated = dataclasses.replace(ROW, chosen=("February.", "February."), rejected=("March.", "March."))
-    tree = response_tree(repeated, tokenizer, pairs_of(repeated, 0), "pair")
+    tree = response_tree(repeated, tokenizer, PAIRS)
     assert len(tree.branches) == len(tree.completions) == 2
     assert {(pair.winner, pair.loser) for pair in tree.pairs} == {(0, 1)} and len(tree.pairs) == 4
 
 
 def test_only_the_answers_of_the_pairs_asked_for_are_run(tokenizer):
-    tree = response_tree(ROW, tokenizer, pairs_of(ROW, 2), "pair")
+    tree = response_tree(ROW, tokenizer, dataclasses.replace(PAIRS, pairs_per_row=2))
     assert [tokenizer.decode(c.targets) for c in tree.completions] == [
         f"{answer}<|im_end|>" for answer in ("February.", "March.", "Февраль?")
     ]
@@ -117,7 +119,7 @@ def test_only_the_answers_of_the_pairs_asked_for_are_run(tokenizer):
 @pytest.mark.parametrize("sighted", [True, False], ids=["sighted", "blind"])
 @pytest.mark.parametrize("row", ROWS, ids=["one turn", "dialogue"])
 def test_prompt_and_branch_are_the_judges_whole_prompt_in_each_order(folder, tokenizer, row, sighted):
-    tree = verdict_tree(row, tokenizer, pairs_of(row, 0), "pair", sighted=sighted)
+    tree = verdict_tree(row, tokenizer, dataclasses.replace(PAIRS, sighted=sighted))
     assert len(tree.branches) == 2 * len(pairs_of(row, 0))
     orders = [order for i, j in pairs_of(row, 0) for order in _orders(row.chosen[i], row.rejected[j])]
     for branch, (first, second) in zip(tree.branches, orders, strict=True):
@@ -147,7 +149,7 @@ def _turns(text: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("row", ROWS, ids=["one turn", "dialogue"])
 def test_the_winner_is_the_letter_that_stands_before_the_chosen_answer_in_both_orders(tokenizer, row):
-    tree = verdict_tree(row, tokenizer, pairs_of(row, 0), "pair")
+    tree = verdict_tree(row, tokenizer, PAIRS)
     for b, pair in enumerate(tree.pairs):
         winner, loser = tree.completions[pair.winner], tree.completions[pair.loser]
         assert winner.branch == loser.branch == b
@@ -163,7 +165,7 @@ def test_the_winner_is_the_letter_that_stands_before_the_chosen_answer_in_both_o
 
 @pytest.mark.parametrize("pairs_per_row", [0, 1])
 def test_the_shared_prefix_of_the_orders_is_as_long_as_it_can_be(tokenizer, pairs_per_row):
-    tree = verdict_tree(ROW, tokenizer, pairs_of(ROW, pairs_per_row), "pair")
+    tree = verdict_tree(ROW, tokenizer, dataclasses.replace(PAIRS, pairs_per_row=pairs_per_row))
     assert len({branch[0] for branch in tree.branches}) > 1  # one more token would not be shared
     assert ROW.prompt[0]["content"] in tokenizer.decode(tree.prompt)
 
@@ -171,7 +173,7 @@ def test_the_shared_prefix_of_the_orders_is_as_long_as_it_can_be(tokenizer, pair
 def test_a_branch_never_becomes_empty_even_where_one_order_begins_as_another_ends(tokenizer):
     """Answers of which one begins with the other share more than the request."""
     row = dataclasses.replace(ROW, chosen=("no",), rejected=("no no",))
-    tree = verdict_tree(row, tokenizer, [(0, 0)], "pair")
+    tree = verdict_tree(row, tokenizer, FIRST)
     assert all(tree.branches) and tree.branches[0][0] != tree.branches[1][0]
 
 
@@ -181,7 +183,8 @@ def test_a_branch_never_becomes_empty_even_where_one_order_begins_as_another_end
 @pytest.mark.parametrize(("build", "pairs"), [(response_tree, 6), (verdict_tree, 12)])
 def test_a_pair_weighs_one_or_all_pairs_of_a_row_together_do(tokenizer, build, pairs):
     for name, weight in (("pair", 1.0), ("row", 1 / pairs)):
-        assert [pair.weight for pair in build(ROW, tokenizer, pairs_of(ROW, 0), name).pairs] == [weight] * pairs
+        settings = dataclasses.replace(PAIRS, pair_weight=name)
+        assert [pair.weight for pair in build(ROW, tokenizer, settings).pairs] == [weight] * pairs
 
 
 BASE = Tree("t", (5, 6, 7), ((8, 9), (8,)), (Completion(0, 1, (9, 2)), Completion(1, 0, (8, 2))), (Pair(0, 1, 1.0),))
@@ -272,9 +275,9 @@ def test_a_pack_runs_the_prefix_of_its_trees_once_and_keeps_other_prefixes_apart
 
 
 def test_a_prefix_that_a_prompt_does_not_begin_with_is_not_shared(tokenizer):
-    tree = verdict_tree(ROW, tokenizer, [(0, 0)], "pair", prefix=(1, 2, 3))
+    tree = verdict_tree(ROW, tokenizer, FIRST, prefix=(1, 2, 3))
     assert tree.prefix == 0
-    whole = verdict_tree(ROW, tokenizer, [(0, 0)], "pair", prefix=tree.prompt)  # a prompt keeps a token of its own
+    whole = verdict_tree(ROW, tokenizer, FIRST, prefix=tree.prompt)  # a prompt keeps a token of its own
     assert whole.prefix == 0 and whole.prompt == tree.prompt
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from random import Random
 
 from dpo.checkable.makers import BANKS, SUBSETS, Request, Subset
+from dpo.config import CheckableConfig
 from dpo.rows import Row, normalise
 from models.errors import UserError
 
@@ -22,18 +23,7 @@ _COUPLINGS = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))  # the ways 
 _TRIES = 1000  # draws for one group before we say that the banks are exhausted
 
 
-def make_rows(
-    *,
-    train_rows: int,
-    validation_rows: int,
-    test_rows: int,
-    subsets: Sequence[str],
-    label_noise: float,
-    length_confound: float,
-    difficulty: int,
-    rejected_per_row: int,
-    seed: int,
-) -> list[Row]:
+def make_rows(config: CheckableConfig, seed: int) -> list[Row]:
     """Make the rows of all three splits; equal arguments give equal rows on every machine.
 
     Sizes are rounded up to whole groups of 4 and to equally many groups a subset; 0 leaves a split out. More rows of a
@@ -46,21 +36,22 @@ def make_rows(
         (where they are not already). Right answers stay right and wrong ones wrong, but these groups are no longer
         closed: length tells. A group in which no filler fits (exactly 4 words) is drawn anew.
     """
+    subsets = config.subsets
     unknown = [name for name in subsets if name not in SUBSETS]
     if unknown or len(set(subsets)) < len(subsets):
         problem = f"unknown {unknown[0]!r}" if unknown else "must be different names"
         raise UserError(f"checkable.subsets = {list(subsets)}: {problem}; choose from {', '.join(SUBSETS)}")
     least = GROUP * len(subsets)
+    sizes = {"train": config.train_rows, "validation": config.validation_rows, "test": config.test_rows}
     rows: list[Row] = []
-    for split, size in {"train": train_rows, "validation": validation_rows, "test": test_rows}.items():
+    for split, size in sizes.items():
         if 0 < size < least:
             raise UserError(
                 f"checkable.{split}_rows = {size}: must be 0 or at least {least}, one group of {GROUP} rows for "
                 f"each of the {len(subsets)} subsets; raise it or name fewer in checkable.subsets"
             )
-        knobs = (label_noise, length_confound) if split == "train" else (0.0, 0.0)
         for name in subsets:
-            rows += _subset_rows(name, split, -(-size // least), knobs, difficulty, rejected_per_row, seed)
+            rows += _subset_rows(name, split, -(-size // least), config, seed)
     return rows
 
 
@@ -70,15 +61,13 @@ def assert_closed(rows: Sequence[Row]) -> None:
     assert pairs == Counter((loser, winner) for winner, loser in pairs.elements()), f"{rows[0].group} is not closed"
 
 
-def _subset_rows(
-    name: str, split: str, groups: int, knobs: tuple[float, float], difficulty: int, rejected_per_row: int, seed: int
-) -> list[Row]:
+def _subset_rows(name: str, split: str, groups: int, config: CheckableConfig, seed: int) -> list[Row]:
     """All rows of one subset in one split. Seeds are strings, so that nothing depends on another subset or split."""
-    subset, key = SUBSETS[name], f"{seed}/{split}/{name}/{difficulty}"
-    couplings = _COUPLINGS if rejected_per_row == 1 else (((0, 1, 2, 3),),)
-    label_noise, length_confound = knobs
-    swapped = _nested_sample(f"{key}/noise", groups * len(couplings[0]), label_noise)
-    longer = _nested_sample(f"{key}/confound", groups * GROUP, length_confound)
+    subset, difficulty = SUBSETS[name], config.difficulty
+    key, trains = f"{seed}/{split}/{name}/{difficulty}", split == "train"
+    couplings = _COUPLINGS if config.rejected_per_row == 1 else (((0, 1, 2, 3),),)
+    swapped = _nested_sample(f"{key}/noise", groups * len(couplings[0]), config.label_noise * trains)
+    longer = _nested_sample(f"{key}/confound", groups * GROUP, config.length_confound * trains)
     turn = Random(f"{key}/couplings").randrange(len(_COUPLINGS))
     rows: list[Row] = []
     prompts: set[str] = set()

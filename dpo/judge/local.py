@@ -20,7 +20,7 @@ from dpo.judge.controls import conclude, control_verdicts
 from dpo.judge.protocols import read_verdicts as verdicts_of
 from dpo.judge.protocols import replies_of
 from dpo.judge.statistics import Verdict, compare, compare_subsets, summarise, verdict_record
-from dpo.logprobs import TreeLogps
+from dpo.logprobs import Score, TreeLogps
 from dpo.losses import pair_losses, reads, reward_metrics
 from dpo.packing import bare_batch
 from dpo.pairs import pair_logps, reference_sums, tree_sums
@@ -31,8 +31,6 @@ from dpo.trees import Tree, TreeSettings
 from models.errors import UserError
 from models.files import atomic_write_text, read_text
 
-Score = Callable[[Sequence[Tree]], list[TreeLogps]]
-"""A model as a function: trees in, per-token log-probs out."""
 Reply = Callable[[Sequence[Tree], TreeSettings], list[Floats]]
 """A judge as a function: verdict trees in, and their settings; replies_of each out."""
 
