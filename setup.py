@@ -17,7 +17,7 @@ setup(
         "dpo": ["alarms.toml", "page.css", "page.js"],
         "dpo.checkable": ["banks.toml"],
         "dpo.judge": ["prices.toml", "templates/*.toml"],
-        "models": ["tiny.toml"],
+        "models": ["published.toml", "tiny.toml"],
     },
     install_requires=[
         "torch>=2.13",
