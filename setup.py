@@ -17,7 +17,7 @@ setup(
         "dpo": ["alarms.toml", "page.css", "page.js"],
         "dpo.checkable": ["banks.toml"],
         "dpo.judge": ["prices.toml", "templates/*.toml"],
-        "kernels": ["tiles.toml"],
+        "kernels": ["roofline.toml", "tiles.toml"],
         "models": ["published.toml", "tiny.toml"],
     },
     install_requires=[

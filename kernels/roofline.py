@@ -14,9 +14,11 @@ import argparse
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -47,36 +49,6 @@ GPUS = {  # peaks and processors: the makers' data sheets; products' rates: assu
 H100_L2_TBPS = (5.5, 7.0)  # others' estimates; what 128 x 128 tiles of ours need is compared with it
 HEADS = {"gpt-oss": (2880, 201088), "Qwen3": (4096, 151936), "Llama 4": (5120, 202048)}  # D, V
 ROWS = 8192
-
-
-class Published(NamedTuple):
-    """A peer's own figure, theirs and not rerun: GPU, shape, what was timed."""
-
-    gpu: str
-    T: int
-    D: int
-    V: int
-    what: str
-    ms: float
-    whose: str
-
-
-PUBLISHED = (
-    Published("H100", 8192, 4096, 131072, "forward", 12.25, "Liger CuTe (README)"),
-    Published("H100", 8192, 4096, 131072, "forward", 45.35, "verl torch fallback (Liger README)"),
-    Published("H100", 8192, 4096, 131072, "trained", 50.39, "Liger CuTe (README)"),
-    Published("H100", 8192, 4096, 131072, "trained", 57.15, "cuTile (Liger README)"),
-    Published("H100", 8192, 4096, 131072, "trained", 128.76, "verl torch fallback (Liger README)"),
-    Published("H200", 4096, 4096, 128256, "trained", 17.33, "QuACK (Liger PR 1356)"),
-    Published("H200", 4096, 4096, 128256, "trained", 18.06, "Liger CuTe (PR 1356)"),
-    Published("H200", 4096, 4096, 128256, "trained", 141.0, "Liger Triton (PR 1356)"),
-    Published("B200", 8192, 4096, 201088, "trained", 27.71, "Liger CuTe (PR 1339)"),
-    Published("B200", 8192, 4096, 201088, "trained", 190.27, "Liger Triton (PR 1339)"),
-    Published("A100", 8192, 4096, 128256, "trained", 166.7, "Liger Triton (its benchmark file)"),
-    Published("A100", 8192, 4096, 128256, "trained", 111.4, "Hugging Face (Liger's benchmark file)"),
-    Published("A100", 8192, 2304, 256000, "trained", 134.8, "cut cross-entropy (README)"),
-    Published("A100", 8192, 2304, 256000, "trained", 208.8, "torch (cut cross-entropy README)"),
-)
 
 
 # --- closed forms: what a launch moves and multiplies -------------------------------------------------------------
@@ -164,12 +136,8 @@ def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]
     from triton.runtime import interpreter
 
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
-    load, store, dot, call = (
-        builder.create_masked_load,
-        builder.create_masked_store,
-        builder.create_dot,
-        executor.__call__,
-    )
+    load, store = builder.create_masked_load, builder.create_masked_store
+    dot, call = builder.create_dot, executor.__call__
     counts: dict[str, Traffic] = {}
     running = [""]
 
@@ -212,11 +180,8 @@ def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]
             here.distinct += int((once % 16).sum())
         here.groups.clear()
 
-    builder.create_masked_load, builder.create_masked_store, builder.create_dot = (
-        counted_load,
-        counted_store,
-        counted_dot,
-    )
+    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+    builder.create_dot = counted_dot
     executor.__call__ = named_call
     try:
         yield counts
@@ -340,10 +305,8 @@ def count_and_model(T: int, D: int, V: int) -> dict[str, tuple[Traffic, Traffic]
 
 def counted_report() -> tuple[list[str], bool]:
     """Counted against modelled, a line a kernel and shape, and whether all are equal."""
-    lines, equal = (
-        ["COUNTED in the interpreter (fp32): bytes asked of the L2, first asked in a group, stored; FLOP"],
-        True,
-    )
+    lines = ["COUNTED in the interpreter (fp32): bytes asked of the L2, first asked in a group, stored; FLOP"]
+    equal = True
     for T, D, V in SHAPES:
         for kernel, (counted, modelled) in count_and_model(T, D, V).items():
             same = counted.figures() == modelled.figures()
@@ -405,9 +368,10 @@ def h100_report() -> tuple[list[str], float]:
 
 
 def published_report() -> list[str]:
-    """The peers' own figures beside our model at their shapes."""
+    """The peers' own figures, of kernels/roofline.toml, beside our model at their shapes."""
     lines = ["PUBLISHED by the peers, theirs and not rerun, beside our model at their shape (ms, auto's path)"]
-    for gpu, T, D, V, what, theirs, whose in PUBLISHED:
+    figures = tomllib.loads(Path(__file__).with_name("roofline.toml").read_text(encoding="utf-8"))["published"]
+    for gpu, T, D, V, what, theirs, whose in figures:
         arch, trained = GPUS[gpu].arch, what == "trained"
         path = choose(arch, T, D, V)
         taken = steps(path, gpu, T, D, V, trained)
