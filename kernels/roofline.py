@@ -64,9 +64,6 @@ class Traffic:
     flop: int = 0
     groups: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
-    def figures(self) -> tuple[int, int, int, int]:
-        return self.loaded, self.stored, self.distinct, self.flop
-
 
 def _tiles(n: int, size: int) -> int:
     return -(-n // size)
@@ -309,7 +306,7 @@ def counted_report() -> tuple[list[str], bool]:
     equal = True
     for T, D, V in SHAPES:
         for kernel, (counted, modelled) in count_and_model(T, D, V).items():
-            same = counted.figures() == modelled.figures()
+            same = counted == modelled
             equal &= same
             figures = f"{counted.loaded:>11,} {counted.distinct:>10,} {counted.stored:>10,} {counted.flop:>12,}"
             lines.append(f"  T{T} D{D} V{V}  {kernel:<19}{figures}  {'= model' if same else f'NOT {modelled}'}")
