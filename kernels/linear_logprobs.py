@@ -49,23 +49,6 @@ class LinearLogprobs(NamedTuple):
 # --- the reference: the definition ---------------------------------------------------------------------------------
 
 
-def reference_logits(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """softcap * tanh((hidden weight^T + bias) / softcap) / temperature, all of it in `dtype` [T, V]."""
-    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
-    if bias_V is not None:
-        logits_TV = logits_TV + bias_V.to(dtype)
-    if softcap is not None:
-        logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    return logits_TV / temperature
-
-
 def reference_linear_logprobs(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -75,13 +58,18 @@ def reference_linear_logprobs(
     softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """log softmax(logits)[target] in `dtype`, whole and slow; ignored targets give 0. Returns [T] in `dtype`.
+    """log softmax(softcap(hidden weight^T + bias) / temperature)[target], whole and slow: [T], all of it in `dtype`.
 
-    In fp64 the truth; in bf16 what trainers get that keep logits and log-probs so (backend "bf16").
+    Ignored targets give 0. In fp64 the truth; in bf16 what trainers get that keep logits and log-probs so (backend
+    "bf16").
     """
-    logits_TV = reference_logits(hidden_TD, weight_VD, bias_V, temperature, softcap, dtype)
+    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
+    if bias_V is not None:
+        logits_TV = logits_TV + bias_V.to(dtype)
+    if softcap is not None:
+        logits_TV = softcap * torch.tanh(logits_TV / softcap)
     ignored_T = targets_T == IGNORE_INDEX
-    logp_T = logits_TV.log_softmax(-1).gather(1, targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
+    logp_T = (logits_TV / temperature).log_softmax(-1).gather(1, targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
     return logp_T.masked_fill(ignored_T, 0.0)
 
 
