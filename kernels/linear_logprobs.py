@@ -23,15 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
-from kernels.linear_paths import (
-    Gather,
-    Options,
-    Scores,
-    run_chunks,
-    run_fused,
-    weight_grad_chunks,
-    weight_grad_fused,
-)
+from kernels.linear_paths import Gather, Options, Scores, run_chunks, run_fused, weight_grad_chunks, weight_grad_fused
 
 SAVED_PROBS_BYTES = 512 * 2**20  # probabilities kept from forward to backward when the head trains; beyond: recomputed
 CHUNKED_TOKENS = 2048  # rows to a product of the chunked path, padded to it: it reads the weight once a chunk
@@ -120,11 +112,6 @@ def _slope(target_T: Tensor, targets_T: Tensor, o: Options) -> Tensor:
     return (slope_T / o.temperature).where(targets_T >= 0, 0)
 
 
-def _product_of(*factors: Tensor | None) -> Tensor | None:
-    present = [factor for factor in factors if factor is not None]
-    return None if not present else torch.stack(present).prod(0)
-
-
 class _LinearLogprobs(torch.autograd.Function):
     """Forward: log p, logsumexp, entropy, and J. Backward: g J, and dW from the kept (or recomputed) probabilities."""
 
@@ -147,7 +134,8 @@ class _LinearLogprobs(torch.autograd.Function):
         # Without a target log p is no log-prob: exp of it may be inf, and inf times a slope of 0 is NaN.
         logp_T, jacobian_TD = scores.logp_T.where(scored_T, 0.0), run.others_TD
         temperature_T = None if o.temperature == 1.0 else torch.full_like(logp_T, 1 / o.temperature)
-        factor_T = _product_of(run.scale_T, share_T, temperature_T)
+        factors = [factor_T for factor_T in (run.scale_T, share_T, temperature_T) if factor_T is not None]
+        factor_T = torch.stack(factors).prod(0) if factors else None
         slope_T = _slope(scores.target_T, targets_T, o).to(logp_T.dtype)
         if needs_hidden:
             coefficient_T = torch.expm1(logp_T).neg_() * slope_T
