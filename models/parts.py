@@ -73,12 +73,8 @@ class RMSNorm(nn.Module):
         return rms_normal(x, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
-class ExactRMSNorm(nn.Module):
+class ExactRMSNorm(RMSNorm):
     """x / rms(x) times the weight, all in fp32, then cast (gpt-oss's and OLMo 2's order)."""
-
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width, dtype=dtype)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return (rms_normal(x, self.eps) * self.weight.to(x.dtype)).to(x.dtype)
