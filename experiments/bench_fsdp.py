@@ -25,6 +25,7 @@ from dpo.adamw import AdamW
 from dpo.config import Config, FsdpConfig
 from dpo.distributed import Ranks, gather, join_ranks, leave_ranks, shard
 from dpo.inputs import set_up_cpu
+from kernels.bench import memory_mib
 from models.attention import Layout
 from models.checkpoint import weight_files
 from models.decoder import Decoder, empty_decoder, fill
@@ -102,20 +103,14 @@ def memory(folder: Path, ranks: Ranks, runs: int) -> str:
     return told + bound(max(shares.values()), MAX_SHARE)
 
 
-def status_bytes(field: str) -> int:
-    """A figure of this process's memory, from the kernel."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
 def load(folder: Path, ranks: Ranks, runs: int) -> str:
     """Bytes that the ranks read, and the most that one held beside its parameters."""
     model = empty_decoder(folder, weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
     shard(model, ranks, FsdpConfig())
-    before, begin = status_bytes("VmRSS"), time.perf_counter()
+    before, begin = memory_mib()["VmRSS"], time.perf_counter()
     read = sum(gather([fill(model, folder, "cpu")], ranks))
     time_s = time.perf_counter() - begin
-    extra = max(gather([status_bytes("VmHWM") - before - held(model.parameters())], ranks))
+    extra = max(gather([(memory_mib()["VmHWM"] - before) * 2**20 - held(model.parameters())], ranks))
     largest = max(parameter.nbytes for parameter in model.parameters())
     stored = sum(parameter.nbytes for parameter in model.parameters())
     return (

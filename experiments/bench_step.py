@@ -63,13 +63,12 @@ def useful_flop(packs: Sequence[Pack], policy: Decoder, rank: int) -> dict[str, 
     linears = [module for module in policy.model.modules() if isinstance(module, Linear)]
     weights = sum(linear.weight.numel() for linear in linears)
     adapters = sum(rank * sum(linear.weight.shape) for linear in linears)
-    tokens = pairs = 0
+    pairs, tokens = 0, sum(pack.layout.tokens for pack in packs)
     for pack in packs:
         prefix = pack.layout.prefix
         parts = [(0, prefix)]  # (tokens that it sees before it, its own)
         for prompt, branches in pack.layout.trees:
             parts += [(prefix, prompt), *((prefix + prompt, branch) for branch in branches)]
-        tokens += sum(own for _, own in parts)
         pairs += sum(own * before + own * (own + 1) // 2 for before, own in parts)
     config, scored = policy.config, sum(len(pack.rows_R) for pack in packs)
     head = 2.0 * scored * config.hidden * config.vocab
@@ -138,7 +137,7 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     globals()["clip_gradients"] = labelled("clip", clip_gradients)
     parts = time_by_part(lambda: run(plan[1:]))
     profiled_s = sum(map(sum, parts.values()))
-    useful = sum(tokens for pack in packs for tokens in _tokens(pack)) / (len(packs) * config.pack.tokens)
+    useful = sum(pack.layout.tokens for pack in packs) / (len(packs) * config.pack.tokens)
     how = f"LoRA r{config.lora.rank}" if config.lora.rank else "all weights"
     lines = [
         f"{how}, {inputs.dtype}, {torch.get_num_threads()} threads, {capability()}: {time_s / steps:.3f} s a step "
@@ -155,10 +154,6 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
             f"| {part} | {forward:.3f} | {backward:.3f} | {(forward + backward) / time_s * steps:.1%} | {worth} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _tokens(pack: Pack) -> list[int]:
-    return [pack.layout.prefix, *(n for prompt, branches in pack.layout.trees for n in (prompt, *branches))]
 
 
 def main() -> None:
