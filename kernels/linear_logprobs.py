@@ -15,7 +15,7 @@ one fixed order: a row's bits do not depend on its neighbours.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -214,26 +214,6 @@ def _gather_of(group: dist.ProcessGroup | Gather) -> Gather:
         return ranks
 
     return gather
-
-
-@overload
-def linear_logprobs(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0,
-    softcap: float | None = None, ignore_index: int = IGNORE_INDEX, vocab_start: int = 0,
-    vocab_group: dist.ProcessGroup | Gather | None = None, return_lse: Literal[False] = False,
-    return_entropy: Literal[False] = False, chunk_tokens: int = 128, backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """The log-probs alone."""
-
-
-@overload
-def linear_logprobs(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0,
-    softcap: float | None = None, ignore_index: int = IGNORE_INDEX, vocab_start: int = 0,
-    vocab_group: dist.ProcessGroup | Gather | None = None, return_lse: bool = False,
-    return_entropy: bool = False, chunk_tokens: int = 128, backend: str = "auto",
-) -> Tensor | LinearLogprobs:  # fmt: skip
-    """The log-probs, with the logsumexp or the entropy where asked."""
 
 
 def linear_logprobs(

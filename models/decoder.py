@@ -89,7 +89,9 @@ class Decoder(nn.Module):
         """log p(targets_R[i] | everything that hidden row rows_R[i] sees), nats: fp32 [R] (fp64 in fp64)."""
         hidden_TD = self.hidden(tokens_T, positions_T, attend_trees(layout), routing or Routing(layout.tokens))
         weight = self.head.weight
-        return linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
+        logp_R = linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
+        assert isinstance(logp_R, Tensor), "nothing beside them was asked for"
+        return logp_R
 
 
 def empty_decoder(
