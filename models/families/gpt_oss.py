@@ -41,18 +41,15 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     spans = {"sliding_attention": window, "full_attention": FULL}
     kinds = layer_types(fields, path, [tuple(spans)[i % 2] for i in range(count)], spans)
     bias = flag(fields, "attention_bias", path, True)
-    ffn = positive(fields, "intermediate_size", path, int)
     return decoder_config(
         architecture,
-        {**fields, "rope_scaling": fields.get("rope_scaling") or YARN},
+        {**fields, "attention_bias": bias, "rope_scaling": fields.get("rope_scaling") or YARN},
         path,
         layers=tuple(LayerKind(span=spans[kind], sparse=True) for kind in kinds),
-        qkv_bias=bias,
-        output_bias=bias,
         experts=ExpertsConfig(
             count=positive(fields, "num_local_experts", path, int),
             per_token=positive(fields, "num_experts_per_tok", path, int),
-            ffn=ffn,
+            ffn=positive(fields, "intermediate_size", path, int),
             limit=positive(fields, "swiglu_limit", path, float, 7.0),
             packed=fields.get("quantization_config") is not None,
         ),

@@ -57,14 +57,11 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
         raise UserError(f"{path}: attn_temperature_tuning = {tuned!r} must be true or false")
     floor = positive(fields, "floor_scale", path, float, 8192.0)
     scale = positive(fields, "attn_scale", path, float, 0.1)
-    bias = flag(fields, "attention_bias", path)
     return decoder_config(
         architecture,
         fields,
         path,
         layers=tuple(LayerKind(spans[kinds[i]], bool(rotary[i]), i in sparse) for i in range(count)),
-        qkv_bias=bias,
-        output_bias=bias,
         experts=ExpertsConfig(
             count=positive(fields, "num_local_experts", path, int),
             per_token=positive(fields, "num_experts_per_tok", path, int),
