@@ -13,7 +13,6 @@ part is of torch.profiler, of one step more. Read next: dpo/step.py.
 import os
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from dpo.inputs import Inputs, pick_device, read_inputs, set_up_cpu  # noqa: E40
 from dpo.packing import Pack, pack_share  # noqa: E402
 from dpo.policy import load_policy  # noqa: E402
 from dpo.settings import load_config  # noqa: E402
-from kernels.bench import capability  # noqa: E402
+from kernels.bench import capability, in_turn_s, timed_s  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from models.parts import Linear  # noqa: E402
 
@@ -50,12 +49,7 @@ PARTS = {  # what a profiled event, or one around it, is called; the first that 
 def matrix_rate(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
     """FLOP/s of a square product, the median of some."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / statistics.median(times[1:])
+    return 2 * size**3 / in_turn_s({"product": lambda: a @ b}, "cpu", rounds)["product"]
 
 
 def useful_flop(packs: Sequence[Pack], policy: Decoder, rank: int) -> dict[str, float]:
@@ -122,11 +116,8 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
                 optimizer.step(1e-9)
 
     run(plan[:1])  # warms up
-    rates, times = [matrix_rate(inputs.dtype)], []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        run(plan[1:])
-        times.append(time.perf_counter() - begin)
+    rates = [matrix_rate(inputs.dtype)]
+    times = [timed_s(lambda: run(plan[1:]), "cpu") for _ in range(rounds)]
     rates.append(matrix_rate(inputs.dtype))
     chosen = [[inputs.train_trees[i] for i in members] for members in plan[1:]]
     packs = [p for t in chosen for batch in pack_share(t, config.pack.tokens, 0, 1) for p in batch.packs]
