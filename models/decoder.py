@@ -120,12 +120,10 @@ def fill(model: Decoder, folder: Path, device: torch.device | str) -> int:
 
 
 def load_decoder(
-    folder: Path, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype, backend: str = "auto", packed: bool = False
+    folder: Path, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype, packed: bool = False
 ) -> Decoder:
     """empty_decoder, filled on the CPU."""
-    model = empty_decoder(
-        folder, weight_dtype=weight_dtype, compute_dtype=compute_dtype, backend=backend, packed=packed
-    )
+    model = empty_decoder(folder, weight_dtype=weight_dtype, compute_dtype=compute_dtype, packed=packed)
     fill(model, folder, "cpu")
     return model
 
