@@ -130,22 +130,20 @@ def row_backward_traffic(T: int, V: int, tile: Tile, width: int, out_width: int,
 @contextmanager
 def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]]:
     """Traffic by kernel of what is launched inside; `group_of(kernel, program)` names the group that shares the L2."""
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor, TensorHandle
+    from triton.runtime.interpreter import interpreter_builder as builder
 
-    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
     load, store = builder.create_masked_load, builder.create_masked_store
-    dot, call = builder.create_dot, executor.__call__
+    dot, call = builder.create_dot, GridExecutor.__call__
     counts: dict[str, Traffic] = {}
     running = [""]
 
-    def bytes_of(pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> tuple[int, np.ndarray, int]:
+    def bytes_of(pointers: TensorHandle, mask: TensorHandle) -> tuple[int, np.ndarray, int]:
         width = pointers.get_element_ty().primitive_bitwidth // 8
         active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
         return int(active.sum()) * width, pointers.data[active], width
 
-    def counted_load(
-        pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle, *rest: object
-    ) -> interpreter.TensorHandle:
+    def counted_load(pointers: TensorHandle, mask: TensorHandle, *rest: object) -> TensorHandle:
         total, addresses, width = bytes_of(pointers, mask)
         here = counts[running[0]]
         here.loaded += total
@@ -153,22 +151,15 @@ def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]
         here.groups.setdefault(group, []).append(addresses.astype(np.int64).ravel() * 16 + width)
         return load(pointers, mask, *rest)
 
-    def counted_store(
-        pointers: interpreter.TensorHandle,
-        value: interpreter.TensorHandle,
-        mask: interpreter.TensorHandle,
-        *rest: object,
-    ) -> None:
+    def counted_store(pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: object) -> None:
         counts[running[0]].stored += bytes_of(pointers, mask)[0]
         store(pointers, value, mask, *rest)
 
-    def counted_dot(
-        a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object
-    ) -> interpreter.TensorHandle:
+    def counted_dot(a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
         counts[running[0]].flop += 2 * a.data.shape[-2] * a.data.shape[-1] * b.data.shape[-1]
         return dot(a, b, *rest)
 
-    def named_call(self: interpreter.GridExecutor, *arguments: object, **options: object) -> None:
+    def named_call(self: GridExecutor, *arguments: object, **options: object) -> None:
         running[0] = self.fn.__name__
         here = counts.setdefault(running[0], Traffic())
         call(self, *arguments, **options)
@@ -179,12 +170,12 @@ def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]
 
     builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
     builder.create_dot = counted_dot
-    executor.__call__ = named_call
+    GridExecutor.__call__ = named_call
     try:
         yield counts
     finally:
         del builder.create_masked_load, builder.create_masked_store, builder.create_dot
-        executor.__call__ = call
+        GridExecutor.__call__ = call
 
 
 # --- modelled time ------------------------------------------------------------------------------------------------
@@ -288,12 +279,11 @@ def count_and_model(T: int, D: int, V: int) -> dict[str, tuple[Traffic, Traffic]
         "linear_hidden_grad": hidden_grad_traffic(T, D, V, hidden, 4, forward["BV"], group),
         "linear_weight_grad": weight_grad_traffic(T, D, V, weight, 4, True, forward["BV"], group),
     }
-    logits_TV, rows_3T = hidden_TD @ weight_VD.T, torch.ones(3, T)
+    logits_TV = hidden_TD @ weight_VD.T
+    k_T, factor_T, at_target_T = torch.ones(3, T)
     with counting(lambda kernel, program: 0) as rows:
         row_triton.forward(logits_TV, targets_T, 1.0, False, arch)
-        row_triton.backward(
-            logits_TV, torch.empty_like(logits_TV), targets_T, rows_3T[0], rows_3T[1], rows_3T[2], 1.0, arch
-        )
+        row_triton.backward(logits_TV, torch.empty_like(logits_TV), targets_T, k_T, factor_T, at_target_T, 1.0, arch)
     modelled["row_forward"] = row_forward_traffic(T, V, tiles["row_forward"], 4, span)
     modelled["row_backward"] = row_backward_traffic(T, V, tiles["row_backward"], 4, 4, span)
     counted |= {kernel: traffic for kernel, traffic in rows.items() if kernel != "combine_parts"}
