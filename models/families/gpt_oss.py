@@ -53,8 +53,7 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
 
 def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
     """Layer `index` of the model."""
-    assert config.experts is not None
     attention = Attention(config, index, dtype)
     attention.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype))
-    mlp = MoE(config.hidden, config.experts, index, dtype, softmax_of_chosen, clamped_swiglu, bias=True)
+    mlp = MoE(config, index, dtype, softmax_of_chosen, clamped_swiglu, bias=True)
     return Layer(config, dtype, attention, mlp, ExactRMSNorm)

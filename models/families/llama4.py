@@ -98,9 +98,8 @@ class SharedMoE(MoE):
     """Top-1 experts that read their input scaled by the router, and one that everybody asks."""
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
-        assert config.experts is not None
-        super().__init__(config.hidden, config.experts, index, dtype, sigmoid_of_chosen, swiglu, scale_input=True)
-        self.shared_expert = MLP(config.hidden, config.experts.ffn, False, dtype)
+        super().__init__(config, index, dtype, sigmoid_of_chosen, swiglu, scale_input=True)
+        self.shared_expert = MLP(config.hidden, self.config.ffn, False, dtype)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         return self.shared_expert(x_TD, context) + super().forward(x_TD, context)

@@ -78,8 +78,7 @@ class Qwen3Attention(Attention):
 def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
     """Layer `index` of a Qwen3."""
     if config.layers[index].sparse:
-        assert config.experts is not None
-        mlp: MLP | MoE = MoE(config.hidden, config.experts, index, dtype, chosen_of_softmax, swiglu, router_name="gate")
+        mlp: MLP | MoE = MoE(config, index, dtype, chosen_of_softmax, swiglu, router_name="gate")
     else:
         mlp = MLP(config.hidden, config.ffn, config.mlp_bias, dtype)
     return Layer(config, dtype, Qwen3Attention(config, index, dtype), mlp)
