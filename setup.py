@@ -17,6 +17,8 @@ setup(
         "dpo": ["alarms.toml", "page.css", "page.html", "page.js", "plots.css", "report.toml"],
         "dpo.checkable": ["banks.toml"],
         "dpo.judge": ["attacks.toml", "prices.toml", "templates/*.toml"],
+        "kernels": ["roofline.toml", "tiles.toml"],
+        "models": ["published.toml", "tiny.toml"],
     },
     install_requires=[
         "torch>=2.13",

@@ -10,12 +10,12 @@ Nothing else may run.
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from dpo.adamw import AdamW
 from dpo.config import Config, FsdpConfig
 from dpo.distributed import Ranks, gather, join_ranks, leave_ranks, shard
 from dpo.inputs import set_up_cpu
+from kernels.bench import in_turn_s, memory_mib
 from models.attention import Layout
 from models.checkpoint import weight_files
 from models.decoder import Decoder, empty_decoder, fill
@@ -62,16 +63,16 @@ def bound(value: float, most: float) -> str:
 
 def overhead(folder: Path, ranks: Ranks, runs: int) -> str:
     """One rank, plain and cut, in turn."""
-    models = {cut: build(folder, ranks, cut) for cut in (False, True)}
-    optimizers = {cut: AdamW(list(model.parameters()), Config(exp="bench").train) for cut, model in models.items()}
-    times: dict[bool, list[float]] = {cut: [] for cut in models}
-    for run in range(runs + 1):
-        for cut, model in models.items():
-            begin = time.perf_counter()
-            backward(model, TOKENS)
-            optimizers[cut].step(1e-4)
-            times[cut] += [time.perf_counter() - begin] * (run > 0)  # the first one warms up
-    plain, one_rank = (statistics.median(times[cut]) for cut in models)
+
+    def step(model: Decoder, optimizer: AdamW) -> None:
+        backward(model, TOKENS)
+        optimizer.step(1e-4)
+
+    steps: dict[str, Callable[[], object]] = {}
+    for name, cut in (("plain", False), ("one rank", True)):
+        model = build(folder, ranks, cut)
+        steps[name] = partial(step, model, AdamW(list(model.parameters()), Config(exp="bench").train))
+    plain, one_rank = in_turn_s(steps, "cpu", runs).values()
     told = f"overhead: plain {plain:.3f} s a step, one rank {one_rank:.3f} s: {one_rank / plain:.3f}"
     return told + bound(one_rank / plain, MAX_OVERHEAD)
 
@@ -102,20 +103,14 @@ def memory(folder: Path, ranks: Ranks, runs: int) -> str:
     return told + bound(max(shares.values()), MAX_SHARE)
 
 
-def status_bytes(field: str) -> int:
-    """A figure of this process's memory, from the kernel."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
 def load(folder: Path, ranks: Ranks, runs: int) -> str:
     """Bytes that the ranks read, and the most that one held beside its parameters."""
     model = empty_decoder(folder, weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
     shard(model, ranks, FsdpConfig())
-    before, begin = status_bytes("VmRSS"), time.perf_counter()
+    before, begin = memory_mib()["VmRSS"], time.perf_counter()
     read = sum(gather([fill(model, folder, "cpu")], ranks))
     time_s = time.perf_counter() - begin
-    extra = max(gather([status_bytes("VmHWM") - before - held(model.parameters())], ranks))
+    extra = max(gather([(memory_mib()["VmHWM"] - before) * 2**20 - held(model.parameters())], ranks))
     largest = max(parameter.nbytes for parameter in model.parameters())
     stored = sum(parameter.nbytes for parameter in model.parameters())
     return (

@@ -12,8 +12,8 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dpo.judge.prompts import COMPARE, judge_messages  # noqa: E402  (the project need not be installed)
+from kernels.bench import timed_s  # noqa: E402
 from models.decoder import load_decoder  # noqa: E402
 from models.generate import Prompt, generate  # noqa: E402
 from models.gguf_import import resolve_model_path  # noqa: E402
@@ -92,13 +93,9 @@ def bench(folder: Path, dtype: torch.dtype, rounds: int, new_tokens: int) -> lis
         rates: dict[tuple[str, str], list[float]] = {}
         for _ in range(rounds):
             for side, run in sides.items():
-                times = []
-                for tokens in (1, new_tokens):
-                    begin = time.perf_counter()
-                    run(tokens)
-                    times.append(time.perf_counter() - begin)
-                rates.setdefault((side, "decode"), []).append(len(whole) * (new_tokens - 1) / (times[1] - times[0]))
-                rates.setdefault((side, "whole"), []).append(len(whole) * new_tokens / times[1])
+                first_s, whole_s = (timed_s(partial(run, tokens), "cpu") for tokens in (1, new_tokens))
+                rates.setdefault((side, "decode"), []).append(len(whole) * (new_tokens - 1) / (whole_s - first_s))
+                rates.setdefault((side, "whole"), []).append(len(whole) * new_tokens / whole_s)
         cells = []
         for part in ("decode", "whole"):
             mine, other = (statistics.median(rates[side, part]) for side in sides)

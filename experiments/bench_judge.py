@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ from dpo.judge.prompts import COMPARE, judge_messages  # noqa: E402
 from dpo.logprobs import score_trees  # noqa: E402
 from dpo.rows import Row, write_rows  # noqa: E402
 from dpo.tokens import token_trees  # noqa: E402
+from kernels.bench import timed_s  # noqa: E402
 from models.decoder import load_decoder  # noqa: E402
 from models.gguf_import import resolve_model_path  # noqa: E402
 from models.tokenizer import load_tokenizer  # noqa: E402
@@ -117,23 +119,17 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         both, tokens = judges(folder, dtype, made_rows(asked.rows), Path(scratch))
     few = min(asked.rows, 16)
-
-    def timed(judge: Judge, size: int, n: int) -> float:
-        begin = time.perf_counter()
-        judge(size, n)
-        return time.perf_counter() - begin
-
     sizes = {}
     for (side, judge), tried in zip(both.items(), (asked.packs, asked.batches), strict=True):
         judge(tried[0], 2)  # warms up
-        times_s = {size: timed(judge, size, few) for size in tried}
+        times_s = {size: timed_s(partial(judge, size, few), "cpu") for size in tried}
         sizes[side] = min(times_s, key=times_s.__getitem__)
     one, other = (both[side](sizes[side], few) for side in both)
     gap = max(abs(x - y) for x, y in zip(one, other, strict=True))
     times: dict[str, list[float]] = {side: [] for side in both}
     for _ in range(asked.rounds):
         for side, judge in both.items():
-            times[side].append(timed(judge, sizes[side], asked.rows))
+            times[side].append(timed_s(partial(judge, sizes[side], asked.rows), "cpu"))
     mine, their = (2 * asked.rows / statistics.median(times[side]) for side in both)
     return (
         f"| {dtype} | {tokens:.0f} | {mine:.2f} ({sizes['ours']}) | {their:.2f} ({sizes['transformers']}) | "

@@ -23,19 +23,13 @@ from models.attention import Layout
 from models.decoder import Decoder, attend_trees
 from models.families import FAMILIES
 from models.lora import Adapter, add_lora
+from models.published import PUBLISHED
 from models.routing import Routing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GPT_OSS = {
+    **PUBLISHED["gpt-oss-20b"],
     "vocab_size": 512,  # the head is not part of what is compared
-    "hidden_size": 2880,
-    "intermediate_size": 2880,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "num_experts_per_tok": 4,
-    "max_position_embeddings": 131072,
-    "rope_theta": 150000.0,
     "quantization_config": {"quant_method": "mxfp4"},
 }
 

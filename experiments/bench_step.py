@@ -13,7 +13,6 @@ part is of torch.profiler, of one step more. Read next: dpo/step.py.
 import os
 import statistics
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from dpo.inputs import Inputs, pick_device, read_inputs, set_up_cpu  # noqa: E40
 from dpo.packing import Pack, pack_share  # noqa: E402
 from dpo.policy import load_policy  # noqa: E402
 from dpo.settings import load_config  # noqa: E402
-from kernels.bench import capability  # noqa: E402
+from kernels.bench import capability, in_turn_s, timed_s  # noqa: E402
 from models.decoder import Decoder  # noqa: E402
 from models.parts import Linear  # noqa: E402
 
@@ -50,12 +49,7 @@ PARTS = {  # what a profiled event, or one around it, is called; the first that 
 def matrix_rate(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
     """FLOP/s of a square product, the median of some."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    times = []
-    for _ in range(rounds + 1):
-        begin = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / statistics.median(times[1:])
+    return 2 * size**3 / in_turn_s({"product": lambda: a @ b}, "cpu", rounds)["product"]
 
 
 def useful_flop(packs: Sequence[Pack], policy: Decoder, rank: int) -> dict[str, float]:
@@ -63,13 +57,12 @@ def useful_flop(packs: Sequence[Pack], policy: Decoder, rank: int) -> dict[str, 
     linears = [module for module in policy.model.modules() if isinstance(module, Linear)]
     weights = sum(linear.weight.numel() for linear in linears)
     adapters = sum(rank * sum(linear.weight.shape) for linear in linears)
-    tokens = pairs = 0
+    pairs, tokens = 0, sum(pack.layout.tokens for pack in packs)
     for pack in packs:
         prefix = pack.layout.prefix
         parts = [(0, prefix)]  # (tokens that it sees before it, its own)
         for prompt, branches in pack.layout.trees:
             parts += [(prefix, prompt), *((prefix + prompt, branch) for branch in branches)]
-        tokens += sum(own for _, own in parts)
         pairs += sum(own * before + own * (own + 1) // 2 for before, own in parts)
     config, scored = policy.config, sum(len(pack.rows_R) for pack in packs)
     head = 2.0 * scored * config.hidden * config.vocab
@@ -123,11 +116,8 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
                 optimizer.step(1e-9)
 
     run(plan[:1])  # warms up
-    rates, times = [matrix_rate(inputs.dtype)], []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        run(plan[1:])
-        times.append(time.perf_counter() - begin)
+    rates = [matrix_rate(inputs.dtype)]
+    times = [timed_s(lambda: run(plan[1:]), "cpu") for _ in range(rounds)]
     rates.append(matrix_rate(inputs.dtype))
     chosen = [[inputs.train_trees[i] for i in members] for members in plan[1:]]
     packs = [p for t in chosen for batch in pack_share(t, config.pack.tokens, 0, 1) for p in batch.packs]
@@ -138,7 +128,7 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     globals()["clip_gradients"] = labelled("clip", clip_gradients)
     parts = time_by_part(lambda: run(plan[1:]))
     profiled_s = sum(map(sum, parts.values()))
-    useful = sum(tokens for pack in packs for tokens in _tokens(pack)) / (len(packs) * config.pack.tokens)
+    useful = sum(pack.layout.tokens for pack in packs) / (len(packs) * config.pack.tokens)
     how = f"LoRA r{config.lora.rank}" if config.lora.rank else "all weights"
     lines = [
         f"{how}, {inputs.dtype}, {torch.get_num_threads()} threads, {capability()}: {time_s / steps:.3f} s a step "
@@ -155,10 +145,6 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
             f"| {part} | {forward:.3f} | {backward:.3f} | {(forward + backward) / time_s * steps:.1%} | {worth} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _tokens(pack: Pack) -> list[int]:
-    return [pack.layout.prefix, *(n for prompt, branches in pack.layout.trees for n in (prompt, *branches))]
 
 
 def main() -> None:

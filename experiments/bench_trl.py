@@ -77,7 +77,8 @@ def run_ours(work: Work, folder: Path, rank: int, store: Path) -> Figures:
     command = [sys.executable, "-m", "dpo.train", *our_options(work, folder / "rows.jsonl"), *places]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     run = folder / "runs" / "responses" / "latest"
-    results, first = (json.loads(text) for text in ((run / "results.json").read_text(), _first_line(run)))
+    results = json.loads((run / "results.json").read_text())
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     train, time_s = results["train"], results["time_s"]
     return {
         "pairs_per_s": train["pairs"] / train["time_s"],
@@ -88,11 +89,6 @@ def run_ours(work: Work, folder: Path, rank: int, store: Path) -> Figures:
         "step0_margin": first["rewards/margins"],
         "reference_s": time_s["reference"],
     }
-
-
-def _first_line(run: Path) -> str:
-    with open(run / "metrics.jsonl") as file:
-        return file.readline()
 
 
 def run_peer(python: str, peers: Path, model: Path, work: Work, options: list[str]) -> Figures | str:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.tiles import ARCHS, TILES, has_tile, tile_of
+from kernels.tiles import ARCHS, TILES, tile_of
 
 BACKENDS = ("auto", "torch", "triton", "bf16")
 OLDEST_TRITON = (3, 6)  # the oldest that the kernels were compiled with
@@ -112,7 +112,7 @@ def seconds(arch: str, path: str, T: int, D: int, V: int, trainable: bool) -> fl
 
 
 def _fused_fits(arch: str) -> bool:
-    return all(has_tile(arch, kernel) for kernel in ("linear_forward", "linear_hidden_grad", "linear_weight_grad"))
+    return {"linear_forward", "linear_hidden_grad", "linear_weight_grad"} <= TILES.get(arch, {}).keys()
 
 
 def choose(arch: str, T: int, D: int, V: int) -> str:

@@ -74,7 +74,7 @@ def trl(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
 
 def ours(backend: str) -> Loss:
     """linear_logprobs by a backend."""
-    return lambda hidden_TD, weight_VD, targets_T: linear_logprobs(hidden_TD, weight_VD, targets_T, backend=backend)
+    return cast(Loss, partial(linear_logprobs, backend=backend))
 
 
 PEERS = {"liger_kernel": liger, "trl": trl}

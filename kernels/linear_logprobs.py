@@ -15,7 +15,7 @@ one fixed order: a row's bits do not depend on its neighbours.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,15 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import backend as backends
-from kernels.linear_paths import (
-    Gather,
-    Options,
-    Scores,
-    run_chunks,
-    run_fused,
-    weight_grad_chunks,
-    weight_grad_fused,
-)
+from kernels.linear_paths import Gather, Options, Scores, run_chunks, run_fused, weight_grad_chunks, weight_grad_fused
 
 SAVED_PROBS_BYTES = 512 * 2**20  # probabilities kept from forward to backward when the head trains; beyond: recomputed
 CHUNKED_TOKENS = 2048  # rows to a product of the chunked path, padded to it: it reads the weight once a chunk
@@ -49,23 +41,6 @@ class LinearLogprobs(NamedTuple):
 # --- the reference: the definition ---------------------------------------------------------------------------------
 
 
-def reference_logits(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """softcap * tanh((hidden weight^T + bias) / softcap) / temperature, all of it in `dtype` [T, V]."""
-    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
-    if bias_V is not None:
-        logits_TV = logits_TV + bias_V.to(dtype)
-    if softcap is not None:
-        logits_TV = softcap * torch.tanh(logits_TV / softcap)
-    return logits_TV / temperature
-
-
 def reference_linear_logprobs(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -75,13 +50,18 @@ def reference_linear_logprobs(
     softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """log softmax(logits)[target] in `dtype`, whole and slow; ignored targets give 0. Returns [T] in `dtype`.
+    """log softmax(softcap(hidden weight^T + bias) / temperature)[target], whole and slow: [T], all of it in `dtype`.
 
-    In fp64 the truth; in bf16 what trainers get that keep logits and log-probs so (backend "bf16").
+    Ignored targets give 0. In fp64 the truth; in bf16 what trainers get that keep logits and log-probs so (backend
+    "bf16").
     """
-    logits_TV = reference_logits(hidden_TD, weight_VD, bias_V, temperature, softcap, dtype)
+    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).T
+    if bias_V is not None:
+        logits_TV = logits_TV + bias_V.to(dtype)
+    if softcap is not None:
+        logits_TV = softcap * torch.tanh(logits_TV / softcap)
     ignored_T = targets_T == IGNORE_INDEX
-    logp_T = logits_TV.log_softmax(-1).gather(1, targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
+    logp_T = (logits_TV / temperature).log_softmax(-1).gather(1, targets_T.masked_fill(ignored_T, 0)[:, None])[:, 0]
     return logp_T.masked_fill(ignored_T, 0.0)
 
 
@@ -132,11 +112,6 @@ def _slope(target_T: Tensor, targets_T: Tensor, o: Options) -> Tensor:
     return (slope_T / o.temperature).where(targets_T >= 0, 0)
 
 
-def _product_of(*factors: Tensor | None) -> Tensor | None:
-    present = [factor for factor in factors if factor is not None]
-    return None if not present else torch.stack(present).prod(0)
-
-
 class _LinearLogprobs(torch.autograd.Function):
     """Forward: log p, logsumexp, entropy, and J. Backward: g J, and dW from the kept (or recomputed) probabilities."""
 
@@ -159,7 +134,8 @@ class _LinearLogprobs(torch.autograd.Function):
         # Without a target log p is no log-prob: exp of it may be inf, and inf times a slope of 0 is NaN.
         logp_T, jacobian_TD = scores.logp_T.where(scored_T, 0.0), run.others_TD
         temperature_T = None if o.temperature == 1.0 else torch.full_like(logp_T, 1 / o.temperature)
-        factor_T = _product_of(run.scale_T, share_T, temperature_T)
+        factors = [factor_T for factor_T in (run.scale_T, share_T, temperature_T) if factor_T is not None]
+        factor_T = torch.stack(factors).prod(0) if factors else None
         slope_T = _slope(scores.target_T, targets_T, o).to(logp_T.dtype)
         if needs_hidden:
             coefficient_T = torch.expm1(logp_T).neg_() * slope_T
@@ -238,26 +214,6 @@ def _gather_of(group: dist.ProcessGroup | Gather) -> Gather:
         return ranks
 
     return gather
-
-
-@overload
-def linear_logprobs(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0,
-    softcap: float | None = None, ignore_index: int = IGNORE_INDEX, vocab_start: int = 0,
-    vocab_group: dist.ProcessGroup | Gather | None = None, return_lse: Literal[False] = False,
-    return_entropy: Literal[False] = False, chunk_tokens: int = 128, backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """The log-probs alone."""
-
-
-@overload
-def linear_logprobs(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, bias: Tensor | None = None, temperature: float = 1.0,
-    softcap: float | None = None, ignore_index: int = IGNORE_INDEX, vocab_start: int = 0,
-    vocab_group: dist.ProcessGroup | Gather | None = None, return_lse: bool = False,
-    return_entropy: bool = False, chunk_tokens: int = 128, backend: str = "auto",
-) -> Tensor | LinearLogprobs:  # fmt: skip
-    """The log-probs, with the logsumexp or the entropy where asked."""
 
 
 def linear_logprobs(

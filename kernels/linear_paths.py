@@ -209,8 +209,8 @@ def _softmax(
 # --- the paths ----------------------------------------------------------------------------------------------------
 
 
-def _pad_rows(x_T: Tensor, rows: int, fill: int = 0) -> Tensor:
-    return x_T if len(x_T) == rows else torch.cat([x_T, x_T.new_full((rows - len(x_T), *x_T.shape[1:]), fill)])
+def _pad_rows(x_T: Tensor, rows: int) -> Tensor:
+    return x_T if len(x_T) == rows else torch.cat([x_T, x_T.new_zeros(rows - len(x_T), *x_T.shape[1:])])
 
 
 def _concatenated(scores: list[Scores], like: Tensor, entropy: bool) -> Scores:

@@ -59,8 +59,8 @@ def _in_torch(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 # --- autograd -----------------------------------------------------------------------------------------------------
 
 
-def _whole(weight: Tensor | Packed, dtype: torch.dtype, backend: str) -> Tensor:
-    return dequantise(*weight, dtype, backend=backend) if isinstance(weight, Packed) else weight.to(dtype)
+def _whole(weight: Tensor, scales: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+    return weight.to(dtype) if scales is None else dequantise(weight, scales, dtype, backend=backend)
 
 
 class _RowsLinear(torch.autograd.Function):
@@ -77,7 +77,7 @@ class _RowsLinear(torch.autograd.Function):
         alpha: float,
         backend: str,
     ) -> Tensor:
-        whole_OI = _whole(weight if scales is None else Packed(weight, scales), x_MI.dtype, backend)
+        whole_OI = _whole(weight, scales, x_MI.dtype, backend)
         y_MO = x_MI.new_empty(len(x_MI), len(whole_OI))
         for begin in range(0, len(x_MI), rows or len(x_MI)):
             part = slice(begin, begin + (rows or len(x_MI)))
@@ -98,9 +98,7 @@ class _RowsLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_start = None
         scaled_MO = grad_MO if ctx.alpha == 1 else grad_MO * ctx.alpha
         if ctx.needs_input_grad[0]:
-            grad_x = scaled_MO @ _whole(
-                weight if scales is None else Packed(weight, scales), grad_MO.dtype, ctx.backend
-            )
+            grad_x = scaled_MO @ _whole(weight, scales, grad_MO.dtype, ctx.backend)
         if ctx.needs_input_grad[1]:
             grad_weight = (scaled_MO.T @ x_MI).to(weight.dtype)
         if ctx.needs_input_grad[3]:

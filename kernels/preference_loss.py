@@ -171,18 +171,8 @@ def preference_loss(
         )  # fmt: skip
     else:
         reference = None if reference is None else reference.detach().contiguous()
-        arch = backends.arch_of(policy_T.device)
-        result = PreferenceLoss(
-            *_PreferenceLoss.apply(
-                policy_T.contiguous(),
-                reference,
-                cu_seqlens.contiguous(),
-                beta,
-                label_smoothing,
-                loss,
-                interleaved,
-                arch,
-            )
-        )
+        tensors = (policy_T.contiguous(), reference, cu_seqlens.contiguous())
+        settings = (beta, label_smoothing, loss, interleaved, backends.arch_of(policy_T.device))
+        result = PreferenceLoss(*_PreferenceLoss.apply(*tensors, *settings))
     exact = torch.promote_types(policy_T.dtype, torch.float32)
     return PreferenceLoss(*(x_B.to(exact) for x_B in result))

@@ -78,9 +78,7 @@ def pair_forward(
 
 
 @triton.jit
-def pair_backward(
-    GRAD, SLOPE, CU, OUT, B, INTERLEAVED: tl.constexpr, BT: tl.constexpr
-):  # fmt: skip
+def pair_backward(GRAD, SLOPE, CU, OUT, B, INTERLEAVED: tl.constexpr, BT: tl.constexpr):
     """OUT [T]: every token of completion s gets its pair's gradient, with the sign of its side."""
     s = tl.program_id(0)
     b = s // 2 if INTERLEAVED else s % B

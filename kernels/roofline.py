@@ -14,9 +14,11 @@ import argparse
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,36 +51,6 @@ HEADS = {"gpt-oss": (2880, 201088), "Qwen3": (4096, 151936), "Llama 4": (5120, 2
 ROWS = 8192
 
 
-class Published(NamedTuple):
-    """A peer's own figure, theirs and not rerun: GPU, shape, what was timed."""
-
-    gpu: str
-    T: int
-    D: int
-    V: int
-    what: str
-    ms: float
-    whose: str
-
-
-PUBLISHED = (
-    Published("H100", 8192, 4096, 131072, "forward", 12.25, "Liger CuTe (README)"),
-    Published("H100", 8192, 4096, 131072, "forward", 45.35, "verl torch fallback (Liger README)"),
-    Published("H100", 8192, 4096, 131072, "trained", 50.39, "Liger CuTe (README)"),
-    Published("H100", 8192, 4096, 131072, "trained", 57.15, "cuTile (Liger README)"),
-    Published("H100", 8192, 4096, 131072, "trained", 128.76, "verl torch fallback (Liger README)"),
-    Published("H200", 4096, 4096, 128256, "trained", 17.33, "QuACK (Liger PR 1356)"),
-    Published("H200", 4096, 4096, 128256, "trained", 18.06, "Liger CuTe (PR 1356)"),
-    Published("H200", 4096, 4096, 128256, "trained", 141.0, "Liger Triton (PR 1356)"),
-    Published("B200", 8192, 4096, 201088, "trained", 27.71, "Liger CuTe (PR 1339)"),
-    Published("B200", 8192, 4096, 201088, "trained", 190.27, "Liger Triton (PR 1339)"),
-    Published("A100", 8192, 4096, 128256, "trained", 166.7, "Liger Triton (its benchmark file)"),
-    Published("A100", 8192, 4096, 128256, "trained", 111.4, "Hugging Face (Liger's benchmark file)"),
-    Published("A100", 8192, 2304, 256000, "trained", 134.8, "cut cross-entropy (README)"),
-    Published("A100", 8192, 2304, 256000, "trained", 208.8, "torch (cut cross-entropy README)"),
-)
-
-
 # --- closed forms: what a launch moves and multiplies -------------------------------------------------------------
 
 
@@ -91,9 +63,6 @@ class Traffic:
     distinct: int = 0
     flop: int = 0
     groups: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
-
-    def figures(self) -> tuple[int, int, int, int]:
-        return self.loaded, self.stored, self.distinct, self.flop
 
 
 def _tiles(n: int, size: int) -> int:
@@ -161,26 +130,20 @@ def row_backward_traffic(T: int, V: int, tile: Tile, width: int, out_width: int,
 @contextmanager
 def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]]:
     """Traffic by kernel of what is launched inside; `group_of(kernel, program)` names the group that shares the L2."""
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor, TensorHandle
+    from triton.runtime.interpreter import interpreter_builder as builder
 
-    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
-    load, store, dot, call = (
-        builder.create_masked_load,
-        builder.create_masked_store,
-        builder.create_dot,
-        executor.__call__,
-    )
+    load, store = builder.create_masked_load, builder.create_masked_store
+    dot, call = builder.create_dot, GridExecutor.__call__
     counts: dict[str, Traffic] = {}
     running = [""]
 
-    def bytes_of(pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle) -> tuple[int, np.ndarray, int]:
+    def bytes_of(pointers: TensorHandle, mask: TensorHandle) -> tuple[int, np.ndarray, int]:
         width = pointers.get_element_ty().primitive_bitwidth // 8
         active = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
         return int(active.sum()) * width, pointers.data[active], width
 
-    def counted_load(
-        pointers: interpreter.TensorHandle, mask: interpreter.TensorHandle, *rest: object
-    ) -> interpreter.TensorHandle:
+    def counted_load(pointers: TensorHandle, mask: TensorHandle, *rest: object) -> TensorHandle:
         total, addresses, width = bytes_of(pointers, mask)
         here = counts[running[0]]
         here.loaded += total
@@ -188,22 +151,15 @@ def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]
         here.groups.setdefault(group, []).append(addresses.astype(np.int64).ravel() * 16 + width)
         return load(pointers, mask, *rest)
 
-    def counted_store(
-        pointers: interpreter.TensorHandle,
-        value: interpreter.TensorHandle,
-        mask: interpreter.TensorHandle,
-        *rest: object,
-    ) -> None:
+    def counted_store(pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: object) -> None:
         counts[running[0]].stored += bytes_of(pointers, mask)[0]
         store(pointers, value, mask, *rest)
 
-    def counted_dot(
-        a: interpreter.TensorHandle, b: interpreter.TensorHandle, *rest: object
-    ) -> interpreter.TensorHandle:
+    def counted_dot(a: TensorHandle, b: TensorHandle, *rest: object) -> TensorHandle:
         counts[running[0]].flop += 2 * a.data.shape[-2] * a.data.shape[-1] * b.data.shape[-1]
         return dot(a, b, *rest)
 
-    def named_call(self: interpreter.GridExecutor, *arguments: object, **options: object) -> None:
+    def named_call(self: GridExecutor, *arguments: object, **options: object) -> None:
         running[0] = self.fn.__name__
         here = counts.setdefault(running[0], Traffic())
         call(self, *arguments, **options)
@@ -212,17 +168,14 @@ def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]
             here.distinct += int((once % 16).sum())
         here.groups.clear()
 
-    builder.create_masked_load, builder.create_masked_store, builder.create_dot = (
-        counted_load,
-        counted_store,
-        counted_dot,
-    )
-    executor.__call__ = named_call
+    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+    builder.create_dot = counted_dot
+    GridExecutor.__call__ = named_call
     try:
         yield counts
     finally:
         del builder.create_masked_load, builder.create_masked_store, builder.create_dot
-        executor.__call__ = call
+        GridExecutor.__call__ = call
 
 
 # --- modelled time ------------------------------------------------------------------------------------------------
@@ -326,12 +279,11 @@ def count_and_model(T: int, D: int, V: int) -> dict[str, tuple[Traffic, Traffic]
         "linear_hidden_grad": hidden_grad_traffic(T, D, V, hidden, 4, forward["BV"], group),
         "linear_weight_grad": weight_grad_traffic(T, D, V, weight, 4, True, forward["BV"], group),
     }
-    logits_TV, rows_3T = hidden_TD @ weight_VD.T, torch.ones(3, T)
+    logits_TV = hidden_TD @ weight_VD.T
+    k_T, factor_T, at_target_T = torch.ones(3, T)
     with counting(lambda kernel, program: 0) as rows:
         row_triton.forward(logits_TV, targets_T, 1.0, False, arch)
-        row_triton.backward(
-            logits_TV, torch.empty_like(logits_TV), targets_T, rows_3T[0], rows_3T[1], rows_3T[2], 1.0, arch
-        )
+        row_triton.backward(logits_TV, torch.empty_like(logits_TV), targets_T, k_T, factor_T, at_target_T, 1.0, arch)
     modelled["row_forward"] = row_forward_traffic(T, V, tiles["row_forward"], 4, span)
     modelled["row_backward"] = row_backward_traffic(T, V, tiles["row_backward"], 4, 4, span)
     counted |= {kernel: traffic for kernel, traffic in rows.items() if kernel != "combine_parts"}
@@ -340,13 +292,11 @@ def count_and_model(T: int, D: int, V: int) -> dict[str, tuple[Traffic, Traffic]
 
 def counted_report() -> tuple[list[str], bool]:
     """Counted against modelled, a line a kernel and shape, and whether all are equal."""
-    lines, equal = (
-        ["COUNTED in the interpreter (fp32): bytes asked of the L2, first asked in a group, stored; FLOP"],
-        True,
-    )
+    lines = ["COUNTED in the interpreter (fp32): bytes asked of the L2, first asked in a group, stored; FLOP"]
+    equal = True
     for T, D, V in SHAPES:
         for kernel, (counted, modelled) in count_and_model(T, D, V).items():
-            same = counted.figures() == modelled.figures()
+            same = counted == modelled
             equal &= same
             figures = f"{counted.loaded:>11,} {counted.distinct:>10,} {counted.stored:>10,} {counted.flop:>12,}"
             lines.append(f"  T{T} D{D} V{V}  {kernel:<19}{figures}  {'= model' if same else f'NOT {modelled}'}")
@@ -405,9 +355,10 @@ def h100_report() -> tuple[list[str], float]:
 
 
 def published_report() -> list[str]:
-    """The peers' own figures beside our model at their shapes."""
+    """The peers' own figures, of kernels/roofline.toml, beside our model at their shapes."""
     lines = ["PUBLISHED by the peers, theirs and not rerun, beside our model at their shape (ms, auto's path)"]
-    for gpu, T, D, V, what, theirs, whose in PUBLISHED:
+    figures = tomllib.loads(Path(__file__).with_name("roofline.toml").read_text(encoding="utf-8"))["published"]
+    for gpu, T, D, V, what, theirs, whose in figures:
         arch, trained = GPUS[gpu].arch, what == "trained"
         path = choose(arch, T, D, V)
         taken = steps(path, gpu, T, D, V, trained)

@@ -22,7 +22,6 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # read once, as the decorato
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # 10 bits: k times it is exact in fp32 for |k| < 2^14
 LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
-LN2 = 0.6931471805599453
 
 
 @triton.jit

@@ -111,7 +111,6 @@ def decoder_config(
     *,
     layers: tuple[LayerKind, ...] | None = None,
     qkv_bias: bool = False,
-    output_bias: bool = False,
     mlp_bias: bool = False,
     experts: ExpertsConfig | None = None,
     qk_norm: bool = False,
@@ -119,7 +118,10 @@ def decoder_config(
     ffn_key: str = "intermediate_size",
     defaults: Fields = {},  # noqa: B006 (never written)
 ) -> ModelConfig:
-    """What every family's config.json says in the same words; `defaults` are the published class's for absent keys."""
+    """What every family's config.json says in the same words; `defaults` are the published class's for absent keys.
+
+    `qkv_bias`: q, k and v have one whatever attention_bias says, which otherwise speaks for them as for o_proj.
+    """
     fields = {key: value for key, value in {**defaults, **fields}.items() if value is not None}
     for key, only in NEUTRAL.items():
         supported(fields, key, path, only)
@@ -135,6 +137,7 @@ def decoder_config(
     head_dim = positive(fields, "head_dim", path, int, default=max(hidden // heads, 1))
     if head_dim % 2:
         raise UserError(f"{path}: head_dim = {head_dim} must be even: rotary embedding turns pairs")
+    bias = flag(fields, "attention_bias", path)
     rope_theta, rope_scaling = _read_rope(fields, path, positive(defaults, "rope_theta", path, float, 10000.0))
     return ModelConfig(
         architecture=architecture,
@@ -149,8 +152,8 @@ def decoder_config(
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
         tied=flag(fields, "tie_word_embeddings", path),
-        qkv_bias=qkv_bias,
-        output_bias=output_bias,
+        qkv_bias=qkv_bias or bias,
+        output_bias=bias,
         mlp_bias=mlp_bias,
         dtype=str(dtype),
         experts=experts,

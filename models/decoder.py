@@ -89,7 +89,9 @@ class Decoder(nn.Module):
         """log p(targets_R[i] | everything that hidden row rows_R[i] sees), nats: fp32 [R] (fp64 in fp64)."""
         hidden_TD = self.hidden(tokens_T, positions_T, attend_trees(layout), routing or Routing(layout.tokens))
         weight = self.head.weight
-        return linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
+        logp_R = linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
+        assert isinstance(logp_R, Tensor), "nothing beside them was asked for"
+        return logp_R
 
 
 def empty_decoder(
@@ -118,12 +120,10 @@ def fill(model: Decoder, folder: Path, device: torch.device | str) -> int:
 
 
 def load_decoder(
-    folder: Path, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype, backend: str = "auto", packed: bool = False
+    folder: Path, *, weight_dtype: torch.dtype, compute_dtype: torch.dtype, packed: bool = False
 ) -> Decoder:
     """empty_decoder, filled on the CPU."""
-    model = empty_decoder(
-        folder, weight_dtype=weight_dtype, compute_dtype=compute_dtype, backend=backend, packed=packed
-    )
+    model = empty_decoder(folder, weight_dtype=weight_dtype, compute_dtype=compute_dtype, packed=packed)
     fill(model, folder, "cpu")
     return model
 

@@ -18,11 +18,6 @@ from kernels import dequantise
 IGNORED = re.compile(r"(\w+\.)?lm_head\.weight|.*rotary_emb\.inv_freq|(vision_model|multi_modal_projector)\..*")
 
 
-def as_is(part: Tensor) -> Tensor:
-    """As it is stored."""
-    return part
-
-
 def turned(part: Tensor) -> Tensor:
     """[.., in, out] as [.., out, in], and back."""
     return part.mT
@@ -33,7 +28,7 @@ class Piece(NamedTuple):
 
     stored: dict[str, tuple[int, ...]]  # name: shape
     place: tuple[int | slice, ...] = ()  # of the parameter; () is all of it
-    decode: Callable[..., Tensor] = as_is  # from the same part of each stored tensor
+    decode: Callable[..., Tensor] = lambda part: part  # from the same part of each stored tensor
 
     def where(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """The part of each stored tensor that holds a part of this one; MXFP4 is not divided along its inputs."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Packed, rows_linear
-from models.config import ExpertsConfig
+from models.config import ExpertsConfig, ModelConfig
 from models.parts import Context
 from models.routing import asked
 from models.sharded import Units, answer_by_units, local_tensor
@@ -204,8 +204,7 @@ class MoE(nn.Module):
 
     def __init__(
         self,
-        hidden: int,
-        config: ExpertsConfig,
+        config: ModelConfig,
         index: int,
         dtype: torch.dtype,
         route: Router,
@@ -216,10 +215,11 @@ class MoE(nn.Module):
         router_name: str = "router",
     ) -> None:
         super().__init__()
-        self.config, self.index, self.route, self.activation = config, index, route, activation
+        assert config.experts is not None, "a sparse layer has experts"
+        self.config, self.index, self.route, self.activation = config.experts, index, route, activation
         self.scale_input, self.router_name = scale_input, router_name
-        self.add_module(router_name, RouterLogits(hidden, config.count, bias, dtype))
-        self.experts = Experts(hidden, config, bias, dtype)
+        self.add_module(router_name, RouterLogits(config.hidden, self.config.count, bias, dtype))
+        self.experts = Experts(config.hidden, self.config, bias, dtype)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         tokens, K = context.routing.tokens, self.config.per_token  # noqa: N806

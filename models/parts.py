@@ -73,12 +73,8 @@ class RMSNorm(nn.Module):
         return rms_normal(x, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
-class ExactRMSNorm(nn.Module):
+class ExactRMSNorm(RMSNorm):
     """x / rms(x) times the weight, all in fp32, then cast (gpt-oss's and OLMo 2's order)."""
-
-    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.empty(width, dtype=dtype)), eps
 
     def forward(self, x: Tensor) -> Tensor:
         return (rms_normal(x, self.eps) * self.weight.to(x.dtype)).to(x.dtype)
@@ -124,7 +120,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm: x += attention(norm x), x += mlp(norm x)."""
+    """Pre-norm: x += attention(norm x), x += mlp(norm x). `mlp_name`: as published."""
 
     def __init__(
         self,
@@ -133,13 +129,15 @@ class Layer(nn.Module):
         attention: Attention,
         mlp: nn.Module,
         norm: Callable[[int, float, torch.dtype], nn.Module] = RMSNorm,
+        mlp_name: str = "mlp",
     ) -> None:
         super().__init__()
         self.input_layernorm = norm(config.hidden, config.norm_eps, dtype)
         self.self_attn = attention
         self.post_attention_layernorm = norm(config.hidden, config.norm_eps, dtype)
-        self.mlp = mlp
+        self.mlp_name = mlp_name
+        self.add_module(mlp_name, mlp)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), context)
+        return x_TD + self.get_submodule(self.mlp_name)(self.post_attention_layernorm(x_TD), context)

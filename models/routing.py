@@ -28,9 +28,7 @@ class Routing:
         choice_TK = self.own[layer] if self.reference is None or not self.replay else self.reference[layer]
         self.asked[layer] = asked(choice_TK, logits_TE.shape[1])
         if self.balanced:
-            balance = load_balance(
-                logits_TE, self.asked[layer] / self.tokens
-            )  # always: a recomputation must save alike
+            balance = load_balance(logits_TE, self.asked[layer] / self.tokens)  # always: recomputed, it must save alike
             self.balance.setdefault(layer, balance)
         return choice_TK
 

@@ -157,17 +157,13 @@ class _Unit(torch.autograd.Function):
 
 def _whole(units: Units, names: Sequence[str], x_MD: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
     """The weights with those that are cut put together, on x's device and (but for bytes) in its dtype."""
-    return [
-        _joined(
-            values.to(x_MD.device, x_MD.dtype if values.is_floating_point() else None),
-            1,
-            units.outputs[name],
-            units.group,
-        )
-        if name in units.outputs
-        else values
-        for name, values in zip(names, own, strict=True)
-    ]
+    weights = []
+    for name, values in zip(names, own, strict=True):
+        if name in units.outputs:
+            values = values.to(x_MD.device, x_MD.dtype if values.is_floating_point() else None)
+            values = _joined(values, 1, units.outputs[name], units.group)
+        weights.append(values)
+    return weights
 
 
 def _own_sum(whole: Tensor, own: Tensor, units: Units) -> Tensor:

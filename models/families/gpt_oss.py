@@ -23,14 +23,8 @@ from models.config import (
 from models.moe import MoE, clamped_swiglu, softmax_of_chosen
 from models.parts import Attention, ExactRMSNorm, Layer
 
-YARN: Fields = {  # where the file is silent
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "original_max_position_embeddings": 4096,
-    "truncate": False,
-}
+# Where the file is silent; the rest as models/config.py has it.
+YARN: Fields = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
 def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
@@ -41,18 +35,15 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     spans = {"sliding_attention": window, "full_attention": FULL}
     kinds = layer_types(fields, path, [tuple(spans)[i % 2] for i in range(count)], spans)
     bias = flag(fields, "attention_bias", path, True)
-    ffn = positive(fields, "intermediate_size", path, int)
     return decoder_config(
         architecture,
-        {**fields, "rope_scaling": fields.get("rope_scaling") or YARN},
+        {**fields, "attention_bias": bias, "rope_scaling": fields.get("rope_scaling") or YARN},
         path,
         layers=tuple(LayerKind(span=spans[kind], sparse=True) for kind in kinds),
-        qkv_bias=bias,
-        output_bias=bias,
         experts=ExpertsConfig(
             count=positive(fields, "num_local_experts", path, int),
             per_token=positive(fields, "num_experts_per_tok", path, int),
-            ffn=ffn,
+            ffn=positive(fields, "intermediate_size", path, int),
             limit=positive(fields, "swiglu_limit", path, float, 7.0),
             packed=fields.get("quantization_config") is not None,
         ),
@@ -62,8 +53,7 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
 
 def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
     """Layer `index` of the model."""
-    assert config.experts is not None
     attention = Attention(config, index, dtype)
     attention.sinks = nn.Parameter(torch.empty(config.heads, dtype=dtype))
-    mlp = MoE(config.hidden, config.experts, index, dtype, softmax_of_chosen, clamped_swiglu, bias=True)
+    mlp = MoE(config, index, dtype, softmax_of_chosen, clamped_swiglu, bias=True)
     return Layer(config, dtype, attention, mlp, ExactRMSNorm)

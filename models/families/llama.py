@@ -13,9 +13,7 @@ from models.parts import MLP, Attention, Layer
 
 def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """LlamaForCausalLM."""
-    bias = flag(fields, "attention_bias", path)
-    mlp_bias = flag(fields, "mlp_bias", path)
-    return decoder_config(architecture, fields, path, qkv_bias=bias, output_bias=bias, mlp_bias=mlp_bias)
+    return decoder_config(architecture, fields, path, mlp_bias=flag(fields, "mlp_bias", path))
 
 
 def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:

@@ -6,7 +6,7 @@ Letters: `T` tokens, `D` model width, `N` heads, `G` kv heads, `H` head width. R
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.attention import FULL, Span
 from models.config import (
@@ -22,7 +22,7 @@ from models.config import (
 )
 from models.errors import UserError
 from models.moe import MoE, sigmoid_of_chosen, swiglu
-from models.parts import MLP, Attention, Context, RMSNorm, rms_normal
+from models.parts import MLP, Attention, Context, Layer, rms_normal
 from models.rope import rotate_pairs
 
 
@@ -57,14 +57,11 @@ def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
         raise UserError(f"{path}: attn_temperature_tuning = {tuned!r} must be true or false")
     floor = positive(fields, "floor_scale", path, float, 8192.0)
     scale = positive(fields, "attn_scale", path, float, 0.1)
-    bias = flag(fields, "attention_bias", path)
     return decoder_config(
         architecture,
         fields,
         path,
         layers=tuple(LayerKind(spans[kinds[i]], bool(rotary[i]), i in sparse) for i in range(count)),
-        qkv_bias=bias,
-        output_bias=bias,
         experts=ExpertsConfig(
             count=positive(fields, "num_local_experts", path, int),
             per_token=positive(fields, "num_experts_per_tok", path, int),
@@ -101,28 +98,15 @@ class SharedMoE(MoE):
     """Top-1 experts that read their input scaled by the router, and one that everybody asks."""
 
     def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
-        assert config.experts is not None
-        super().__init__(config.hidden, config.experts, index, dtype, sigmoid_of_chosen, swiglu, scale_input=True)
-        self.shared_expert = MLP(config.hidden, config.experts.ffn, False, dtype)
+        super().__init__(config, index, dtype, sigmoid_of_chosen, swiglu, scale_input=True)
+        self.shared_expert = MLP(config.hidden, self.config.ffn, False, dtype)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         return self.shared_expert(x_TD, context) + super().forward(x_TD, context)
 
 
-class Llama4Layer(nn.Module):
-    """Pre-norm, under the published names."""
-
-    def __init__(self, config: ModelConfig, index: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype)
-        self.self_attn = Llama4Attention(config, index, dtype)
-        self.post_attention_layernorm = RMSNorm(config.hidden, config.norm_eps, dtype)
-        sparse = config.layers[index].sparse
-        self.feed_forward = SharedMoE(config, index, dtype) if sparse else MLP(config.hidden, config.ffn, False, dtype)
-
-    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), context)
-        return x_TD + self.feed_forward(self.post_attention_layernorm(x_TD), context)
-
-
-layer = Llama4Layer
+def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
+    """Layer `index` of the model."""
+    sparse = config.layers[index].sparse
+    mlp = SharedMoE(config, index, dtype) if sparse else MLP(config.hidden, config.ffn, False, dtype)
+    return Layer(config, dtype, Llama4Attention(config, index, dtype), mlp, mlp_name="feed_forward")

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.config import Fields, ModelConfig, decoder_config, flag
+from models.config import Fields, ModelConfig, decoder_config
 from models.parts import MLP, Attention, Context, ExactRMSNorm
 
 
 def read_config(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Olmo2ForCausalLM."""
-    bias, defaults = flag(fields, "attention_bias", path), {"rms_norm_eps": 1e-5}
-    return decoder_config(architecture, fields, path, qkv_bias=bias, output_bias=bias, qk_norm=True, defaults=defaults)
+    return decoder_config(architecture, fields, path, qk_norm=True, defaults={"rms_norm_eps": 1e-5})
 
 
 class Olmo2Attention(Attention):

@@ -35,20 +35,20 @@ def _count_full_layers(fields: Fields, path: Path) -> int:
 def read_qwen2(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen2ForCausalLM (Qwen2.5): q, k and v have a bias, whatever the file says."""
     _count_full_layers(fields, path)
+    fields = {**fields, "attention_bias": None}
     return decoder_config(architecture, fields, path, qkv_bias=True, defaults={"num_key_value_heads": 32})
 
 
 def read_qwen3(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen3ForCausalLM."""
     _count_full_layers(fields, path)
-    bias = flag(fields, "attention_bias", path)
     defaults = {"head_dim": 128, "num_key_value_heads": 32}
-    return decoder_config(architecture, fields, path, qkv_bias=bias, output_bias=bias, qk_norm=True, defaults=defaults)
+    return decoder_config(architecture, fields, path, qk_norm=True, defaults=defaults)
 
 
 def read_qwen3_moe(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen3MoeForCausalLM: a layer is sparse where decoder_sparse_step and mlp_only_layers say so."""
-    count, bias = _count_full_layers(fields, path), flag(fields, "attention_bias", path)
+    count = _count_full_layers(fields, path)
     step = positive(fields, "decoder_sparse_step", path, int, 1)
     dense = layer_numbers(fields, "mlp_only_layers", path, count)
     layers = tuple(LayerKind(sparse=i not in dense and (i + 1) % step == 0) for i in range(count))
@@ -59,17 +59,8 @@ def read_qwen3_moe(architecture: str, fields: Fields, path: Path) -> ModelConfig
         ffn=positive(fields, "moe_intermediate_size", path, int),
         renormalise=flag(fields, "norm_topk_prob", path),
     )
-    return decoder_config(
-        architecture,
-        fields,
-        path,
-        layers=layers,
-        qkv_bias=bias,
-        output_bias=bias,
-        experts=experts,
-        qk_norm=True,
-        defaults={"num_key_value_heads": 4},
-    )
+    defaults = {"num_key_value_heads": 4}
+    return decoder_config(architecture, fields, path, layers=layers, experts=experts, qk_norm=True, defaults=defaults)
 
 
 class Qwen3Attention(Attention):
@@ -87,8 +78,7 @@ class Qwen3Attention(Attention):
 def layer(config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
     """Layer `index` of a Qwen3."""
     if config.layers[index].sparse:
-        assert config.experts is not None
-        mlp: MLP | MoE = MoE(config.hidden, config.experts, index, dtype, chosen_of_softmax, swiglu, router_name="gate")
+        mlp: MLP | MoE = MoE(config, index, dtype, chosen_of_softmax, swiglu, router_name="gate")
     else:
         mlp = MLP(config.hidden, config.ffn, config.mlp_bias, dtype)
     return Layer(config, dtype, Qwen3Attention(config, index, dtype), mlp)
