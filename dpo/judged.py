@@ -67,7 +67,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Judge:
-    """`name` is its own on a page; `role` its name in its run."""
+    """`name` is its own on a page; `role` its name in its run: of dpo.judge the model's, whatever it was asked."""
 
     name: str
     role: str
@@ -79,12 +79,6 @@ class Judge:
     def ordered(self) -> bool:
         """Whether it was asked in two orders."""
         return self.run.config.judge.protocol == "compare" and self.role != "rewards"
-
-    @property
-    def asked(self) -> str:
-        """Which model it is, whatever it was asked."""
-        config = self.run.config
-        return config.endpoint.model if config.endpoint.url else config.model.adapter or config.model.path
 
     @property
     def attacks(self) -> list[Success]:

@@ -130,15 +130,13 @@ def _escaped(text: str) -> str:
 
 def to_html(page: Page) -> str:
     """The page as one file that opens from disk; it reads whole without its script, which only filters the rows."""
-    html, style, script = (_beside(f"page.{ending}") for ending in ("html", "css", "js"))
+    html, style, script = (
+        Path(__file__).with_name(f"page.{ending}").read_text(encoding="utf-8") for ending in ("html", "css", "js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return JINJA.from_string(html).render(
         page=page, style=STYLE + style, script=script, digest=digest, marks=MARKS, says=SAYS
     )
-
-
-def _beside(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _kept(cell: str) -> str:

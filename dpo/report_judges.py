@@ -29,11 +29,11 @@ def benchmarks(judges: Sequence[Judge]) -> list[Block]:
         rows = [(name, *(judge.name for judge, _ in of))]
         rows += [(key, *(_share(benchmark, key) for _, benchmark in of)) for key in keys]
         tables.append(Table(f"{name}: its own score", rows))
-    sixth = {judge.asked: ties for judge, ties in found if ties["name"] == PROTOCOLS["ties"].benchmark}
+    sixth = {judge.role: ties for judge, ties in found if ties["name"] == PROTOCOLS["ties"].benchmark}
     whole = [("RewardBench 2, its six subsets", "score")]
     for judge, best in found:
-        if best["name"] == PROTOCOLS["choose"].benchmark and judge.asked in sixth:
-            whole.append((judge.asked, _share(six_subsets(best, sixth[judge.asked]), "score")))
+        if best["name"] == PROTOCOLS["choose"].benchmark and judge.role in sixth:
+            whole.append((judge.role, _share(six_subsets(best, sixth[judge.role]), "score")))
     return [*tables, *[Table("Best of four, and Ties by rating: their unweighted mean", whole)] * (len(whole) > 1)]
 
 

@@ -13,6 +13,7 @@ from dpo.judge.controls import Conclusion
 from dpo.judge.robustness import Bias, Success
 from dpo.judge.statistics import Comparison, PairedTest, Summary, widest
 from models.errors import UserError
+from models.files import read_text
 
 Counts = dict[str, int]
 Metrics = list[dict[str, float]]
@@ -93,10 +94,7 @@ def widest_interval(judged: Summary) -> list[float]:
 
 def read_metrics(path: Path, *, torn: bool = False) -> Metrics:
     """The lines of metrics.jsonl. A broken one is a UserError, but for the last one where a kill may have `torn` it."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    lines = read_text(path).splitlines()
     metrics: Metrics = []
     for number, line in enumerate(lines, 1):
         try:

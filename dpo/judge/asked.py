@@ -79,7 +79,9 @@ def verdict_odds(answer: Answer) -> float:
     for token, top in answer.tokens:
         if 0 <= at < len(token) and top:
             unnamed = min(*top.values(), math.log(max(1e-9, 1 - sum(map(math.exp, top.values())))))
-            a, b = (_log_sum([p for other, p in top.items() if _letters(other) == label], unnamed) for label in "AB")
+            named = [(re.sub(r"[\W_]", "", other), math.exp(log_p)) for other, log_p in top.items()]
+            shares = [sum(share for letter, share in named if letter == label) for label in "AB"]
+            a, b = (math.log(share) if share else unnamed for share in shares)
             if a != b:
                 return a - b
         at -= len(token)
@@ -101,28 +103,11 @@ def _found(answer: Answer, labels: tuple[str, ...]) -> re.Match[str] | None:
     if answer.finish == "error":
         return None
     last_line = answer.text.rstrip().rfind("\n") + 1
-    boxed = list(_boxed(labels).finditer(answer.text, last_line))
+    boxes = re.compile(rf"\[\[({'|'.join(map(re.escape, labels))})\]\]")
+    boxed = list(boxes.finditer(answer.text, last_line))
     if boxed:
         return boxed[-1] if len({match[1] for match in boxed}) == 1 else None
-    return _own_line(answer.text, labels)
-
-
-@cache
-def _boxed(labels: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(rf"\[\[({'|'.join(map(re.escape, labels))})\]\]")
-
-
-def _own_line(text: str, labels: tuple[str, ...]) -> re.Match[str] | None:
-    lines = [line.span() for line in re.finditer(r"\S.*", text)]
+    lines = [line.span() for line in re.finditer(r"\S.*", answer.text)]
     pattern = _line_pattern(labels)
-    found = [match for match in (pattern.fullmatch(text, *line) for line in lines[:1] + lines[-1:]) if match]
+    found = [match for match in (pattern.fullmatch(answer.text, *line) for line in lines[:1] + lines[-1:]) if match]
     return found[0] if len({match[1].lower() for match in found}) == 1 else None
-
-
-def _letters(token: str) -> str:
-    return re.sub(r"[\W_]", "", token)
-
-
-def _log_sum(log_p: Sequence[float], empty: float) -> float:
-    total = sum(map(math.exp, log_p))
-    return math.log(total) if total else empty
