@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from dpo.config import Config, config_dict
 from dpo.inputs import load_splits
-from dpo.judge.local import read_verdicts
+from dpo.judge.local import OF_ANSWERS, read_verdicts
 from dpo.judge.prompts import request_text
 from dpo.judge.robustness import Bias, Success
 from dpo.judge.statistics import Comparison, Summary, Verdict, averaged_scores, compare, holm, outcomes
@@ -78,7 +78,7 @@ class Judge:
     @property
     def ordered(self) -> bool:
         """Whether it was asked in two orders."""
-        return self.run.config.judge.protocol == "compare" and self.role != "rewards"
+        return self.run.config.judge.protocol == "compare" and self.role not in OF_ANSWERS
 
     @property
     def attacks(self) -> list[Success]:

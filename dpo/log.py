@@ -155,10 +155,11 @@ def environment() -> dict[str, object]:
 
 @cache
 def source_digest() -> str:
-    """A digest of the product's own files, whatever commit they are of."""
+    """A digest of the product's own files, whatever commit they are of, but for those that only show results."""
     root = Path(__file__).resolve().parents[1]
     files = (file for package in ("dpo", "kernels", "models") for file in (root / package).rglob("*.*"))
-    sources = sorted(file for file in files if file.suffix in (".py", ".toml"))
+    shows = re.compile(r"report|sweep|page|plots|card|verdict_files")
+    sources = sorted(file for file in files if file.suffix in (".py", ".toml") and not shows.match(file.name))
     told = (f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sources)
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 

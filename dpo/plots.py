@@ -19,12 +19,13 @@ WIDTH, LEFT, RIGHT, TOP, HEIGHT, LINE = 400, 46, 380, 30, 200, 17
 MOST_LETTERS = 44  # of a line of the legend: as many as fit
 MOST_POINTS = 700  # of a line: more than its pixels
 STYLE = "\n" + Path(__file__).with_name("plots.css").read_text(encoding="utf-8")
-DASHES = ("6 4", "2 3", "9 3 2 3", "1 4")  # of dashed lines, by tone
+DASHES = ("6 4", "2 3", "9 3 2 3", "1 4", "12 3")  # of dashed lines, by tone
 SHAPES = (  # of points, by tone
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "M-3.6-3.6h7.2v7.2h-7.2z",
     "M0-4.6L4.6 3.6H-4.6z",
     "M0-5L5 0 0 5-5 0z",
+    "M-4.6-3.6H4.6L0 4.6z",
 )
 
 
@@ -42,12 +43,16 @@ class Mark:
 
 @dataclass(frozen=True)
 class Axis:
-    """`ends`: what it reaches at least; `percent`: shares, written as per cent; `log`: all is above 0."""
+    """`ends`: what it reaches at least; `percent`: shares, written as per cent; `log`: all is above 0.
+
+    `ticks`: the few values that there are, where these are what should be written.
+    """
 
     label: str
     ends: tuple[float, float] | None = None
     percent: bool = False
     log: bool = False
+    ticks: Sequence[float] = ()
 
 
 Scale = tuple[float, float, list[float]]  # low, high, ticks, in what is drawn
@@ -56,6 +61,9 @@ Scale = tuple[float, float, list[float]]  # low, high, ticks, in what is drawn
 def _scale(axis: Axis, values: Sequence[float]) -> Scale:
     finite = [math.log10(value) if axis.log else value for value in values if math.isfinite(value)]
     low, high = axis.ends or (min(finite, default=0.0), max(finite, default=1.0))
+    if axis.ticks:
+        room = (high - low or 1.0) / 12
+        return low - room, high + room, [math.log10(tick) if axis.log else tick for tick in axis.ticks]
     if axis.log:
         low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
         return low, high, [float(tick) for tick in range(low, high + 1)]
@@ -92,7 +100,7 @@ def _svg(title: str, description: str, body: Sequence[str], height: float) -> st
 
 def _point(x: float, y: float, tone: int) -> str:
     colour = tone % len(SHAPES)
-    shape = SHAPES[(tone + tone // len(SHAPES)) % len(SHAPES)]  # the fifth has the first's colour and another shape
+    shape = SHAPES[(tone + tone // len(SHAPES)) % len(SHAPES)]  # the sixth has the first's colour and another shape
     return f'<path transform="translate({x:.1f} {y:.1f})" d="{shape}" fill="var(--tone{colour})"/>'
 
 
@@ -143,7 +151,8 @@ def chart(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
     for mark in marks:
         thin = max(1, len(mark.x) // MOST_POINTS)
         points = [*zip(mark.x, mark.y, strict=True)][::thin]
-        drawn = [(place_x(at), place_y(value)) if math.isfinite(value) else None for at, value in points]
+        aside = 5 * (mark.tone - (len(marks) - 1) / 2) if mark.kind == "joined" and mark.interval else 0.0
+        drawn = [(place_x(at) + aside, place_y(value)) if math.isfinite(value) else None for at, value in points]
         if mark.kind == "dashed" and mark.interval:
             top, bottom = place_y(mark.interval[0][1]), place_y(mark.interval[0][0])
             colour = f'fill="var(--tone{mark.tone % len(DASHES)})" opacity=".13"'
@@ -169,7 +178,7 @@ def chart(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
 
 def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]] | None]], names: Sequence[str]) -> str:
     """Shares in [0, 1] with their intervals, a bar for each of `names` that a group has; dashed: one half."""
-    left, right, y = 8, WIDTH - 48, 30.0
+    left, right, y = 8, WIDTH - 58, 30.0
 
     def place(share: float) -> float:
         return left + (right - left) * share

@@ -16,6 +16,7 @@ from typing import Literal
 
 from dpo import report_judges, report_run, report_seeds
 from dpo.card import model_card
+from dpo.judge.local import OF_ANSWERS
 from dpo.judge.statistics import PairedTest, Summary, compare_subsets, reliability
 from dpo.judged import (
     Compared,
@@ -91,8 +92,8 @@ def _moved(one: Compared, many: bool) -> str:
 
 
 def _last(judges: Sequence[Judge]) -> list[Judge]:
-    """Each run's last judge, its rewards aside."""
-    return list({judge.run.folder: judge for judge in judges if judge.role != "rewards"}.values())
+    """Each run's last judge that was asked."""
+    return list({judge.run.folder: judge for judge in judges if judge.role not in OF_ANSWERS}.values())
 
 
 def _subset_tests(judges: Sequence[Judge]) -> tuple[str, Mapping[str, PairedTest]]:
@@ -172,7 +173,7 @@ def _known(figure: float | None, interval: Sequence[float] = ()) -> str:
 def _by_subset(judges: Sequence[Judge]) -> list[Block]:
     """The last judge's standing is told, with what training did to it or its lead, and that of all is drawn."""
     whose, tests = _subset_tests(judges)
-    judges = [judge for judge in judges if judge.role != "rewards"] or judges
+    judges = [judge for judge in judges if judge.role not in OF_ANSWERS] or judges
     of = [judge.summary["subsets"] for judge in judges]
     names = [judge.name for judge in judges]
     columns = [f"{reading}, {name}" for reading in ("averaged", "consistent") for name in names]

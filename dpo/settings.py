@@ -143,7 +143,8 @@ def load_sweep(argv: list[str]) -> list[Arm]:
     folder lies in ROOT/NAME-sweep/ARM, ARM being its name, keys and values.
     """
     settings = _read_all(argv)
-    settings.pop(f"{SWEEP}contrast", None)
+    for name in ("contrast", "primary"):
+        settings.pop(SWEEP + name, None)
     named, where = settings.pop(f"{SWEEP}arm", ([], ""))
     grid = {name.removeprefix(SWEEP): settings.pop(name) for name in list(settings) if name.startswith(SWEEP)}
     sets = _named_arms(named, where)
@@ -213,6 +214,18 @@ def load_contrast(argv: list[str], settings: Sequence[str], readouts: Sequence[s
         if table[key] not in allowed:
             raise UserError(f"sweep.contrast: {key} = {_written(table[key])} ({where}): one of {'; '.join(allowed)}")
     return Contrast(**table)
+
+
+def load_primary(argv: list[str], readouts: Sequence[str]) -> str:
+    """The readout that an experiment is about: sweep.primary, else its contrast's, else the first of `readouts`."""
+    settings = _read_all(argv)
+    table, _ = settings.get(f"{SWEEP}contrast", ({}, ""))
+    named = table["readout"] if isinstance(table, dict) and table else readouts[0]
+    primary, where = settings.get(f"{SWEEP}primary", (named, ""))
+    if primary not in readouts or (table and primary != named):
+        allowed = f"{_written(named)}, as its contrast has it" if table else f"one of {'; '.join(readouts)}"
+        raise UserError(f"sweep.primary = {_written(primary)} ({where}): must be {allowed}")
+    return str(primary)
 
 
 def load_question(argv: list[str]) -> str:
@@ -307,7 +320,7 @@ def _read_settings(path: Path, above: tuple[Path, ...]) -> Settings:
         raise UserError(f"exp ({source}): is set on the command line only; to build on another file write extends")
     if not isinstance(sweep, dict):
         raise UserError(f'sweep = {_written(sweep)} ({source}): must be a table, [sweep] "loss.beta" = [0.1, 0.5]')
-    for name in ("arm", "contrast"):
+    for name in ("arm", "contrast", "primary"):
         if name in sweep:
             settings[SWEEP + name] = (sweep.pop(name), f"{source} [sweep.{name}]")
     for prefix, here, given_keys in (("", source, table), (SWEEP, f"{source} [sweep]", sweep)):

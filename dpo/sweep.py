@@ -35,7 +35,7 @@ from dpo.losses import check_loss
 from dpo.results import Results
 from dpo.rows import columns_of
 from dpo.runs import resumed_folder, write_json
-from dpo.settings import Arm, Contrast, load_contrast, load_question, load_sweep
+from dpo.settings import Arm, Contrast, load_contrast, load_primary, load_question, load_sweep
 from dpo.step import plan_steps
 from dpo.sweep_report import READOUTS, Kept, KeptArm, write_sweep_report
 from dpo.tokens import Trees
@@ -262,7 +262,7 @@ def sweep(
         if code == 130:
             stopped.set()
         elif code:
-            print(f"arm {name_of(arm)}: failed with exit code {code}; going on", file=sys.stderr)
+            print(f"arm {name_of(arm)}: failed with exit code {code}; going on{_why(folder)}", file=sys.stderr)
         if done := finished_folder(arm):
             of = cast(Results, read_json_object(done / "results.json"))["judge"]["trained"]
             hours = sum(ended) / len(ended) * (todo - len(ended)) / jobs / 3600
@@ -283,18 +283,41 @@ def sweep(
     return {name_of(arm): code for arm, code in zip(arms, codes, strict=True) if code}
 
 
+def _why(folder: Path) -> str:
+    """The end of a failed arm's log, where it has one."""
+    log = folder / "log.txt"
+    told = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return f" ({log}: {told[-1]})" if told else ""
+
+
 # --- what is kept of them -------------------------------------------------------------------------------------------
 
 
-def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: list[str]) -> None:
+def check_kept(folder: Path, arms: Sequence[Arm]) -> None:
+    """UserError where arms are kept there that are not among these: they would be lost."""
+    if (folder / "arms.json").is_file():
+        kept = cast(Kept, read_json_object(folder / "arms.json"))["arms"]
+        others = {arm["verdicts"] for arm in kept} - {_verdicts_of(arm) for arm in arms}
+        if others:
+            raise UserError(
+                f"results: {folder} keeps arms that are not of this sweep ({', '.join(sorted(others))}), and they "
+                "would be lost; give another results= or move the folder away"
+            )
+
+
+def _verdicts_of(arm: Arm) -> str:
+    return f"{name_of(arm)}.jsonl.gz"
+
+
+def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: list[str], jobs: int) -> None:
     """Put the finished arms' verdicts, compressed, and what else dpo/sweep_report.py reads into `folder`."""
     kept: list[KeptArm] = []
-    contrast = contrast_of(arms, argv)
+    contrast, primary = contrast_of(arms, argv), load_primary(argv, list(READOUTS))
     for arm in arms:
         if not (run := finished_folder(arm)):
             continue
         results = cast(Results, read_json_object(run / "results.json"))
-        name = f"{name_of(arm)}.jsonl.gz"
+        name, ran = _verdicts_of(arm), read_json_object(run / "env.json")
         atomic_write_bytes(folder / name, gzip.compress((run / "verdicts.jsonl").read_bytes(), mtime=0))
         train, data, made = results["train"], results["data"], arm.config.data.path == "checkable"
         kept.append(
@@ -306,6 +329,7 @@ def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: lis
                 verdicts=name,
                 rows=data.get("test_sha256", "")[:12] if made else file_of(arm.config.data.path),
                 source=source_of(run),
+                ran={key: ran.get(key) for key in ("start_utc", "git", "cpu", "threads", "gpu", "packages")},
                 steps=float(train["steps"]),
                 tokens=float(train["tokens"]),
                 train_s=float(train["time_s"]),
@@ -313,7 +337,10 @@ def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: lis
                 reference_computed=results["reference"]["misses"],
             )
         )
-        role = "rewards" if contrast and contrast.readout == "rewards" else "trained"
+        controls = results["judge"].get("controls", {})
+        leads = {name: (of["averaged"]["difference"], of["averaged"]["interval"]) for name, of in controls.items()}
+        kept[-1].update({"controls": leads} if leads else {})
+        role = primary if primary == "rewards" else "trained"
         looks = [of for of in results.get("biases", []) if (of["judge"], of["look"]) == (role, "longer")]
         kept[-1].update({"longer": looks[0]} if looks else {})
         if attacks := results.get("attacks", []):
@@ -321,8 +348,10 @@ def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: lis
     written = Kept(
         name=arms[0].config.exp,
         question=load_question(argv),
-        command=shlex.join(["python", "-m", "dpo.sweep", *_told(argv)]),
+        command=shlex.join(["python", "-m", "dpo.sweep", *_told(argv), f"jobs={jobs}"]),
         contrast=contrast and contrast._asdict(),
+        primary=primary,
+        planned=len(arms),
         arms=kept,
         failed=dict(failed),
     )
@@ -360,16 +389,19 @@ def main(argv: list[str]) -> int:
         mine, given = _own_arguments(argv)
         arms = load_sweep(given)
         contrast_of(arms, given)
+        load_primary(given, list(READOUTS))
         any_source = mine["source"] == "any"
         if mine["--dry-run"]:
             check_arms(arms, any_source=any_source)
             print(dry_run(arms, int(mine["jobs"])))
             return 0
-        home = Path(arms[0].config.run.root).parent / "results"
-        folder = Path(mine["results"]) / arms[0].config.exp if mine["results"] else home
+        folder, jobs = Path(arms[0].config.run.root).parent / "results", int(mine["jobs"])
+        if mine["results"]:
+            folder = Path(mine["results"]) / arms[0].config.exp
+            check_kept(folder, arms)
         # Verdicts are kept arm by arm: who stops a sweep of many hours has those of all that finished.
-        failed = sweep(arms, int(mine["jobs"]), any_source=any_source, after=lambda: keep(folder, arms, {}, given))
-        keep(folder, arms, failed, given)
+        failed = sweep(arms, jobs, any_source=any_source, after=lambda: keep(folder, arms, {}, given, jobs))
+        keep(folder, arms, failed, given, jobs)
         print(f"{write_sweep_report(folder)}\nreport: {folder / 'report.html'}")
         return 1 if failed else 0
 
@@ -382,6 +414,8 @@ def _own_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     given = []
     for argument in argv:
         key, _, value = argument.partition("=")
+        if key in mine and (value == "") is not (key == "--dry-run"):
+            raise UserError(f"{argument}: --dry-run has no value, jobs=, source= and results= need one")
         if key in mine:
             mine[key] = value or "yes"
         else:

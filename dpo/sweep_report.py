@@ -50,11 +50,16 @@ READOUTS: dict[str, tuple[str, Callable[[Sequence[Verdict]], Floats]]] = {
     "averaged": ("trained", averaged_scores),
     "consistent": ("trained", consistent_scores),
     "rewards": ("rewards", averaged_scores),
+    "likelihood": ("likelihood", averaged_scores),
     "judged sighted": ("sighted", averaged_scores),
     "judged blind": ("blind", averaged_scores),
     "says A": ("trained", says_a_scores),
 }
 """By name: which of an arm's judges is read, and a pair's score. All but the last are accuracies."""
+
+
+Figure = tuple[float, list[float]]
+"""A mean and its 95 % interval."""
 
 
 class KeptArm(TypedDict):
@@ -67,13 +72,15 @@ class KeptArm(TypedDict):
     verdicts: str  # its file
     rows: str  # where its rows are from: the file's name, or of checkable rows, a seed's own, a hash of the test rows
     source: str  # that of the product it ran under
+    ran: NotRequired[dict[str, object]]  # when, on what, from which commit
     steps: float
     tokens: float  # that training ran forward
     train_s: float
     whole_s: float
     reference_computed: int  # completions that the reference was run on
-    longer: NotRequired[Bias]  # what its trained judge makes of length, or the rewards, where they are the contrast's
+    longer: NotRequired[Bias]  # what its trained judge makes of length, or the rewards, where they are the primary
     attacks: NotRequired[list[Success]]
+    controls: NotRequired[dict[str, Figure]]  # by control the trained judge's lead, order-averaged
 
 
 class Kept(TypedDict):
@@ -83,12 +90,11 @@ class Kept(TypedDict):
     question: str
     command: str
     contrast: dict[str, str] | None
+    primary: NotRequired[str]  # the readout that it is about
+    planned: NotRequired[int]  # arms
     arms: list[KeptArm]
     failed: dict[str, int]  # exit codes by arm
 
-
-Figure = tuple[float, list[float]]
-"""A mean and its 95 % interval."""
 
 Judged = dict[str, list[Verdict]]
 """One run's verdicts, by judge."""
@@ -139,10 +145,21 @@ def student(means: Sequence[float]) -> list[float]:
     return [fmean(means) - half, fmean(means) + half]
 
 
-def mean_share(shares: Sequence[float], lone: Sequence[float]) -> Figure:
-    """The mean of the seeds' shares with Student's interval, within 0 and 1; `lone` is that of a single seed."""
-    low, high = student(shares) if len(shares) > 1 else lone
-    return fmean(shares), [max(low, 0.0), min(high, 1.0)]
+def mean_of(figures: Sequence[Figure], *, floor: float = 0.0, shared: bool = False) -> Figure:
+    """The mean of the seeds' figures, with the wider of Student's interval and of the mean of their own.
+
+    That is narrower than theirs by the root of their number, unless the rows of the seeds are `shared`. Its ends lie
+    within `floor` and 1.
+    """
+    means = [figure[0] for figure in figures]
+    mean, root = fmean(means), 1.0 if shared else math.sqrt(len(figures))
+    below, above = (fmean(abs(ends[side] - of) for of, ends in figures) / root for side in (0, 1))
+    low, high = widest([mean - below, mean + above], *([student(means)] if len(means) > 1 else []))
+    return mean, [max(low, floor), min(high, 1.0)]
+
+
+def _share(hits: int, n: int, interval: Sequence[float]) -> Figure:
+    return hits / n, [*interval]
 
 
 def over_seeds(scores: Sequence[Floats], groups: Sequence[Sequence[str]], *, share: bool) -> Figure:
@@ -200,7 +217,9 @@ def difference(settings: Settings, a: str, b: str, readout: str) -> Difference |
     pooled, means = np.concatenate(leads), [float(lead.mean()) for lead in leads]
     tests = [mcnemar_exact(int((pooled > 0).sum()), int((pooled < 0).sum()))]
     tests.append(sign_flip_p(pooled, [name for of in groups for name in of], 0))
-    tests += [student_p(means)] if len(means) > 1 else []
+    # The spread of few seeds may be small by chance; their rows alone make one, Bonett and Price's pairs among them.
+    variances = [float(np.var([*lead, 1.0, -1.0])) / len(lead) for lead in leads]
+    tests += [student_p(means, math.sqrt(fmean(variances)))] if len(means) > 1 else []
     return Difference(a, b, readout, seeds, len(pooled), means, over_seeds(leads, groups, share=False), max(tests))
 
 
@@ -235,8 +254,9 @@ def read_kept(folder: Path) -> tuple[Kept, Settings]:
         if both:
             judged["sighted" if arm["sighted"] else "blind"] = judged["trained"]
         settings.setdefault(arm["setting"], {})[arm["seed"]] = judged
+    role_of = {"base": "trained", "base likelihood": "likelihood"}
     for setting, by_seed in settings.items():
-        own = {seed: {"trained": judged["base"]} for seed, judged in by_seed.items()}
+        own = {seed: {role_of[role]: of[role] for role in role_of if role in of} for seed, of in by_seed.items()}
         shared = ((of, own.keys() & of.keys()) for of in bases.values())
         same = next((of for of, seeds in shared if seeds and all(of[seed] == own[seed] for seed in seeds)), None)
         bases.setdefault(f"base of {setting}", own) if same is None else same.update(own)
@@ -268,10 +288,12 @@ def _contrast(kept: Kept, found: tuple[Difference, float] | None) -> str:
         return "No comparison was named before the runs: all of this is exploratory."
     told = f"Named before the runs: {named['a']} less {named['b']}, {named['readout']}"
     if found is None:
-        return f"{told}: its arms are not finished."
+        return f"{told}: not told, for not both have arms that finished with it."
     of, p = found
     told_p = p_value(p) if p < 1e-4 else f"= {p_value(p)}"
     verdict = "resolved" if p <= 0.01 and not of.difference[1][0] <= 0 <= of.difference[1][1] else "not resolved"
+    if (planned := kept.get("planned", 0)) > len(kept["arms"]):
+        verdict = f"interim, {len(kept['arms'])} of {planned} arms have finished, so far {verdict}"
     return (
         f"{told}: {_percent(of.difference, '+')} points over {len(of.seeds)} paired seeds, {of.pairs:,} judged pairs; "
         f"sign-flip test over the seeds p {told_p}: {verdict} (at .01)."
@@ -285,7 +307,8 @@ def _standings(standings: Sequence[Standing], arms: Sequence[KeptArm]) -> list[B
         figures = [_percent(one.figures[readout]) if readout in one.figures else "" for readout in shown]
         seeds = " to ".join(f"{100 * share:.1f}" for share in one.averaged_range)
         biases = [arm["longer"] for arm in arms if arm["setting"] == one.setting and "longer" in arm]
-        told = _percent(mean_share([of["prefers"] / of["n"] for of in biases], biases[0]["interval"])) if biases else ""
+        liked = [_share(of["prefers"], of["n"], of["interval"]) for of in biases]
+        told = _percent(mean_of(liked, shared=_shared(arms))) if liked else ""
         rows.append((one.setting, ", ".join(map(str, one.seeds)), f"{one.pairs:,}", *figures, seeds, told))
     text = NOTES["sweep"]["settings"]
     shares = {one.setting: [one.figures.get(readout) for readout in shown] for one in standings}
@@ -293,12 +316,31 @@ def _standings(standings: Sequence[Standing], arms: Sequence[KeptArm]) -> list[B
     return [Plot("settings", title, bars(title, shares, shown)), Table(title, rows), Text("paragraph", text)]
 
 
+def _shared(arms: Sequence[KeptArm]) -> bool:
+    return len({arm["seed"] for arm in arms}) > 1 and len({arm["rows"] for arm in arms}) == 1
+
+
+def _controls(arms: Sequence[KeptArm]) -> list[Block]:
+    """Every setting's lead over each control that all its runs have."""
+    names = list(dict.fromkeys(name for arm in arms for name in arm.get("controls", {})))
+    rows = [("order-averaged, lead over", *names)]
+    for setting in dict.fromkeys(arm["setting"] for arm in arms):
+        of = [arm.get("controls", {}) for arm in arms if arm["setting"] == setting]
+        leads = {name: [one[name] for one in of] for name in names if all(name in one for one in of)}
+        told = {
+            name: _percent(mean_of(figures, floor=-1.0, shared=_shared(arms)), "+") for name, figures in leads.items()
+        }
+        rows.append((setting, *(told.get(name, "") for name in names)))
+    return [Table("Controls", rows), Text("paragraph", NOTES["sweep"]["controls"])] if names else []
+
+
 def _differences(found: Sequence[Difference]) -> list[Block]:
     shown = list(dict.fromkeys(one.readout for one in found))
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for one in found:
-        told = f"p {p_value(one.p_holm)}" if one.resolved else "not resolved"
-        cells.setdefault((one.b, one.a), {})[one.readout] = f"{_percent(one.difference, '+')}, {told}"
+        p = f"p {p_value(one.p)}, corrected {p_value(one.p_holm)}"
+        told = f"{_percent(one.difference, '+')}, {p}{'' if one.resolved else ': not resolved'}"
+        cells.setdefault((one.b, one.a), {})[one.readout] = told
     rows = [("difference", *shown)]
     rows += [(f"{b} less {a}", *(of.get(readout, "") for readout in shown)) for (b, a), of in cells.items()]
     return [Table("Every two settings", rows), Text("paragraph", NOTES["sweep"]["differences"])]
@@ -318,7 +360,7 @@ def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout
         for setting, axes in of_arm.items():
             rest = ", ".join(f"{key}={value}" for key, value in axes.items() if key not in (axis, "seed"))
             if setting in figures and axis in axes:
-                lines.setdefault(rest or "all", []).append((_number(axes[axis]), setting))
+                lines.setdefault(rest or readout, []).append((_number(axes[axis]), setting))
         places = {place for line in lines.values() for place, _ in line}
         if len(places) < 2 or any(math.isnan(place) for place in places):
             continue  # words: their settings stand in the bars
@@ -334,7 +376,7 @@ def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout
                     told = _percent((fmean(slopes), student(slopes)), "+")
                     blocks.append(Text("paragraph", f"{name}: {told} points of {readout} a doubling of {axis}."))
         title = f"{axis}: {readout}"
-        svg = chart(title, Axis(axis, log=log), Axis(readout, percent=True), marks)
+        svg = chart(title, Axis(axis, log=log, ticks=sorted(places)), Axis(readout, percent=True), marks)
         blocks.insert(0, Plot(axis.replace(".", "-"), title, svg))
     return blocks
 
@@ -357,7 +399,11 @@ def _attacks(kept: Kept) -> list[Block]:
             for of in arm.get("attacks", []):
                 if of["judge"] == role:
                     shares.setdefault(arm["setting"], {}).setdefault(of["attack"], []).append(of)
-        return {setting: tuple(_won(by_name.get(name, [])) for name in names) for setting, by_name in shares.items()}
+        return {setting: tuple(told(by_name.get(name, [])) for name in names) for setting, by_name in shares.items()}
+
+    def told(of: Sequence[Success]) -> str:
+        shares = [_share(one["wins"], one["n"], one["interval"]) for one in of]
+        return _percent(mean_of(shares, shared=_shared(kept["arms"]))) if shares else ""
 
     bases: dict[str, tuple[str, ...]] = {}  # where two have no other figure, one, by the name of its first setting
     for setting, cells in won("base").items():
@@ -368,10 +414,6 @@ def _attacks(kept: Kept) -> list[Block]:
     rows += [("base" if len(bases) == 1 else f"base of {setting}", *cells) for setting, cells in bases.items()]
     rows += [(setting, *cells) for setting, cells in won("trained").items()]
     return [Table("Attacks on the judges", rows), Text("paragraph", NOTES["sweep"]["attacks"])] if names else []
-
-
-def _won(of: Sequence[Success]) -> str:
-    return _percent(mean_share([one["wins"] / one["n"] for one in of], of[0]["interval"])) if of else ""
 
 
 def _costs(kept: Kept) -> list[Block]:
@@ -388,7 +430,7 @@ def _costs(kept: Kept) -> list[Block]:
 
 def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]:
     """The page, and its figures for report.json."""
-    readout = (kept["contrast"] or {"readout": "averaged"})["readout"]
+    readout = kept.get("primary") or (kept["contrast"] or {"readout": "averaged"})["readout"]
     standings = [standing(name, by_seed, readout) for name, by_seed in settings.items()]
     found = differences(settings)
     subsets = list(dict.fromkeys(name for one in standings for name in one.subsets))
@@ -405,6 +447,7 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
     sections: dict[str, Sequence[Block]] = {
         "Settings": _standings(standings, kept["arms"]),
         "Differences": _differences(found) if found else [],
+        "Controls": _controls(kept["arms"]),
         "Axes": _axes(kept, settings, standings, readout),
         f"By subset: {readout}": [Table("By subset", by_subset)] if len(subsets) > 1 else [],
         "Attacks": _attacks(kept),

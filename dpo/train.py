@@ -25,11 +25,11 @@ from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
 from dpo.judge.local import (
     Reply,
+    answer_verdicts,
     evaluation,
     judge_results,
     likelihood_leads,
     replies,
-    reward_verdicts,
     verdicts,
     write_verdicts,
 )
@@ -40,7 +40,7 @@ from dpo.log import peak_rss_mib, stage
 from dpo.logprobs import WINDOW_TREES, Note, Score, TreeLogps, score_trees
 from dpo.loop import train
 from dpo.losses import losses_help, reads
-from dpo.pairs import TreeSums, reference_sums, tree_sums
+from dpo.pairs import TreeSums, tree_sums
 from dpo.policy import load_policy, load_reference, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
@@ -192,9 +192,8 @@ def train_and_judge(
         test, rewards, own = inputs.splits.test, config.judge.rewards != "off", config.judge.self_preference
         settings = answer_settings(config)
         answers = token_trees(test, inputs.tokenizer, settings, inputs.cache) if scores_answers(config) else []
-        scored = score(answers if rewards else [])
-        answer_references = [reference_sums(logps) * reads(config.loss, "reference") for logps in scored]
-        del reference, score, training_score, scored
+        base_answers = score(answers if rewards else [])
+        del reference, score, training_score
 
     with stage("judge base", times):
         base = reply(stored(policy, fingerprint, "judging base"), fingerprint)
@@ -243,8 +242,7 @@ def train_and_judge(
             scored = live(policy, "answers")(answers)
             leads = likelihood_leads(test, answers, scored) if own else {}
     if rewards:
-        mean = config.judge.rewards == "mean"
-        judged["rewards"] = reward_verdicts(test, answers, scored, answer_references, mean=mean)
+        judged |= answer_verdicts(test, answers, scored, base_answers, mean=config.judge.rewards == "mean")
     with stage("export", times):
         export(folder / "export", policy, inputs.model_folder, config, ranks)
     if ranks.first:

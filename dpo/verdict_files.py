@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo.inputs import judge_settings
+from dpo.judge.local import OF_ANSWERS
 from dpo.judge.prompts import judge_messages, request_text
 from dpo.judged import Run, read_run
 from dpo.rows import Row
@@ -123,7 +124,7 @@ SHAPES: dict[str, Callable[[Judgement, Run, str], Record]] = {"together": togeth
 def write_verdict_files(folder: Path, shape: str) -> list[Path]:
     """Write RUN/SHAPE-JUDGE.jsonl for each judge of the run in `folder`; their paths."""
     run, paths = read_run(folder), []
-    for role in (role for role in run.verdicts if role != "rewards"):  # of answers, which nobody was asked about
+    for role in (role for role in run.verdicts if role not in OF_ANSWERS):
         lines = [json.dumps(SHAPES[shape](of, run, role), ensure_ascii=False) + "\n" for of in judgements(run, role)]
         paths.append(folder / f"{shape}-{role.replace('/', '_')}.jsonl")
         atomic_write_text(paths[-1], "".join(lines))

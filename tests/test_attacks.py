@@ -397,10 +397,10 @@ def test_self_preference_is_by_the_log_prob_a_token_under_the_model_that_judges(
         return {one["judge"]: one for one in results["biases"] if one["look"] == LIKELIER}
 
     after = told(folder)
-    assert set(after) == {"base", "trained", "blind", "rewards"}
-    rewards = after["rewards"]  # of a loss without a reference: the log-prob a token itself, of the trained model
-    assert rewards["prefers"] == rewards["n"] == 32 and rewards["chosen"] == rewards["prefers_chosen"]
-    assert after["trained"]["chosen"] == after["blind"]["chosen"] == rewards["chosen"]
+    assert set(after) == {"base", "trained", "blind", "rewards", "likelihood", "base likelihood"}
+    likelihood = after["likelihood"]  # the log-prob a token itself, of the trained model
+    assert likelihood["prefers"] == likelihood["n"] == 32 and likelihood["chosen"] == likelihood["prefers_chosen"]
+    assert after["trained"]["chosen"] == after["blind"]["chosen"] == likelihood["chosen"]
     assert "| likelier to its own model | base " in re.sub(" +", " ", (folder / "report.md").read_text())
 
     # The base judged alone says the same; and the truth, an answer at a time.

@@ -260,6 +260,7 @@ def test_the_same_command_again_runs_nothing_and_a_torn_arm_alone_is_resumed(
     finished: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", forbid)
+    assert sweep.main([*finished, *SWEPT]) == 0
     before = (home_of(finished) / "results" / "report.md").read_text()
     assert sweep.main([*finished, *SWEPT]) == 0
     assert (home_of(finished) / "results" / "report.md").read_text() == before
@@ -317,6 +318,55 @@ def test_arms_that_run_at_once_have_a_gpu_or_a_share_of_the_cores(
     with pytest.raises(UserError, match="jobs=4: an arm takes a GPU, and 3 can be seen"):
         sweep.places_of(4, "cuda")
     assert sweep.main([*finished, *SWEPT, "jobs=0"]) == 2 and "jobs=0: must be" in capsys.readouterr().err
+
+
+def test_results_that_are_published_are_never_written_over_by_fewer_arms(
+    finished: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", forbid)
+    given = [*finished, f"results={tmp_path}"]
+    assert sweep.main([*given, *SWEPT]) == 0
+    before = (tmp_path / "smoke" / "arms.json").read_bytes()
+    assert sweep.main([*given, "sweep.loss.beta=0.5", "sweep.seed=0,1"]) == 2
+    assert "keeps arms that are not of this sweep (loss.beta=0.1,seed=0.jsonl.gz, " in capsys.readouterr().err
+    assert (tmp_path / "smoke" / "arms.json").read_bytes() == before
+    kept = json.loads(before)
+    assert kept["planned"] == 4 and kept["primary"] == "averaged" and kept["command"].endswith(" jobs=1")
+    assert {"always A", "longer answer"} <= set(kept["arms"][0]["controls"])
+    assert {arm["ran"]["threads"] for arm in kept["arms"]} == {max(1, (os.cpu_count() or 1) // 2)}
+    for argument in ("results=", "--dry-run=no"):
+        assert sweep.main([*finished, *SWEPT, argument]) == 2
+        assert f"{argument}: --dry-run has no value" in capsys.readouterr().err
+
+
+def test_a_run_begun_before_a_key_was_there_has_its_default(finished: list[str]) -> None:
+    arm = load_sweep([*finished, *SWEPT])[0]
+    folder = sweep.finished_folder(arm)
+    assert folder
+    path = folder / "config.json"
+    before = path.read_text()
+    config = json.loads(before)
+    assert config["judge"].pop("self_preference") is False and config["train"].pop("lr") == 1e-2
+    try:
+        path.write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"configuration: train.lr was [\d.e-]+, is 0.01\. "):
+            sweep.finished_folder(arm)
+    finally:
+        path.write_text(before)
+
+
+def test_the_primary_readout_is_the_contrasts_or_one_of_those_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for lines, told in (
+        (['primary = "nice"'], "one of averaged; consistent; "),
+        (['primary = "consistent"', '[sweep.contrast]\na = "ipo"\nb = "plain"\nreadout = "averaged"'], 'be "averaged"'),
+    ):
+        given = arms_file(tmp_path / "e.toml")
+        text = (tmp_path / "e.toml").read_text().replace("[sweep]", "[sweep]\n" + lines[0])
+        (tmp_path / "e.toml").write_text("\n".join([text, *lines[1:]]))
+        assert sweep.main([*given, f"run.root={tmp_path / 'runs'}"]) == 2
+        assert told in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_two_sweeps_never_share_a_folder(finished: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -16,12 +17,22 @@ from dpo.judge.statistics import (
     cluster_interval,
     mcnemar_exact,
     rows_by_seeds_bootstrap,
+    share_interval,
     student_p,
     verdict_record,
     wilson_interval,
 )
 from dpo.report import main
-from dpo.sweep_report import Judged, difference, over_seeds, read_kept, write_sweep_report
+from dpo.sweep_report import (
+    READOUTS,
+    Judged,
+    difference,
+    mean_of,
+    over_seeds,
+    read_kept,
+    student,
+    write_sweep_report,
+)
 from models.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +92,30 @@ def test_students_p_is_the_tables() -> None:
         values = (values - values.mean()) / values.std(ddof=1) + t / n**0.5
         assert student_p(values.tolist()) == pytest.approx(p, rel=1e-3)
     assert student_p([0.5, 0.5]) == 0 and student_p([0.0, 0.0]) == 1
+    assert student_p([0.5, 0.5], 0.1) == pytest.approx(student_p([0.5 + 0.1 / 2**0.5, 0.5 - 0.1 / 2**0.5]))
+
+
+def test_seeds_that_agree_by_chance_resolve_nothing() -> None:
+    """Two seeds of 16 rows, of which each gains six: their spread is 0, but by their rows alone it would not be."""
+    runs = [run([True] * 6 + [False] * 10) for _ in range(2)]
+    settings = {"base": {seed: {"trained": of["base"]} for seed, of in enumerate(runs)}, "b": dict(enumerate(runs))}
+    found = difference(settings, "base", "b", "averaged")
+    assert found and found.by_seed == [0.375, 0.375] and found.p > 0.1
+
+
+def test_a_share_without_a_single_exception_is_as_uncertain_as_its_groups_are_few() -> None:
+    scores, groups = np.zeros(684), [str(i % 57) for i in range(684)]
+    assert share_interval(scores, groups, 0) == [*wilson_interval(0, 57)]
+    assert share_interval(np.ones(40), [str(i) for i in range(40)], 0) == [*wilson_interval(40, 40)]
+
+
+def test_the_mean_of_seeds_is_no_surer_than_their_spread_and_their_own_intervals() -> None:
+    wide = [(0.5, [0.3, 0.8])] * 4
+    assert mean_of(wide) == (0.5, [pytest.approx(0.4), pytest.approx(0.65)])
+    assert mean_of(wide, shared=True) == (0.5, [pytest.approx(0.3), pytest.approx(0.8)])
+    apart = [(share, [share, share]) for share in (0.6, 0.7, 0.8)]
+    assert mean_of(apart) == (pytest.approx(0.7), [pytest.approx(end) for end in student([0.6, 0.7, 0.8])])
+    assert mean_of(wide[:1]) == wide[0]
 
 
 def test_two_settings_are_compared_on_the_same_pairs_of_the_same_seeds_only() -> None:
@@ -97,7 +132,8 @@ def test_two_settings_are_compared_on_the_same_pairs_of_the_same_seeds_only() ->
     fewer = difference(settings, "first", "fewer rows", "averaged")
     assert fewer and (fewer.pairs, fewer.difference[0]) == (5, pytest.approx(0.2))
     assert better and better.difference[0] == pytest.approx(0.55) and better.by_seed == [0.6, 0.5]
-    assert better.p == pytest.approx(student_p([0.6, 0.5])) and not better.resolved  # not corrected yet
+    least = (sum(np.var([1.0] * n + [0.0] * (10 - n) + [1.0, -1.0]) for n in (6, 5)) / 20) ** 0.5
+    assert better.p == pytest.approx(student_p([0.6, 0.5], least)) and not better.resolved  # not corrected yet
     assert one and one.difference[0] == 0.5 and one.p == mcnemar_exact(5, 0) and one.seeds == [1]
 
 
@@ -173,7 +209,7 @@ def test_a_swept_number_has_its_plot_and_the_slope_of_its_means(tmp_path: Path) 
     names = ("few", "many", "most")
     means = [np.mean([averaged_scores(run["trained"]).mean() for run in settings[name].values()]) for name in names]
     slope = 100 * (means[2] - means[0]) / 4  # of three even steps the ends' alone; 100 to 1,600 are four doublings
-    assert f"all: {slope:+.1f} [" in text and "points of averaged a doubling of data.rows." in text
+    assert f"averaged: {slope:+.1f} [" in text and "points of averaged a doubling of data.rows." in text
     assert "plots/data-rows.svg" in text and (tmp_path / "q" / "plots" / "data-rows.svg").is_file()
     assert "plots/settings.svg" in text
 
@@ -192,6 +228,18 @@ def test_the_plot_of_settings_has_what_each_of_them_has(tmp_path: Path) -> None:
     drawn = (tmp_path / "q" / "plots" / "settings.svg").read_text()
     assert "few, rewards: " in drawn and "base, averaged: " in drawn and "base, rewards: " not in drawn
     assert drawn.count("<rect ") == 3 * 4 - 1  # of base, few, many; but a base has no implicit reward
+
+
+def test_a_sweep_is_read_by_its_primary_readout_and_says_that_it_is_not_over(tmp_path: Path) -> None:
+    made(tmp_path / "q")
+    kept = json.loads((tmp_path / "q" / "arms.json").read_text())
+    lead = {"longer answer": [0.1, [0.05, 0.15]]}
+    arms = [arm | {"controls": lead} for arm in kept["arms"]]
+    (tmp_path / "q" / "arms.json").write_text(json.dumps(kept | {"primary": "consistent", "planned": 24, "arms": arms}))
+    text = write_sweep_report(tmp_path / "q")
+    assert "data.rows: consistent" in text and "interim, 16 of 24 arms have finished, so far " in text
+    table = text.partition("## Controls")[2].partition("##")[0]
+    assert re.search(r"few +\| \+10.0 \[\+5.0, \+15.0\]", table)  # all seeds read the same rows
 
 
 def test_subsets_are_read_as_the_contrast_reads(tmp_path: Path) -> None:
@@ -215,12 +263,13 @@ def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> No
     for arm in kept["arms"]:
         of = {"attack": "verdict", "trained_on": True, "n": 10, "interval": [0.0, 0.5]}
         wins = 1 + 2 * arm["seed"]
+        arm["rows"] = str(arm["seed"])  # each seed its own
         arm["attacks"] = [of | {"judge": "base", "wins": 9}, of | {"judge": "trained", "wins": wins}]
     (tmp_path / "q" / "arms.json").write_text(json.dumps(kept))
     text = write_sweep_report(tmp_path / "q")
     table = text.partition("## Attacks")[2].partition("##")[0]
     rows = dict(re.findall(r"^\| (\w+) +\| +(.*?) \|$", table, flags=re.M))
-    assert rows["few"] == "20.0 [0.0, 100.0]" and rows["base"] == "90.0 [90.0, 90.0]"
+    assert rows["few"] == "20.0 [0.0, 100.0]" and rows["base"] == "90.0 [26.4, 100.0]"  # 90 - (90 - 0) / sqrt(2)
     kept["arms"][-1]["attacks"][0]["wins"] = 5  # where bases differ, each is told
     (tmp_path / "q" / "arms.json").write_text(json.dumps(kept))
     text = write_sweep_report(tmp_path / "q")
@@ -249,6 +298,7 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
 # --- what is quoted of results ----------------------------------------------------------------------------------------
 
 NUMBER = r"[-+]?\d+\.\d+(?:e-\d+)?"
+COUNT = r"(?<![\d.,])(\d[\d,]*)(?![\d.]*\d)"
 
 
 def numbers(text: str) -> set[str]:
@@ -261,12 +311,31 @@ def unbacked(text: str, results: Path) -> set[str]:
     """The numbers in paragraphs that name results/NAME, and in tables behind these, which its report does not have."""
     wrong: set[str] = set()
     named: list[str] = []
-    for block in re.split(r"\n\s*\n", text):
+    for block in re.split(r"\n\s*\n|\n(?=- )", text):
         found = re.findall(r"experiments/results/([\w-]+)", block)
         named = found or (named if block.lstrip().startswith("|") else [])
         if named:
-            known = set[str]().union(*(numbers((results / name / "report.md").read_text()) for name in named))
-            wrong |= numbers(block) - known
+            reports = [(results / name / "report.md").read_text() for name in named]
+            wrong |= numbers(block) - set[str]().union(*map(numbers, reports))
+            counts = set(re.findall(rf"{COUNT} (?:\w+ )*?(?:pairs|seeds)", block))
+            wrong |= counts - {count for report in reports for count in re.findall(COUNT, report)}
+        if block.startswith("| `experiments/results/"):
+            wrong |= misplaced(block, results / named[0])
+    return wrong
+
+
+def misplaced(table: str, folder: Path) -> set[str]:
+    """Cells of a table by setting and readout that are not what report.json has there."""
+    settings = {of["setting"]: of["figures"] for of in json.loads((folder / "report.json").read_text())["settings"]}
+    header, _, *rows = ([cell.strip(" *") for cell in line.strip("| ").split("|")] for line in table.splitlines())
+    wrong = set(header[1:]) - set(READOUTS)
+    for setting, *cells in rows:
+        figures = settings.get(setting, {})
+        for readout, cell in zip(header[1:], cells, strict=False):
+            mean, ends = figures.get(readout, (math.nan, []))
+            told = [f"{round(100 * of, 1) + 0.0:.1f}" for of in (mean, *ends)]
+            if re.findall(NUMBER, cell) != (told if ends else []):
+                wrong.add(f"{setting}, {readout}: {cell}")
     return wrong
 
 
@@ -283,6 +352,20 @@ def test_a_quoted_figure_is_the_reports_or_is_found(tmp_path: Path) -> None:
     wrong = f"{float(mean[0]) + 0.1:+.1f}{figure[1][mean.end() :]}"
     assert wrong in unbacked(text.replace(figure[1], wrong), tmp_path)
     assert unbacked(text.replace("| few ", "| few 12.345 "), tmp_path) == {"12.345"}
+    assert unbacked("`experiments/results/q`: 8 seeds, 480 pairs.\n\n- 4.8", tmp_path) == set()
+    assert unbacked("- `experiments/results/q`: 80 seeds.\n- `experiments/results/q`: 481 pairs.", tmp_path) == {
+        "80",
+        "481",
+    }
+
+    (averaged,) = re.findall(r"^\| many +\| [^|]*\| [^|]*\| (.*?) \|", report, flags=re.M)[:1]
+    table = f"| `experiments/results/q` | averaged |\n|---|---|\n| many | **{averaged}** |"
+    assert unbacked(table, tmp_path) == set()
+    assert unbacked(table.replace("| many", "| few"), tmp_path) == {f"few, averaged: {averaged}"}
+    assert (
+        unbacked(table.replace("averaged |", "consistent |"), tmp_path) == set()
+    )  # all of these are right in both orders
+    assert unbacked(table.replace("averaged |", "rewards |"), tmp_path) == {f"many, rewards: {averaged}"}
 
 
 def test_what_the_log_and_the_readme_quote_of_results_is_what_these_say() -> None:

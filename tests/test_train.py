@@ -16,7 +16,7 @@ from test_reference import Runs, read_store, write_small_rows
 import dpo.train
 from dpo.config import Config
 from dpo.inputs import read_inputs
-from dpo.judge.local import reward_verdicts
+from dpo.judge.local import answer_verdicts
 from dpo.logprobs import score_trees
 from dpo.loop import STEP0_TOLERANCE, selection_score
 from dpo.losses import pair_losses
@@ -396,9 +396,12 @@ def test_an_implicit_reward_is_the_log_ratio_of_policy_and_reference_summed_or_a
     completions = (Completion(0, 0, (1,)), Completion(1, 0, (2, 3)))
     tree = Tree("a", (1,), ((), (2,)), completions, (Pair(0, 1, 1.0),))
     scored = [[np.array([-1.0]), np.array([-1.5, -2.0])]]
-    references = [torch.tensor([-2.0, -5.0], dtype=torch.float64)]
-    (verdict,) = reward_verdicts([row], [tree], scored, references, mean=mean)
+    base = [[np.array([-2.0]), np.array([-2.0, -3.0])]]
+    found = answer_verdicts([row], [tree], scored, base, mean=mean)
+    (verdict,) = found["rewards"]
     assert (verdict.pair, verdict.first, verdict.second) == ((0, 0), lead, -lead)
+    likelihoods = (0.75, 0.5) if mean else (2.5, 3.0)
+    assert tuple(found[name][0].first for name in ("likelihood", "base likelihood")) == likelihoods
 
 
 LEARNING_RATE = {"responses": 1e-2, "verdicts": 1e-2}

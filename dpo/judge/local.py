@@ -47,31 +47,44 @@ def replies(trees: Sequence[Tree], logps: Sequence[TreeLogps]) -> list[Floats]:
     return [replies_of(tree, of_tree) for tree, of_tree in zip(trees, logps, strict=True)]
 
 
-def reward_verdicts(
-    rows: Sequence[Row], trees: Sequence[Tree], scored: Sequence[TreeLogps], references: Sequence[Tensor], *, mean: bool
-) -> list[Verdict]:
-    """Verdicts by the answers' implicit rewards log pi(y|x) - log pi_ref(y|x), nats, or a token's `mean` of it.
+OF_ANSWERS = ("rewards", "likelihood", "base likelihood")
+"""The judges that nobody asked: they are read off the answers' log-probs."""
 
-    Rafailov et al. 2023, eq. 5, without beta, so it is no log-odds; a tree a row, `references` its sums, zeros for a
-    loss without a reference. Such a verdict has no order.
-    """
+
+def prefer(rows: Sequence[Row], trees: Sequence[Tree], values: Sequence[Tensor]) -> list[Verdict]:
+    """Verdicts by what the answers are worth, a tree a row and a value a completion; they have no order."""
     found = []
-    for row, tree, logps, reference_S in zip(rows, trees, scored, references, strict=True):
-        reward_S = reference_sums(logps) - reference_S
-        if mean:
-            reward_S = reward_S / torch.tensor([len(logp) for logp in logps])
+    for row, tree, value_S in zip(rows, trees, values, strict=True):
         for pair, of in zip(pairs_of(row, len(tree.pairs)), tree.pairs, strict=True):
-            lead = float(reward_S[of.winner] - reward_S[of.loser])
+            lead = float(value_S[of.winner] - value_S[of.loser])
             found.append(Verdict(row.id, row.subset, row.group, pair, lead, -lead))
     return found
+
+
+def _likelihoods(scored: Sequence[TreeLogps], mean: bool) -> list[Tensor]:
+    """log pi(y|x) of each tree's completions, nats, summed or a token's mean."""
+    lengths = [torch.tensor([len(logp) if mean else 1 for logp in logps]) for logps in scored]
+    return [reference_sums(logps) / length_S for logps, length_S in zip(scored, lengths, strict=True)]
+
+
+def answer_verdicts(
+    rows: Sequence[Row], trees: Sequence[Tree], scored: Sequence[TreeLogps], base: Sequence[TreeLogps], *, mean: bool
+) -> dict[str, list[Verdict]]:
+    """OF_ANSWERS: by the implicit reward log pi(y|x) - log pi_ref(y|x), and by each of the two alone.
+
+    Rafailov et al. 2023, eq. 5, without beta, so it is no log-odds; nats, or a token's `mean` of them. The reference
+    (`base`) is subtracted whether or not the loss read it: else what it finds likely by itself would count as learnt.
+    """
+    after, before = _likelihoods(scored, mean), _likelihoods(base, mean)
+    rewards = [after_S - before_S for after_S, before_S in zip(after, before, strict=True)]
+    return {name: prefer(rows, trees, of) for name, of in zip(OF_ANSWERS, (rewards, after, before), strict=True)}
 
 
 def likelihood_leads(
     rows: Sequence[Row], trees: Sequence[Tree], scored: Sequence[TreeLogps]
 ) -> dict[tuple[str, tuple[int, int]], float]:
     """By row and pair, how much likelier the chosen answer is as a reply, nats a token, under the model that scored."""
-    leads = reward_verdicts(rows, trees, scored, [torch.zeros(())] * len(rows), mean=True)
-    return {(lead.id, lead.pair): lead.first for lead in leads}
+    return {(lead.id, lead.pair): lead.first for lead in prefer(rows, trees, _likelihoods(scored, True))}
 
 
 def evaluation(
@@ -105,14 +118,14 @@ def judge_results(
 ) -> dict[str, object]:
     """results.json's `judge`: the judges "base" and "trained", their comparison, and the controls.
 
-    `judged` holds verdicts on the test rows by judge: those two, and "blind" and "rewards" where they are wanted.
+    `judged` holds verdicts on the test rows by judge: those two, and "blind" and OF_ANSWERS where they are wanted.
     The controls that need validation rows are left out without any.
     """
     seed, base, trained = config.seed, judged["base"], judged["trained"]
     test_pairs = [(row, pair) for row in inputs.splits.test for pair in pairs_of(row, config.judge.pairs_per_row)]
     controls = control_verdicts(inputs.splits.train, test_pairs, base, base_validation, judged.get("blind"), seed)
     return {
-        **{name: summarise(judge, seed, odds=name != "rewards") for name, judge in judged.items()},
+        **{name: summarise(judge, seed, odds=name not in OF_ANSWERS) for name, judge in judged.items()},
         "comparison": compare(trained, base, seed),
         "subset_tests": compare_subsets(trained, base, seed),
         **conclude(trained, controls, seed),

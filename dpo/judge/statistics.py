@@ -200,8 +200,13 @@ def cluster_interval(
 
 
 def share_interval(scores: Values, groups: Sequence[str], seed: int) -> list[float]:
-    """95 % interval of the mean of scores in 0 .. 1: the wider of Wilson's and the clustered one."""
-    return widest(wilson_interval(float(np.sum(scores)), len(scores)), cluster_interval(scores, groups, seed))
+    """95 % interval of the mean of scores in 0 .. 1: the wider of Wilson's and the clustered one.
+
+    Where all scores are equal the clustered one has no width, and Wilson's counts every group as one score.
+    """
+    n = len(set(groups)) if np.ptp(scores) == 0 else len(scores)
+    wilson = wilson_interval(float(np.sum(scores)) * n / len(scores), n)
+    return widest(wilson, cluster_interval(scores, groups, seed))
 
 
 def cluster_bootstrap(values: Values, groups: Sequence[str], seed: int, samples: int = 10_000) -> tuple[float, float]:
@@ -225,7 +230,8 @@ def rows_by_seeds_bootstrap(
     """95 % percentile interval of the mean over `values`, those of one training seed each, of rows in `groups`.
 
     Seeds and groups are both drawn anew, with replacement, and a value counts as often as both were: the pigeonhole
-    bootstrap (Owen, Ann. Appl. Stat. 2007), never too narrow; seeds may share their rows or have their own.
+    bootstrap (Owen, Ann. Appl. Stat. 2007); seeds may share their rows or have their own. It is too narrow where seeds
+    are few (of 3 it covers some 83 %), so that Student's interval over the seeds' means belongs beside it.
     """
     names, group_R = np.unique(np.concatenate([np.asarray(of, dtype=str) for of in groups]), return_inverse=True)
     own = np.split(group_R, np.cumsum([len(of) for of in groups])[:-1])
@@ -243,13 +249,14 @@ def rows_by_seeds_bootstrap(
     return float(low), float(high)
 
 
-def student_p(values: Sequence[float]) -> float:
+def student_p(values: Sequence[float], least: float = 0.0) -> float:
     """Two-sided p of Student's test that the values' mean is 0; of equal values 0, or 1 where they are 0.
 
-    P(|T| > t) is the share of cos^(df - 1) over [0, pi / 2] that lies beyond atan(t / sqrt(df)).
+    `least` is the smallest standard deviation that they can have: what each is uncertain by, by itself. P(|T| > t) is
+    the share of cos^(df - 1) over [0, pi / 2] that lies beyond atan(t / sqrt(df)).
     """
     n, mean = len(values), float(np.mean(values))
-    spread = float(np.std(values, ddof=1))
+    spread = max(least, float(np.std(values, ddof=1)))
     if spread <= 1e-12:
         return float(abs(mean) <= 1e-12)
     ends = math.atan(abs(mean) / spread * math.sqrt(n / (n - 1))), 0.0  # t = mean / (spread / sqrt(n))
