@@ -181,8 +181,7 @@ def train_rounds(
         answers = written(Pen(policy, weights, inputs, settings, config, config.critiques.samples), asked)
         trees, counts = round_trees(inputs.splits.train, asked, answers, inputs.train_trees, config, place)
         told.append(counts)
-        if ranks.first:
-            print(f"round {number}: {_in_words(counts)}")
+        print(f"round {number}: {_in_words(counts)}")
         of_round, routes = replace(inputs, train_trees=trees), routes_of(config, policy.config, None)
         sums = references(of_round, weights)
         done = train(

@@ -90,13 +90,9 @@ class Page:
 
 def to_markdown(page: Page) -> str:
     """The page as GitHub-flavoured markdown; its plots are files in plots/."""
-    sections = (f"## {_escaped(name)}\n\n{markdown(blocks)}" for name, blocks in page.sections.items())
-    return "\n".join([f"# {_escaped(page.title)}\n\n{markdown(page.lead)}", *sections])
-
-
-def markdown(blocks: Sequence[Block]) -> str:
-    """Blocks, one after another."""
-    return "\n\n".join(map(_markdown, blocks)) + "\n"
+    headed: list[tuple[str, Sequence[Block]]] = [(f"# {_escaped(page.title)}", page.lead)]
+    headed += [(f"## {_escaped(name)}", blocks) for name, blocks in page.sections.items()]
+    return "\n".join("\n\n".join((head, *map(_markdown, blocks))) + "\n" for head, blocks in headed)
 
 
 def _markdown(block: Block) -> str:

@@ -5,7 +5,6 @@ Read next: dpo/report.py.
 """
 
 import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -208,7 +207,7 @@ def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]]
 
 def file_text(svg: str) -> str:
     """A chart as a file of its own."""
-    return re.sub(">", lambda end: f"{end[0]}<style>{STYLE}</style>", svg, count=1)
+    return svg.replace(">", f"><style>{STYLE}</style>", 1)
 
 
 # --- a training's charts --------------------------------------------------------------------------------------------

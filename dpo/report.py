@@ -131,7 +131,7 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("same verdict in both orders", *(_of_orders(j, "position_consistency") for j in judges)),
         ("says A", *(_of_orders(j, "raw_a_rate") for j in judges)),
         ("a tie counts one half", *(percent(j["tie_half_accuracy"], j["tie_half_interval"]) for j in of)),
-        ("of decided pairs", *(_decided(j) for j in of)),
+        ("of decided pairs", *(percent(j["decided_accuracy"], j["decided_interval"]) for j in of)),
         ("kappa", *(_known(j["kappa"], _interval(j, "kappa")) for j in of)),
         ("Brier score", *(_known(j["brier"], _interval(j, "brier")) for j in of)),
         ("calibration error", *(_known(j["calibration_error"]) for j in of)),
@@ -151,10 +151,6 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
             tests.append((f"{one.b.name} less {one.a.name}, {name}", f"{one.n:,}", *points(test), *p, better, shows))
     text = NOTES["differences"].format(corrected=", corrected by Holm over the comparisons" * many)
     return [*blocks, Table("Their differences on the same pairs", tests), Text("paragraph", text)]
-
-
-def _decided(of: Summary) -> str:
-    return "-" if of["decided_accuracy"] is None else percent(of["decided_accuracy"], of["decided_interval"] or ())
 
 
 def _interval(of: Summary, key: str) -> Sequence[float]:

@@ -20,10 +20,10 @@ NOTES = tomllib.loads(Path(__file__).with_name("report.toml").read_text(encoding
 # --- numbers in words -----------------------------------------------------------------------------------------------
 
 
-def percent(share: float, interval: Sequence[float] = ()) -> str:
-    """12.3 %, and the interval in brackets."""
-    ends = ", ".join(f"{100 * end:.1f}" for end in interval)
-    return f"{100 * share:.1f} %" + (f" [{ends}]" if ends else "")
+def percent(share: float | None, interval: Sequence[float] | None = None) -> str:
+    """12.3 %, and the interval in brackets; - where there is none."""
+    ends = ", ".join(f"{100 * end:.1f}" for end in interval or ())
+    return "-" if share is None else f"{100 * share:.1f} %" + (f" [{ends}]" if ends else "")
 
 
 def points(test: PairedTest) -> tuple[str, str]:

@@ -272,11 +272,6 @@ class _Job:
             self.stop = f"endpoint.max_cost={self.config.max_cost:g}: {spent}; raise it to go on"
         return False
 
-    def write_off(self, worker: int) -> None:
-        """Count what the worker's request can cost at most as spent: no answer was had, and it may be charged."""
-        if self.usage.cost is not None:
-            self.usage.cost += self.reserved.pop(worker, 0.0)
-
     def not_in_form(self) -> str:
         """What to say where more than 30 % of the answers are none."""
         answers = f"{self.invalid} of {self.answered + self.unanswered} answers of endpoint.model={self.config.model}"
@@ -357,8 +352,8 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job, worker: in
                 return read_answer(text, time.perf_counter() - begin)
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 text = f"no chat completion ({error!r}): {show(text)}"
-        if status in (200, TIMED_OUT, LOST):
-            job.write_off(worker)
+        if status in (200, TIMED_OUT, LOST) and job.usage.cost is not None:  # no answer was had, and it may be charged
+            job.usage.cost += job.reserved.pop(worker, 0.0)
         fault = f"HTTP {status}: {text}" if status > 0 else f"cannot be reached: {text}"
         if status in FATAL and not job.stop:
             job.stop = f"{FATAL[status].format_map(config.model_dump())} ({fault})"
