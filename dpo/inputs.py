@@ -116,8 +116,8 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
     """
     dropped: Counter[str] = Counter()
     rows, formats = data_rows(config, dropped)
-    data, seed = config.data, config.seed
-    if judging and config.judge.split == "all":
+    data, judge, seed = config.data, config.judge, config.seed
+    if judging and judge.split == "all":
         rows = keep_rows((replace(row, split="test") for row in rows), cache_folder(config))
         splits = split_rows(rows, split="group", seed=seed, validation_fraction=0, test_fraction=1)
     else:
@@ -125,20 +125,18 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         splits = split_rows(rows, split=data.split, seed=seed, **fractions)
     to_judge = splits.test
     if judging:  # after the split: which rows are held out does not hang on which are asked
-        to_judge = to_judge.take(place for place, row in enumerate(to_judge) if ASKED[config.judge.protocol](row))
+        to_judge = to_judge.take(place for place, row in enumerate(to_judge) if ASKED[judge.protocol](row))
         if not to_judge:
-            raise UserError(
-                f"judge.protocol={config.judge.protocol}: no row is one to ask; Ties rows are ref:N, tied:N"
-            )
-    train, test = sample(splits.train, data.rows, seed), sample(to_judge, config.judge.rows, seed)
-    for key, most, none in (("data.rows", data.rows, not train), ("judge.rows", config.judge.rows, not test)):
+            raise UserError(f"judge.protocol={judge.protocol}: no row is one to ask; Ties rows are ref:N, tied:N")
+    train, test = sample(splits.train, data.rows, seed), sample(to_judge, judge.rows, seed)
+    for key, most, none in (("data.rows", data.rows, not train), ("judge.rows", judge.rows, not test)):
         if most and none and not (judging and key == "data.rows"):
             raise UserError(
                 f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all"
             )
     more: dict[str, object] = {"dropped": dict(sorted(dropped.items())), "test_sha256": rows_digest(test)}
     more["formats"] = formats
-    if judging and "rmbench" in formats and config.judge.protocol == "compare" and config.judge.pairs_per_row:
+    if judging and "rmbench" in formats and judge.protocol == "compare" and judge.pairs_per_row:
         raise UserError(
             f"data.path={data.path}: RM-Bench's score needs all nine pairs of a row; set judge.pairs_per_row=0"
         )

@@ -56,7 +56,7 @@ def tail_sums(logp_R: Tensor, completion_R: Tensor, sides_2B: Tensor, completion
     return completion_sums(logp_R[token_R.to(logp_R.device)], side_R, len(sides_2B))
 
 
-def batch_logps(model: Decoder, batch: Batch, head_chunk: int, routings: Sequence[Routing] | None = None) -> Tensor:
+def batch_logps(model: Decoder, batch: Batch, head_chunk: int, routings: Sequence[Routing | None] = ()) -> Tensor:
     """log p of a batch's scored tokens [R], differentiable; the graphs of its packs are all alive until backward."""
     packs = zip(batch.packs, routings or [None] * len(batch.packs), strict=True)
     return torch.cat([pack_logps(model, pack, head_chunk, routing) for pack, routing in packs])

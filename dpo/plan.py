@@ -10,7 +10,7 @@ sheet's, and gathering weights hides behind computing.
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import torch
 from dpo.config import Config
 from dpo.inputs import DTYPES, cache_folder, read_inputs
 from dpo.packing import Batch, Pack, pack_share
+from dpo.policy import with_experts
 from dpo.settings import load_config
 from dpo.simulate import ADAM_BYTES, State, Trial, state_of, try_pack
 from dpo.step import plan_steps
@@ -146,10 +147,7 @@ def read_shape(config: Config) -> tuple[ModelConfig, Path | None]:
         folder = resolve_model_path(config.model.path, cache_folder(config))
         shape = read_model_config(folder)
         packed = shape.experts is not None and shape.experts.packed
-    if shape.experts is not None:
-        packed = packed and bool(config.lora.rank) and config.model.experts != "plain"
-        shape = replace(shape, experts=replace(shape.experts, packed=packed))
-    return shape, folder
+    return with_experts(shape, config, packed), folder
 
 
 def stated_tree(lengths: Lengths, objective: str) -> Tree:

@@ -3,13 +3,14 @@
 No dimension letters. Read next: models/lora.py, dpo/loop.py.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from dpo.config import Config, LoraConfig, MoeConfig
 from dpo.distributed import Ranks, shard
+from models.config import ModelConfig
 from models.decoder import Decoder, empty_decoder, fill
 from models.errors import UserError
 from models.families import read_model_config
@@ -38,8 +39,16 @@ def with_adapter(config: Config) -> Config:
     return config.model_copy(update={"lora": LoraConfig.model_validate(found)})
 
 
-def keeps_packed(config: Config, folder: Path) -> bool:
-    """Whether the policy's experts stay in MXFP4; UserError where model.experts or moe asks for what there is not."""
+def with_experts(shape: ModelConfig, config: Config, packed: bool) -> ModelConfig:
+    """The shape with its experts as the policy keeps them: beside an adapter those that are `packed` may stay so."""
+    if shape.experts is None:
+        return shape
+    packed = packed and bool(config.lora.rank) and config.model.experts != "plain"
+    return replace(shape, experts=replace(shape.experts, packed=packed))
+
+
+def policy_shape(config: Config, folder: Path) -> ModelConfig:
+    """The policy's shape; UserError where model.experts or moe asks for what there is not."""
     model = read_model_config(folder)
     if config.moe != MoeConfig() and not any(layer.sparse for layer in model.layers):
         raise UserError(
@@ -51,19 +60,24 @@ def keeps_packed(config: Config, folder: Path) -> bool:
             "its experts train, and packed ones are frozen: set lora.rank" if packed else "no MXFP4 in its config.json"
         )
         raise UserError(f"model.experts = packed: {folder}: {why}, or leave the key out")
-    return packed and bool(config.lora.rank) and config.model.experts != "plain"
+    return with_experts(model, config, packed)
+
+
+def empty_policy(shape: ModelConfig, config: Config, dtype: torch.dtype) -> Decoder:
+    """The policy in no memory (torch's meta device), in eval mode."""
+    weight_dtype = dtype if config.lora.rank else torch.promote_types(dtype, torch.float32)
+    with torch.device("meta"):
+        policy = Decoder(shape, weight_dtype=weight_dtype, compute_dtype=dtype, backend=config.kernels.backend)
+    policy.requires_grad_(not config.lora.rank)
+    if config.lora.rank:
+        add_lora(policy, adapter_of(config.lora), seed=config.seed)
+    policy.checkpoint_activations = config.train.activation_checkpointing
+    return policy.eval()
 
 
 def load_policy(config: Config, folder: Path, dtype: torch.dtype, ranks: Ranks) -> Decoder:
     """The policy: all of it trainable in fp32 masters, or frozen in `dtype` (the arithmetic's) beside an adapter."""
-    weight_dtype = dtype if config.lora.rank else torch.promote_types(dtype, torch.float32)
-    packed, backend = keeps_packed(config, folder), config.kernels.backend
-    policy = empty_decoder(folder, weight_dtype=weight_dtype, compute_dtype=dtype, backend=backend, packed=packed)
-    if config.lora.rank:
-        add_lora(policy, adapter_of(config.lora), seed=config.seed)
-    else:
-        policy.requires_grad_(True)
-    policy.checkpoint_activations = config.train.activation_checkpointing
+    policy = empty_policy(policy_shape(config, folder), config, dtype)
     _fill_own_part(policy, folder, config, ranks)
     start_lora(policy, config.seed)
     if config.model.adapter:

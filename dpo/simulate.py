@@ -29,7 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dpo.config import Config
 from dpo.distributed import Ranks, shard
 from dpo.packing import Pack
-from dpo.policy import adapter_of
+from dpo.policy import empty_policy
 from kernels.backend import RATES, choose
 from kernels.linear_logprobs import CHUNKED_TOKENS, SAVED_PROBS_BYTES
 from kernels.linear_paths import FUSED_CHUNK_BYTES
@@ -37,7 +37,6 @@ from kernels.roofline import GPUS, modelled_ms, steps
 from models.attention import Span
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.lora import add_lora
 from models.moe import Experts
 from models.parts import Attend
 from models.routing import Routing
@@ -58,18 +57,6 @@ def fake_world(world: int) -> Iterator[Ranks]:
     finally:
         if world > 1:
             dist.destroy_process_group()
-
-
-def meta_policy(shape: ModelConfig, config: Config, dtype: torch.dtype) -> Decoder:
-    """The policy of dpo/policy.py without its values."""
-    weight_dtype = dtype if config.lora.rank else torch.promote_types(dtype, torch.float32)
-    with torch.device("meta"):
-        policy = Decoder(shape, weight_dtype=weight_dtype, compute_dtype=dtype)
-    policy.requires_grad_(not config.lora.rank)
-    if config.lora.rank:
-        add_lora(policy, adapter_of(config.lora), seed=config.seed)
-    policy.checkpoint_activations = config.train.activation_checkpointing
-    return policy.train(config.lora.dropout > 0)
 
 
 # --- what is held between steps, and gathered within them -----------------------------------------------------------
@@ -117,7 +104,7 @@ class State(NamedTuple):
 
 def state_of(shape: ModelConfig, config: Config, dtype: torch.dtype, world: int) -> State:
     """The whole policy, cut over `world` ranks."""
-    policy = meta_policy(shape, config, dtype)
+    policy = empty_policy(shape, config, dtype)
     with fake_world(world) as ranks:
         if world > 1:
             shard(policy, ranks, config.fsdp)
@@ -311,7 +298,7 @@ def _run(
     """Of the last `layers`, each with the mean attention of all."""
     period, keys = _period(shape), sum(seen_keys(pack, layer.span) for layer in shape.layers) / len(shape.layers)
     shape = replace(shape, layers=shape.layers[-layers:])
-    policy = meta_policy(shape, config, dtype)
+    policy = empty_policy(shape, config, dtype).train(config.lora.dropout > 0)
     if not config.lora.rank and world > 1:
         policy = policy.to(dtype)  # as FSDP gathers it
     choice = {}
@@ -344,7 +331,7 @@ def _run(
 
 def _cut_experts(policy: Decoder, config: Config, ranks: Ranks) -> None:
     """Leave of experts that are put together a few at a time what rank 0 holds of them."""
-    cut = meta_policy(policy.config, config, policy.compute_dtype)
+    cut = empty_policy(policy.config, config, policy.compute_dtype)
     shard(cut, ranks, config.fsdp)
     for name, module in cut.named_modules():
         if isinstance(module, Experts) and module.units is not None:

@@ -101,7 +101,7 @@ def accumulate_gradients(
     differences = [torch.zeros(1, dtype=torch.float64)]
     for batch in pack_share(trees, config.pack.tokens, ranks.rank, ranks.world):
         routings = None if routes is None else routes.of(batch.packs, ranks)
-        logp_R = batch_logps(policy, batch, config.pack.head_chunk, routings)
+        logp_R = batch_logps(policy, batch, config.pack.head_chunk, routings or ())
         scored = batch_sums(logp_R, batch, tails=config.loss.ld_alpha != 1).cpu()
         reference = batch_references([references[i] for i in mine], batch)
         differences.append((scored.detach() - reference).abs())
