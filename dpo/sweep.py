@@ -27,14 +27,14 @@ from typing import IO, NamedTuple, cast
 
 import torch
 
-from dpo.config import Config
+from dpo.config import Config, config_dict
 from dpo.inputs import Inputs, pick_device, read_inputs
 from dpo.log import source_digest
 from dpo.loop import interruptible
 from dpo.losses import check_loss
 from dpo.results import Results
 from dpo.rows import columns_of
-from dpo.runs import resumed_folder, write_json
+from dpo.runs import flat, resumed_folder, write_json
 from dpo.settings import Arm, Contrast, load_contrast, load_primary, load_question, load_sweep
 from dpo.step import plan_steps
 from dpo.sweep_report import READOUTS, Kept, KeptArm, write_sweep_report
@@ -50,7 +50,7 @@ usage: python -m dpo.sweep exp=NAME [key=value ...] [sweep.key=value,value ...] 
   python -m dpo.sweep exp=quickstart sweep.loss.beta=0.1,0.5 sweep.seed=0,1,2
 
 jobs=N: so many arms at once, each on a GPU of its own, or on its share of the cores.
---dry-run: say the arms, their steps, and from finished ones the hours, and run nothing.
+--dry-run: say the arms, their steps, and from finished ones, else from a run like them, the hours, and run nothing.
 results=FOLDER: verdicts and report go to FOLDER/NAME, not to results/ beside the arms.
 source=any: arms that another version of the product ran count as finished, and go on.
 In a file: [sweep], then key = [values] a line; [[sweep.arm]], name and keys, for sets of keys that belong together;
@@ -163,7 +163,7 @@ def source_of(run: Path) -> str:
 
 
 def dry_run(arms: Sequence[Arm], jobs: int) -> str:
-    """A line an arm: its steps and tokens, as finished ones took time for their tokens its hours; then the sum."""
+    """A line an arm: its steps and tokens; then the hours of those to run, as finished ones took time for their tokens."""
     trees: dict[str, tuple[Trees, list[int]]] = {}
     lines, time_s, done, to_do = [], 0.0, 0, 0  # seconds of the finished arms, tokens of those and of the others
     for arm in arms:
@@ -181,9 +181,26 @@ def dry_run(arms: Sequence[Arm], jobs: int) -> str:
             to_do += tokens
         state = "finished" if folder else "begun" if begun_folder(arm) else "to run"
         lines.append(f"{state:8} {len(steps):6,} steps {tokens:11,} tokens  {name_of(arm)}")
-    known = f"about {time_s / done * to_do / jobs / 3600:.1f} h" if done else "hours: not before one is"
+    told = ""
+    if not done and (like := _like(arms[0])):
+        results = cast(Results, read_json_object(like / "results.json"))
+        time_s, done = sum(results["time_s"].values()), int(results["train"]["tokens"])
+        told = f", as {like} took time for its tokens"
+    known = f"about {time_s / done * to_do / jobs / 3600:.1f} h{told}" if done else "hours: not before one is"
     left = sum(not line.startswith("finished") for line in lines)
     return "\n".join([*lines, f"{len(arms)} arms, {left} to finish, {known}"])
+
+
+def _like(arm: Arm) -> Path | None:
+    """The last finished run, of any experiment, that trained as much of the same model by the same objective."""
+    keys = ("objective", "dtype", "model.path", "lora.rank")
+    own = flat(config_dict(arm.config))
+    runs = Path(arm.config.run.root).parents[1].glob("**/[0-9]*/results.json")
+    for results in sorted(runs, key=lambda path: path.parent.name, reverse=True):
+        of = flat(read_json_object(results.with_name("config.json")))
+        if all(of.get(key) == own[key] for key in keys) and cast(Results, read_json_object(results))["train"]["tokens"]:
+            return results.parent
+    return None
 
 
 def run_arm(arm: Arm, lock: int, place: Mapping[str, str], log: IO[bytes] | None) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -216,6 +217,12 @@ def test_a_dry_run_tells_steps_and_hours_and_starts_nothing(
     told = [" ".join(line.split()) for line in lines[:4]]
     assert [line[: line.index(" steps")] for line in told] == ["finished 2", "finished 2", "to run 2", "to run 2"]
     assert lines[4].startswith("4 arms, 2 to finish, about ")
+    others = [argument for argument in finished if not argument.startswith("train.lr")]
+    assert sweep.main([*others, "sweep.train.lr=0.3", "--dry-run"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(
+        r"1 arms, 1 to finish, about [\d.]+ h, as .*/smoke-sweep/loss.beta=.* took time for its tokens$", last
+    )
 
 
 def test_an_arm_of_other_sources_is_refused_unless_any_will_do(
