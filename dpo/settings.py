@@ -125,7 +125,7 @@ class Arm(NamedTuple):
     def setting(self) -> str:
         """What all runs have in common that differ from it in the seed alone."""
         told = (v if k == "arm" else f"{k}={v}" for k, v in self.varied.items() if k != "seed")
-        return ", ".join(map(str, told)) or "all"
+        return ", ".join(map(str, told)) or "trained"
 
 
 class Contrast(NamedTuple):

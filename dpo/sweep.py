@@ -163,7 +163,7 @@ def source_of(run: Path) -> str:
 
 
 def dry_run(arms: Sequence[Arm], jobs: int) -> str:
-    """A line an arm: its steps and tokens; then the hours of those to run, as finished ones took time for their tokens."""
+    """A line an arm: its steps and tokens; then the hours of those to run, by the time that finished ones took."""
     trees: dict[str, tuple[Trees, list[int]]] = {}
     lines, time_s, done, to_do = [], 0.0, 0, 0  # seconds of the finished arms, tokens of those and of the others
     for arm in arms:
