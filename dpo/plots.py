@@ -202,7 +202,8 @@ def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]]
         y += 7
     half = f'<path class="grid" d="M{place(0.5):g} 26V{y:g}" stroke-dasharray="4 3"/>'
     legend, end = _legend([Mark(name, (), (), tone, "joined") for tone, name in enumerate(names)], y + 14)
-    return _svg(title, "; ".join(told), [half, *body, *legend], end - 6)
+    note = f'<text x="{left}" y="{end:g}">Means with their 95 % intervals; dashed: one half</text>'
+    return _svg(title, "; ".join(told), [half, *body, *legend, note], end + 8)
 
 
 def file_text(svg: str) -> str:
