@@ -17,7 +17,7 @@ setup(
         "dpo": ["alarms.toml", "page.css", "page.html", "page.js", "plots.css", "report.toml"],
         "dpo.checkable": ["banks.toml"],
         "dpo.judge": ["attacks.toml", "prices.toml", "templates/*.toml"],
-        "kernels": ["roofline.toml", "tiles.toml"],
+        "kernels": ["baseline.json", "roofline.toml", "tiles.toml"],
         "models": ["published.toml", "tiny.toml"],
     },
     install_requires=[

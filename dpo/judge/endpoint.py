@@ -154,7 +154,7 @@ def request_of(prompt: Prompt, config: EndpointConfig) -> Request:
             raise UserError(f"endpoint.extra = {setting!r}: must be NAME=VALUE, e.g. reasoning_effort=low")
         try:
             request[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             request[name] = value
     return {name: value for name, value in request.items() if value is not None}
 
