@@ -298,7 +298,7 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
 # --- what is quoted of results ----------------------------------------------------------------------------------------
 
 NUMBER = r"[-+]?\d+\.\d+(?:e-\d+)?"
-COUNT = r"(?<![\d.,])(\d[\d,]*)(?![\d.]*\d)"
+COUNT = r"(?<![\w.,])(\d{1,3}(?:,\d{3})+|\d+)(?![\d.,]*\d)"
 
 
 def numbers(text: str) -> set[str]:
