@@ -1,10 +1,11 @@
 """What a sweep's report says: no more than its verdicts do, and what is quoted of it elsewhere is what it says."""
 
 import gzip
+import itertools
 import json
-import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from dpo.judge.statistics import (
 )
 from dpo.report import main
 from dpo.sweep_report import (
-    READOUTS,
     Judged,
     difference,
     mean_of,
@@ -325,18 +325,23 @@ def unbacked(text: str, results: Path) -> set[str]:
 
 
 def misplaced(table: str, folder: Path) -> set[str]:
-    """Cells of a table by setting and readout that are not what report.json has there."""
-    settings = {of["setting"]: of["figures"] for of in json.loads((folder / "report.json").read_text())["settings"]}
-    header, _, *rows = ([cell.strip(" *") for cell in line.strip("| ").split("|")] for line in table.splitlines())
-    wrong = set(header[1:]) - set(READOUTS)
-    for setting, *cells in rows:
-        figures = settings.get(setting, {})
-        for readout, cell in zip(header[1:], cells, strict=False):
-            mean, ends = figures.get(readout, (math.nan, []))
-            told = [f"{round(100 * of, 1) + 0.0:.1f}" for of in (mean, *ends)]
-            if re.findall(NUMBER, cell) != (told if ends else []):
-                wrong.add(f"{setting}, {readout}: {cell}")
-    return wrong
+    """Cells of a table by setting and readout that are not what the report's table of settings has there."""
+    report = (folder / "report.md").read_text().splitlines()
+    first = next(place for place, line in enumerate(report) if re.match(r"\| setting +\| +seeds ", line))
+    told = cells_of(itertools.takewhile(lambda line: line.startswith("|"), report[first:]))
+    quoted = cells_of(table.splitlines())
+    return {
+        f"{setting}, {readout}: {cell}"
+        for setting, cells in quoted.items()
+        for readout, cell in cells.items()
+        if told.get(setting, {}).get(readout) != cell
+    }
+
+
+def cells_of(lines: Iterable[str]) -> dict[str, dict[str, str]]:
+    """A table's cells by the first of their row and by column."""
+    (_, *header), _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines)
+    return {name: dict(zip(header, cells, strict=True)) for name, *cells in rows}
 
 
 def test_a_quoted_figure_is_the_reports_or_is_found(tmp_path: Path) -> None:
