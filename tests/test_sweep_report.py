@@ -382,8 +382,9 @@ def test_what_the_log_and_the_readme_quote_of_results_is_what_these_say() -> Non
     assert size < 20e6
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
 def test_a_report_is_what_its_verdicts_give(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "again", ignore=shutil.ignore_patterns("report.*", "plots"))
     assert write_sweep_report(tmp_path / "again") == (folder / "report.md").read_text()
+    plots = sorted(path.relative_to(folder) for path in folder.glob("plots/*"))
+    assert plots and all((tmp_path / "again" / path).read_bytes() == (folder / path).read_bytes() for path in plots)
