@@ -211,8 +211,8 @@ class JudgeConfig(Section):
     sighted_control: bool = Field(False, description="what is trained blind is also judged sighted")
     rewards: Literal["off", "sum", "mean"] = Field(
         "off",
-        description="also compare the answers' implicit rewards after training: log(pi/pi_ref), summed or a token; "
-        "log(pi) under a loss without a reference",
+        description="also compare the answers' implicit rewards after training, log(pi/pi_ref), summed or a token, and "
+        "their likelihoods log(pi) after and before it",
     )
     protocol: Literal["compare", "choose", "rate", "ties"] = Field(
         "compare", description="what dpo.judge asks: better of two, both orders; best of four; 1 to 10; that, on Ties"

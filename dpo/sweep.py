@@ -54,7 +54,8 @@ jobs=N: so many arms at once, each on a GPU of its own, or on its share of the c
 results=FOLDER: verdicts and report go to FOLDER/NAME, not to results/ beside the arms.
 source=any: arms that another version of the product ran count as finished, and go on.
 In a file: [sweep], then key = [values] a line; [[sweep.arm]], name and keys, for sets of keys that belong together;
-[sweep.contrast] with a, b and readout names one comparison before. All other keys: python -m dpo.train --help"""
+[sweep.contrast] with a, b and readout names one comparison before; primary = "consistent" in [sweep], which readout it
+is about. All other keys: python -m dpo.train --help"""
 
 
 FREE = {"loss", "lora", "train", "log", "run"}  # sections that neither rows nor log-probs before training depend on
