@@ -193,13 +193,16 @@ def dry_run(arms: Sequence[Arm], jobs: int) -> str:
 
 
 def _like(arm: Arm) -> Path | None:
-    """The last finished run, of any experiment, that trained as much of the same model by the same objective."""
+    """The last finished run, of any experiment, that trained as much of the same model by the same objective.
+
+    What has no training, a run of dpo.judge, tells nothing of it.
+    """
     keys = ("objective", "dtype", "model.path", "lora.rank")
     own = flat(config_dict(arm.config))
     runs = Path(arm.config.run.root).parents[1].glob("**/[0-9]*/results.json")
     for results in sorted(runs, key=lambda path: path.parent.name, reverse=True):
-        of = flat(read_json_object(results.with_name("config.json")))
-        if all(of.get(key) == own[key] for key in keys) and cast(Results, read_json_object(results))["train"]["tokens"]:
+        of, told = (flat(read_json_object(path)) for path in (results.with_name("config.json"), results))
+        if all(of.get(key) == own[key] for key in keys) and told.get("train.tokens"):
             return results.parent
     return None
 

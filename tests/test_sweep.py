@@ -217,6 +217,12 @@ def test_a_dry_run_tells_steps_and_hours_and_starts_nothing(
     told = [" ".join(line.split()) for line in lines[:4]]
     assert [line[: line.index(" steps")] for line in told] == ["finished 2", "finished 2", "to run 2", "to run 2"]
     assert lines[4].startswith("4 arms, 2 to finish, about ")
+    judged = home_of(finished).parent / "judged" / "99991231-0"  # the last of all, but it trained nothing
+    judged.mkdir(parents=True)
+    run = sweep.finished_folder(load_sweep([*finished, *SWEPT])[0])
+    assert run
+    (judged / "config.json").write_text((run / "config.json").read_text())
+    (judged / "results.json").write_text("{}")
     others = [argument for argument in finished if not argument.startswith("train.lr")]
     assert sweep.main([*others, "sweep.train.lr=0.3", "--dry-run"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
