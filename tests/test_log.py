@@ -14,7 +14,7 @@ import torch
 
 import dpo.log
 from dpo.config import Config, LogConfig, config_dict
-from dpo.log import MetricsLog, environment, peak_rss_mib, progress, stage
+from dpo.log import MetricsLog, environment, peak_rss_mib, progress, source_digest, stage
 from models.errors import UserError
 
 CONFIG = Config(exp="trial")
@@ -227,3 +227,11 @@ def test_the_environment_is_json_and_names_machine_versions_command_and_commit()
 def test_where_git_is_absent_there_is_no_commit(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment()["git"] is None
+
+
+def test_what_only_shows_results_is_no_part_of_the_sources_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is laid out anew leaves a sweep's arms finished; anything that makes figures does not."""
+    read, whole = Path.read_bytes, source_digest.__wrapped__()
+    for name, same in (("sweep_report.py", True), ("plots.py", True), ("report.toml", True), ("loop.py", False)):
+        monkeypatch.setattr(Path, "read_bytes", lambda path, name=name: read(path) + b"#" * (path.name == name))
+        assert (source_digest.__wrapped__() == whole) is same, name
