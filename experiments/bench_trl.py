@@ -47,7 +47,7 @@ class Work(NamedTuple):
 
 
 WORKS = {
-    "hh64": Work("hh64_pairs.jsonl", "", 4, 960, ()),
+    "hh64": Work("hh64_pairs.jsonl", "", 4, 1984, ()),
     "rb24": Work("rb24_pairs.jsonl", "rb24_rows.jsonl", 12, 1216, ("--pairs=72", "--batch=12", "--max-length=1024")),
 }
 
