@@ -106,7 +106,7 @@ def run_peer(python: str, peers: Path, model: Path, work: Work, options: list[st
 
 
 def table_of(runs: dict[str, list[Figures | str]]) -> str:
-    """Medians, and each over the peer's full fine-tuning in its first dtype."""
+    """Medians, each over the peer's full fine-tuning in its first dtype, and the pairs/s of every run in its turn."""
     medians: dict[str, Figures] = {}
     for name, many in runs.items():
         whole = [run for run in many if isinstance(run, dict)]
@@ -114,17 +114,20 @@ def table_of(runs: dict[str, list[Figures | str]]) -> str:
             medians[name] = {key: statistics.median(run[key] for run in whole) for key in COLUMNS}
     peer = next((figures for name, figures in medians.items() if name.startswith("TRL full")), None)
     ratios = ("pairs/s over TRL's", "set-up and reference faster", "memory over TRL's")
-    lines = ["| | " + " | ".join((*COLUMNS, *ratios)) + " |", "|---|" + "---:|" * (len(COLUMNS) + len(ratios))]
+    heads = (*COLUMNS, *ratios, "pairs/s of each run")
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for name, many in runs.items():
         if (row := medians.get(name)) is None:
-            lines.append(f"| {name} | {many[-1]} |" + " |" * (len(COLUMNS) + len(ratios) - 1))
+            lines.append(f"| {name} | {many[-1]} |" + " |" * (len(heads) - 1))
             continue
         cells = [f"{row[key]:.4g}" for key in COLUMNS]
         if peer is not None:
             cells.append(f"{row['pairs_per_s'] / peer['pairs_per_s']:.2f}")
             cells.append(f"{peer['setup_and_reference_s'] / row['setup_and_reference_s']:.2f}")
             cells.append(f"{row['peak_rss_mib'] / peer['peak_rss_mib']:.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |" + " |" * (len(COLUMNS) + len(ratios) - len(cells)))
+        cells += [""] * (len(heads) - 1 - len(cells))
+        cells.append(", ".join(f"{run['pairs_per_s']:.3g}" if isinstance(run, dict) else run for run in many))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
