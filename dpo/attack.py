@@ -46,14 +46,13 @@ def write_attacked(config: Config, out: Path) -> None:
 def main(argv: list[str]) -> int:
     """The command line: 0 when all is written, else exit_code's."""
 
-    def command() -> int:
+    def command() -> None:
         out = next((argument.removeprefix("out=") for argument in argv if argument.startswith("out=")), "")
         if not out:
             raise UserError(f"out is missing: say into which folder, e.g. out=attacked\n{USAGE}")
         rest = [argument for argument in argv if not argument.startswith("out=")]
         named = any(argument.startswith("exp=") for argument in rest)
         write_attacked(load_config(rest if named else ["exp=judge", *rest]), Path(out).expanduser())
-        return 0
 
     return exit_code(command, argv, USAGE, "the files that were told of are whole")
 

@@ -27,12 +27,11 @@ from dpo.loop import TrainState, train
 from dpo.pairs import TreeSums
 from dpo.routes import routes_of
 from dpo.rows import PairValues, Row, pairs_of, values_of
-from dpo.runs import write_json
 from dpo.tokens import Trees, keep_trees, token_trees
 from dpo.trees import PAIR_WEIGHTS, Completion, Pair, Tree
 from models.decoder import Decoder
 from models.errors import UserError
-from models.files import atomic_write_text, read_text
+from models.files import atomic_write_text, read_text, write_json
 
 Told = dict[str, int]
 

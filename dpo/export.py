@@ -126,16 +126,15 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     out = asked.out or asked.source / "merged"
 
-    def command() -> int:
+    def command() -> None:
         if asked.verdicts:
             print("\n".join(map(str, write_verdict_files(asked.source, asked.verdicts))))
-            return 0
+            return
         found = merge(asked.source, out, base=asked.base, dtype=DTYPES[asked.dtype])
         print(
             f"{out}: logits of merged and unmerged differ by at most {found.written:.3g} (allowed {found.allowed:.3g}; "
             f"the training moved them by {found.trained:.3g})"
         )
-        return 0
 
     return exit_code(command)
 

@@ -25,12 +25,11 @@ from dpo.log import MetricsLog, progress
 from dpo.logprobs import score_trees
 from dpo.pairs import TreeSums, tree_sums
 from dpo.routes import Routes
-from dpo.runs import write_json
 from dpo.step import accumulate_gradients, in_one_kernel, learning_rate, means, plan_steps, set_dropout
 from dpo.trees import Tree
 from models.decoder import Decoder
 from models.errors import UserError
-from models.files import read_json_object
+from models.files import read_json_object, write_json
 
 STEP0_TOLERANCE = DIFFERENCE  # nats per completion on a CPU, where policy = reference is exact; on a GPU it is an alarm
 

@@ -284,7 +284,7 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = (), home: Path |
 def main(argv: list[str]) -> int:
     """The command line: 0 when the report is written, else exit_code's."""
 
-    def command() -> int:
+    def command() -> None:
         if not argv:
             raise UserError(f"give a run folder, or several to compare. {USAGE}")
         folders = [Path(argument) for argument in argv]
@@ -296,7 +296,6 @@ def main(argv: list[str]) -> int:
             write_sweep_report(folder)
         for home in sweeps or [write_report(folders)]:
             print(f"report: {home / 'report.html'}")
-        return 0
 
     return exit_code(command, argv, USAGE)
 

@@ -4,7 +4,6 @@ Read next: dpo/report.py, which reads one.
 """
 
 import fcntl
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from dpo.config import Config, config_dict
 from dpo.log import environment
 from models.errors import UserError
-from models.files import atomic_write_text, read_json_object
+from models.files import read_json_object, write_json
 
 MAY_DIFFER = (
     *("run.resume", "run.root", "run.cache", "reference.store", "show", "log.wandb", "log.project", "log.plots"),
@@ -99,11 +98,6 @@ def sole_process(folder: Path) -> Iterator[None]:
             for left in folder.rglob(pattern):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON, whole or not at all."""
-    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:

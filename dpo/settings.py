@@ -127,6 +127,11 @@ class Arm(NamedTuple):
         told = (v if k == "arm" else f"{k}={v}" for k, v in self.varied.items() if k != "seed")
         return ", ".join(map(str, told)) or "trained"
 
+    @property
+    def name(self) -> str:
+        """Its folder, ROOT/NAME-sweep/ARM, without what is before."""
+        return Path(self.config.run.root).name
+
 
 class Contrast(NamedTuple):
     """The comparison that a sweep is run for, named before: setting a less setting b, as `readout` has them."""

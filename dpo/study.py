@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo.arms import begun_folder, check_sources, finished_folder
 from dpo.judge.__main__ import run as judge_rows
 from dpo.judge.endpoint import request_of
 from dpo.report import write_report
 from dpo.settings import Arm, load_config, load_sweep
-from dpo.sweep import begun_folder, check_sources, finished_folder, sweep
+from dpo.sweep import sweep
 from models.errors import UserError, exit_code
 
 USAGE = """\
@@ -60,8 +61,8 @@ def endpoint_arms(arms: Sequence[Arm]) -> list[Arm]:
 def study(arms: Sequence[Arm]) -> int:
     """Train, ask, report; 1 where an arm or an endpoint failed, else 0."""
     asked = endpoint_arms(arms)
-    check_sources(asked, any_source=False)
-    failed = int(bool(sweep(arms, any_source=False)))
+    check_sources(asked, {}, any_source=False)
+    failed = int(bool(sweep(arms, {}, 1, any_source=False)))
     folders = [folder for arm in arms if (folder := finished_folder(arm))]
     for arm in asked:
         try:

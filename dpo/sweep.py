@@ -3,8 +3,9 @@
     [sweep] -> arms, each a run of dpo.train in a process of its own, in runs/NAME-sweep/ARM -> their verdicts, kept in
     one folder -> dpo/sweep_report.py
 
-The same command goes on where it was stopped: finished arms are skipped, a half-done one is resumed. All arms share the
-reference store: after the first, an arm whose rows are the same runs no reference forward.
+The same command goes on where it was stopped: finished arms are skipped, a half-done one is resumed. With results= it
+goes on where run folders are gone, too, in another clone: what is kept there is finished. All arms share the reference
+store: after the first, an arm whose rows are the same runs no reference forward.
 Read next: dpo/settings.py, where arms come from; dpo/sweep_report.py, where figures come from.
 """
 
@@ -19,29 +20,36 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock
-from typing import IO, NamedTuple, cast
+from typing import IO, cast
 
 import torch
 
-from dpo.config import Config, config_dict
-from dpo.inputs import Inputs, pick_device, read_inputs
-from dpo.log import source_digest
+from dpo.arms import (
+    begun_folder,
+    check_arms,
+    finished_folder,
+    kept_in,
+    read_by,
+    settings_of,
+    source_of,
+    verdicts_of,
+    what_is_read,
+)
+from dpo.config import config_dict
+from dpo.inputs import pick_device, read_inputs
 from dpo.loop import interruptible
-from dpo.losses import check_loss
 from dpo.results import Results
-from dpo.rows import columns_of
-from dpo.runs import flat, resumed_folder, write_json
+from dpo.runs import flat
 from dpo.settings import Arm, Contrast, load_contrast, load_primary, load_question, load_sweep
 from dpo.step import plan_steps
 from dpo.sweep_report import READOUTS, Kept, KeptArm, write_sweep_report
 from dpo.tokens import Trees
-from models.checkpoint import weights_fingerprint
 from models.errors import UserError, exit_code
-from models.files import atomic_write_bytes, read_json_object
+from models.files import atomic_write_bytes, read_json_object, write_json
 
 USAGE = """\
 usage: python -m dpo.sweep exp=NAME [key=value ...] [sweep.key=value,value ...] [jobs=N] [--dry-run]
@@ -51,119 +59,18 @@ usage: python -m dpo.sweep exp=NAME [key=value ...] [sweep.key=value,value ...] 
 
 jobs=N: so many arms at once, each on a GPU of its own, or on its share of the cores.
 --dry-run: say the arms, their steps, and from finished ones, else from a run like them, the hours, and run nothing.
-results=FOLDER: verdicts and report go to FOLDER/NAME, not to results/ beside the arms.
+results=FOLDER: verdicts and report go to FOLDER/NAME, not to results/ beside the arms; an arm that is kept there under
+the same configuration counts as finished without its run folder (remove its verdicts to run it again).
 source=any: arms that another version of the product ran count as finished, and go on.
 In a file: [sweep], then key = [values] a line; [[sweep.arm]], name and keys, for sets of keys that belong together;
 [sweep.contrast] with a, b and readout names one comparison before; primary = "consistent" in [sweep], which readout it
 is about. All other keys: python -m dpo.train --help"""
 
 
-FREE = {"loss", "lora", "train", "log", "run"}  # sections that neither rows nor log-probs before training depend on
-
-
 # --- running the arms -------------------------------------------------------------------------------------------------
 
 
-def check_arms(arms: Sequence[Arm], *, any_source: bool) -> dict[str, str]:
-    """By name, what each arm that is not finished asks of the reference: equal where all log-probs are shared.
-
-    UserError where an arm would be refused when its turn comes: its folder's config, what it reads, its loss; where a
-    finished one read other rows or weights; and, but for `any_source`, where another version of the product began it.
-    """
-    check_sources(arms, any_source=any_source)
-    known: dict[str, tuple[set[str], Read]] = {}  # columns of the rows and digests of all that is read
-    asks = {}
-    for arm in arms:
-        try:
-            if (read := what_is_read(arm)) not in known:
-                inputs = read_inputs(arm.config, pick_device(arm.config))
-                columns = columns_of(chain(inputs.splits.train, inputs.splits.validation))
-                known[read] = columns, digests_of(inputs, arm.config)
-            columns, of = known[read]
-            if run := finished_folder(arm):
-                if old := of.not_of(run):
-                    raise UserError(f"{run} was finished with other {old} than are read now; move it away to run again")
-                continue
-            check_loss(arm.config.loss, columns)
-            asks[name_of(arm)] = f"{arm.config.model_dump_json(exclude={*FREE, 'seed'})} {of}"
-        except UserError as error:
-            raise UserError(f"{error} ({arm.sources}: the arm {name_of(arm)})") from None
-    return asks
-
-
-def check_sources(arms: Sequence[Arm], *, any_source: bool) -> None:
-    """UserError where another version of the product began an arm, unless any will do."""
-    now = source_digest()
-    old = {name_of(arm): of for arm in arms if (run := begun_folder(arm)) and (of := source_of(run)) != now}
-    if old and not any_source:
-        raise UserError(
-            f"{', '.join(old)}: begun by other sources ({', '.join(sorted({*old.values()}))}; now {now}), "
-            f"so their figures may not be this one's; move their folders in {Path(arms[0].config.run.root).parent} "
-            "away to run them again, or (python -m dpo.sweep) take them as they are with source=any"
-        )
-
-
-class Read(NamedTuple):
-    """Digests of what an arm reads."""
-
-    trees: str  # as dpo/loop.py's TrainState has them
-    test_rows: str
-    reference: str
-
-    def not_of(self, run: Path) -> str:
-        """What a finished run read otherwise, if anything."""
-        results = read_json_object(run / "results.json")
-        if cast(Results, results)["data"].get("test_sha256", self.test_rows) != self.test_rows:
-            return "test rows"
-        ends = run / "checkpoints" / "finished.json"
-        saved = read_json_object(ends) if ends.is_file() else {}  # critiques have theirs by the round
-        if saved.get("data", self.trees) != self.trees:
-            return "training or validation rows"
-        return "weights" if saved.get("reference", self.reference) != self.reference else ""
-
-
-def digests_of(inputs: Inputs, config: Config) -> Read:
-    """Those of all that these inputs are of."""
-    adapter = Path(config.model.adapter) if config.model.adapter and not config.reference.path else None
-    trees = f"{inputs.train_trees.digest} {inputs.validation_trees.digest}"
-    memo = inputs.cache / "fingerprints.json"
-    weights = weights_fingerprint(inputs.reference_folder, memo, adapter)
-    return Read(trees, str(inputs.splits.report["test_sha256"]), weights)
-
-
-def what_is_read(arm: Arm) -> str:
-    """All of an arm's configuration that its inputs depend on."""
-    return arm.config.model_dump_json(exclude=FREE)
-
-
-def name_of(arm: Arm) -> str:
-    """The arm's folder, ROOT/NAME-sweep/ARM, without what is before."""
-    return Path(arm.config.run.root).name
-
-
-def begun_folder(arm: Arm) -> Path | None:
-    """The run folder of an arm that was begun; UserError where that was under another configuration."""
-    latest = Path(arm.config.run.root) / arm.config.exp / "latest"
-    if not (latest / "config.json").is_file():
-        return None
-    try:
-        return resumed_folder(arm.config, "latest")
-    except UserError as error:
-        raise UserError(f"{error}. For a sweep from the start move that folder away, or set run.root") from None
-
-
-def finished_folder(arm: Arm) -> Path | None:
-    """The run folder of an arm whose report, the last thing that a run writes, is there."""
-    folder = begun_folder(arm)
-    return folder if folder and (folder / "report.html").is_file() else None
-
-
-def source_of(run: Path) -> str:
-    """dpo.log.source_digest of the product that began this run; "" where that said none."""
-    return str(read_json_object(run / "env.json").get("source", ""))
-
-
-def dry_run(arms: Sequence[Arm], jobs: int) -> str:
+def dry_run(arms: Sequence[Arm], kept: Mapping[str, KeptArm], jobs: int) -> str:
     """A line an arm: its steps and tokens; then the hours of those to run, by the time that finished ones took."""
     trees: dict[str, tuple[Trees, list[int]]] = {}
     lines, time_s, done, to_do = [], 0.0, 0, 0  # seconds of the finished arms, tokens of those and of the others
@@ -178,17 +85,17 @@ def dry_run(arms: Sequence[Arm], jobs: int) -> str:
         if folder:
             time_s += sum(cast(Results, read_json_object(folder / "results.json"))["time_s"].values())
             done += tokens
-        else:
+        elif arm.name not in kept:
             to_do += tokens
-        state = "finished" if folder else "begun" if begun_folder(arm) else "to run"
-        lines.append(f"{state:8} {len(steps):6,} steps {tokens:11,} tokens  {name_of(arm)}")
+        state = "finished" if folder else "kept" if arm.name in kept else "begun" if begun_folder(arm) else "to run"
+        lines.append(f"{state:8} {len(steps):6,} steps {tokens:11,} tokens  {arm.name}")
     told = ""
     if not done and (like := _like(arms[0])):
         results = cast(Results, read_json_object(like / "results.json"))
         time_s, done = sum(results["time_s"].values()), int(results["train"]["tokens"])
         told = f", as {like} took time for its tokens"
     known = f"about {time_s / done * to_do / jobs / 3600:.1f} h{told}" if done else "hours: not before one is"
-    left = sum(not line.startswith("finished") for line in lines)
+    left = sum(line.startswith(("begun", "to run")) for line in lines)
     return "\n".join([*lines, f"{len(arms)} arms, {left} to finish, {known}"])
 
 
@@ -239,15 +146,20 @@ def locked(home: Path) -> Iterator[int]:
 
 
 def sweep(
-    arms: Sequence[Arm], jobs: int = 1, *, any_source: bool, after: Callable[[], None] = lambda: None
+    arms: Sequence[Arm],
+    kept: Mapping[str, KeptArm],
+    jobs: int,
+    *,
+    any_source: bool,
+    after: Callable[[], None] = lambda: None,
 ) -> dict[str, int]:
-    """Run what is not finished, `jobs` arms at once; the exit codes of those that failed.
+    """Run what is neither finished nor `kept`, `jobs` arms at once; the exit codes of those that failed.
 
     `after` is called when an arm has finished, by one thread at a time.
     """
     home = Path(arms[0].config.run.root).parent
-    asks = check_arms(arms, any_source=any_source)
-    todo = sum(not finished_folder(arm) for arm in arms)
+    asks = check_arms(arms, kept, any_source=any_source)
+    todo = len(asks)
     ended: list[float] = []  # times of the arms that ended here, s
     free: SimpleQueue[dict[str, str]] = SimpleQueue()
     for place in places_of(jobs, pick_device(arms[0].config)):
@@ -255,15 +167,15 @@ def sweep(
     stopped, alone = Event(), Lock()
     leaders: dict[str, tuple[Arm, Event]] = {}  # the first of those that ask the same, and whether it is over
     for arm in arms:
-        if name_of(arm) in asks:
-            leaders.setdefault(asks[name_of(arm)], (arm, Event()))
+        if arm.name in asks:
+            leaders.setdefault(asks[arm.name], (arm, Event()))
 
     def turn(number: int, arm: Arm) -> int:
-        told = f"arm {number} of {len(arms)}, {name_of(arm)}"
-        if finished_folder(arm):
-            print(f"{told}: finished", flush=True)
+        told = f"arm {number} of {len(arms)}, {arm.name}"
+        if arm.name not in asks:
+            print(f"{told}: finished{', its verdicts are kept' if arm.name in kept else ''}", flush=True)
             return 0
-        leader, over = leaders[asks[name_of(arm)]]
+        leader, over = leaders[asks[arm.name]]
         trains = Path(leader.config.run.root) / leader.config.exp / "latest" / "metrics.jsonl"
         while arm is not leader and not trains.exists() and not over.wait(0.1):
             pass  # it stores the log-probs that all of them need
@@ -283,7 +195,7 @@ def sweep(
         if code == 130:
             stopped.set()
         elif code:
-            print(f"arm {name_of(arm)}: failed with exit code {code}; going on{_why(folder)}", file=sys.stderr)
+            print(f"arm {arm.name}: failed with exit code {code}; going on{_why(folder)}", file=sys.stderr)
         if done := finished_folder(arm):
             of = cast(Results, read_json_object(done / "results.json"))["judge"]["trained"]
             hours = sum(ended) / len(ended) * (todo - len(ended)) / jobs / 3600
@@ -294,14 +206,14 @@ def sweep(
         return code
 
     with locked(home) as lock, interruptible() as interrupted, ThreadPoolExecutor(jobs) as pool:
-        others = {folder.name for folder in home.iterdir() if folder.is_dir()} - {name_of(arm) for arm in arms}
+        others = {folder.name for folder in home.iterdir() if folder.is_dir()} - {arm.name for arm in arms}
         others.discard("results")
         if others:
             print(f"not in this sweep, nor in its table: {', '.join(sorted(others))}")
         codes = list(pool.map(turn, range(1, len(arms) + 1), arms))
         if 130 in codes or interrupted():
             raise KeyboardInterrupt("the same command goes on from here")
-    return {name_of(arm): code for arm, code in zip(arms, codes, strict=True) if code}
+    return {arm.name: code for arm, code in zip(arms, codes, strict=True) if code}
 
 
 def _why(folder: Path) -> str:
@@ -314,31 +226,27 @@ def _why(folder: Path) -> str:
 # --- what is kept of them -------------------------------------------------------------------------------------------
 
 
-def check_kept(folder: Path, arms: Sequence[Arm]) -> None:
-    """UserError where arms are kept there that are not among these: they would be lost."""
-    if (folder / "arms.json").is_file():
-        kept = cast(Kept, read_json_object(folder / "arms.json"))["arms"]
-        others = {arm["verdicts"] for arm in kept} - {_verdicts_of(arm) for arm in arms}
-        if others:
-            raise UserError(
-                f"results: {folder} keeps arms that are not of this sweep ({', '.join(sorted(others))}), and they "
-                "would be lost; give another results= or move the folder away"
-            )
+def keep(
+    folder: Path,
+    arms: Sequence[Arm],
+    before: Mapping[str, KeptArm],
+    failed: Mapping[str, int],
+    argv: list[str],
+    jobs: int,
+) -> None:
+    """Put the finished arms' verdicts, compressed, and what else dpo/sweep_report.py reads into `folder`.
 
-
-def _verdicts_of(arm: Arm) -> str:
-    return f"{name_of(arm)}.jsonl.gz"
-
-
-def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: list[str], jobs: int) -> None:
-    """Put the finished arms' verdicts, compressed, and what else dpo/sweep_report.py reads into `folder`."""
+    Arms that were kept there `before` stay as they are.
+    """
     kept: list[KeptArm] = []
     contrast, primary = contrast_of(arms, argv), load_primary(argv, list(READOUTS))
     for arm in arms:
-        if not (run := finished_folder(arm)):
+        if arm.name in before:
+            kept.append(before[arm.name])
+        if arm.name in before or not (run := finished_folder(arm)):
             continue
         results = cast(Results, read_json_object(run / "results.json"))
-        name, ran = _verdicts_of(arm), read_json_object(run / "env.json")
+        name, ran = verdicts_of(arm), read_json_object(run / "env.json")
         atomic_write_bytes(folder / name, gzip.compress((run / "verdicts.jsonl").read_bytes(), mtime=0))
         train, data, made = results["train"], results["data"], arm.config.data.path == "checkable"
         kept.append(
@@ -350,6 +258,8 @@ def keep(folder: Path, arms: Sequence[Arm], failed: Mapping[str, int], argv: lis
                 verdicts=name,
                 rows=data.get("test_sha256", "")[:12] if made else file_of(arm.config.data.path),
                 source=source_of(run),
+                config=settings_of(arm.config),
+                read=read_by(run),
                 ran={key: ran.get(key) for key in ("start_utc", "git", "cpu", "threads", "gpu", "packages")},
                 steps=float(train["steps"]),
                 tokens=float(train["tokens"]),
@@ -411,18 +321,19 @@ def main(argv: list[str]) -> int:
         arms = load_sweep(given)
         contrast_of(arms, given)
         load_primary(given, list(READOUTS))
-        any_source = mine["source"] == "any"
-        if mine["--dry-run"]:
-            check_arms(arms, any_source=any_source)
-            print(dry_run(arms, int(mine["jobs"])))
-            return 0
-        folder, jobs = Path(arms[0].config.run.root).parent / "results", int(mine["jobs"])
+        any_source, jobs = mine["source"] == "any", int(mine["jobs"])
+        folder, kept = Path(arms[0].config.run.root).parent / "results", dict[str, KeptArm]()
         if mine["results"]:
             folder = Path(mine["results"]) / arms[0].config.exp
-            check_kept(folder, arms)
+            kept = kept_in(folder, arms)
+        if mine["--dry-run"]:
+            check_arms(arms, kept, any_source=any_source)
+            print(dry_run(arms, kept, jobs))
+            return 0
         # Verdicts are kept arm by arm: who stops a sweep of many hours has those of all that finished.
-        failed = sweep(arms, jobs, any_source=any_source, after=lambda: keep(folder, arms, {}, given, jobs))
-        keep(folder, arms, failed, given, jobs)
+        finish = partial(keep, folder, arms, kept, argv=given, jobs=jobs)
+        failed = sweep(arms, kept, jobs, any_source=any_source, after=lambda: finish(failed={}))
+        finish(failed=failed)
         print(f"{write_sweep_report(folder)}\nreport: {folder / 'report.html'}")
         return 1 if failed else 0
 

@@ -72,6 +72,8 @@ class KeptArm(TypedDict):
     verdicts: str  # its file
     rows: str  # where its rows are from: the file's name, or of checkable rows, a seed's own, a hash of the test rows
     source: str  # that of the product it ran under
+    config: NotRequired[dict[str, object]]  # its keys that are not the default
+    read: NotRequired[dict[str, object]]  # digests of the rows and weights that it was of
     ran: NotRequired[dict[str, object]]  # when, on what, from which commit
     steps: float
     tokens: float  # that training ran forward

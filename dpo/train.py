@@ -47,7 +47,7 @@ from dpo.report import write_report
 from dpo.results import read_metrics
 from dpo.routes import keeps_routes, routes_of, store_missing, store_routes
 from dpo.rows import Row
-from dpo.runs import new_folder, resumed_folder, sole_process, write_json
+from dpo.runs import new_folder, resumed_folder, sole_process
 from dpo.settings import help_text, load_config
 from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
@@ -58,6 +58,7 @@ from kernels.backend import describe, describe_pairs
 from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder
 from models.errors import UserError, exit_code
+from models.files import write_json
 
 
 def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ranks) -> TreeSums:
@@ -285,9 +286,8 @@ def train_and_judge(
 def main(argv: list[str]) -> int:
     """The command line: 0 when all is written, else exit_code's."""
 
-    def command() -> int:
+    def command() -> None:
         run(load_config(argv))
-        return 0
 
     outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"
     return exit_code(command, argv, f"{help_text()}\n{losses_help()}", outside)

@@ -8,6 +8,7 @@ at all: the two orders of the answers are two branches, and the last row of each
 """
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -149,10 +150,7 @@ def judge_prefix(tokenizer: Tokenizer, settings: TreeSettings) -> tuple[int, ...
 
 def _shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all of them begin with, leaving each at least one."""
-    shared = 0
-    while all(tokens[shared] == prompts[0][shared] for tokens in prompts) and shared < min(map(len, prompts)) - 1:
-        shared += 1
-    return shared
+    return min(len(os.path.commonprefix([*map(tuple, prompts)])), min(map(len, prompts)) - 1)
 
 
 def verdict_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings, prefix: tuple[int, ...] = ()) -> Tree:

@@ -154,13 +154,6 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: i
     return choose(arch, T, D, V) if tiled else "chunked"
 
 
-PATH_KERNELS = {
-    "torch": (),
-    "chunked": ("row_forward", "row_backward", "combine_parts"),
-    "fused": ("linear_forward", "linear_hidden_grad", "combine_parts"),
-}
-
-
 def describe(
     backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int, trainable: bool
 ) -> dict[str, str]:
@@ -171,7 +164,8 @@ def describe(
         return said | {"path": "bf16", "why": "asked for"}
     if path == "torch":
         return said | {"why": why_not_triton(device, dtype) or "asked for" if backend != "torch" else "asked for"}
-    kernels = list(PATH_KERNELS[path])
+    kernels = ["row_forward", "row_backward"] if path == "chunked" else ["linear_forward", "linear_hidden_grad"]
+    kernels.append("combine_parts")
     if trainable:
         kernels += ["linear_weight_grad"] * (path == "fused") + ["linear_target_rows"]
     return said | {"triton": triton_version()} | _tiles(arch, kernels)

@@ -28,16 +28,6 @@ class Packed(NamedTuple):
     scales: Tensor
 
 
-# --- the reference: the definition --------------------------------------------------------------------------------
-
-
-def reference_dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
-    """value * 2^(scale - 127), fp64 [..., O, I]."""
-    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
-    powers = torch.tensor([2.0 ** (scale - 127) for scale in range(256)], dtype=torch.float64)
-    return (torch.tensor(VALUES, dtype=torch.float64)[codes.long()] * powers[scales.long()][..., None]).flatten(-2)
-
-
 # --- the torch path -----------------------------------------------------------------------------------------------
 
 
@@ -59,8 +49,8 @@ def _in_torch(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 # --- autograd -----------------------------------------------------------------------------------------------------
 
 
-def _whole(weight: Tensor, scales: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
-    return weight.to(dtype) if scales is None else dequantise(weight, scales, dtype, backend=backend)
+def _whole(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if scales is None else dequantise(weight, scales, dtype)
 
 
 class _RowsLinear(torch.autograd.Function):
@@ -75,12 +65,11 @@ class _RowsLinear(torch.autograd.Function):
         start: Tensor | None,
         rows: int,
         alpha: float,
-        backend: str,
     ) -> Tensor:
-        whole_OI = _whole(weight, scales, x_MI.dtype, backend)
+        whole_OI = _whole(weight, scales, x_MI.dtype)
         y_MO = x_MI.new_empty(len(x_MI), len(whole_OI))
-        for begin in range(0, len(x_MI), rows or len(x_MI)):
-            part = slice(begin, begin + (rows or len(x_MI)))
+        for begin in range(0, len(x_MI), rows):
+            part = slice(begin, begin + rows)
             if start is None:
                 torch.mm(x_MI[part], whole_OI.T, out=y_MO[part])
             else:
@@ -88,7 +77,7 @@ class _RowsLinear(torch.autograd.Function):
                 torch.addmm(origin.to(x_MI.dtype), x_MI[part], whole_OI.T, alpha=alpha, out=y_MO[part])
         ctx.save_for_backward(x_MI if weight.requires_grad else None, weight, scales)
         ctx.start = None if start is None else (start.dim(), start.dtype)
-        ctx.alpha, ctx.backend = alpha, backend
+        ctx.alpha = alpha
         return y_MO
 
     @staticmethod
@@ -98,13 +87,13 @@ class _RowsLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_start = None
         scaled_MO = grad_MO if ctx.alpha == 1 else grad_MO * ctx.alpha
         if ctx.needs_input_grad[0]:
-            grad_x = scaled_MO @ _whole(weight, scales, grad_MO.dtype, ctx.backend)
+            grad_x = scaled_MO @ _whole(weight, scales, grad_MO.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = (scaled_MO.T @ x_MI).to(weight.dtype)
         if ctx.needs_input_grad[3]:
             dimensions, dtype = ctx.start
             grad_start = (grad_MO.sum(0) if dimensions == 1 else grad_MO).to(dtype)
-        return grad_x, grad_weight, None, grad_start, None, None, None
+        return grad_x, grad_weight, None, grad_start, None, None
 
 
 # --- public -------------------------------------------------------------------------------------------------------
@@ -125,20 +114,14 @@ def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat
 
 
 def rows_linear(
-    x_MI: Tensor,
-    weight: Tensor | Packed,
-    start: Tensor | None = None,
-    *,
-    rows: int = 0,
-    alpha: float = 1.0,
-    backend: str = "auto",
+    x_MI: Tensor, weight: Tensor | Packed, start: Tensor | None = None, *, rows: int, alpha: float = 1.0
 ) -> Tensor:
     """alpha x W^T + start [M, O] in x's dtype; `start` is a bias [O] or rows [M, O] (alpha needs one).
 
-    `rows`: so many at a time (M is a multiple of them): a row's bits then do not depend on M, nor on the other rows; 0:
-    all at once. A packed weight gets no gradient, and is unpacked anew in the backward pass.
+    `rows`: so many at a time (M is a multiple of them): a row's bits then do not depend on M, nor on the other rows. A
+    packed weight gets no gradient, and is unpacked anew in the backward pass.
     """
     assert alpha == 1 or start is not None, "alpha is for a product that is added to something"
-    assert not rows or len(x_MI) % rows == 0, f"{len(x_MI)} rows in blocks of {rows}"
+    assert len(x_MI) % rows == 0, f"{len(x_MI)} rows in blocks of {rows}"
     first, scales = weight if isinstance(weight, Packed) else (weight, None)
-    return _RowsLinear.apply(x_MI, first, scales, start, rows, alpha, backend)
+    return _RowsLinear.apply(x_MI, first, scales, start, rows, alpha)

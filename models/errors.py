@@ -16,9 +16,9 @@ def show(value: object) -> str:
 
 
 def exit_code(
-    command: Callable[[], int], argv: Sequence[str] = (), usage: str = "", stopped: str = "nothing is written"
+    command: Callable[[], int | None], argv: Sequence[str] = (), usage: str = "", stopped: str = "nothing is written"
 ) -> int:
-    """The code that `command` returns, or 0 after `usage` where `argv` asks for --help.
+    """The code that `command` returns (none: 0), or 0 after `usage` where `argv` asks for --help.
 
     Told in a line on stderr: 2 for a mistake, the user's (UserError) or the disk's (OSError); 1 where another of many
     ranks made one; 130 for Ctrl-C, with `stopped` where it has no words of its own.
@@ -27,7 +27,7 @@ def exit_code(
         print(usage)
         return 0
     try:
-        return command()
+        return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,9 +63,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)  # the new folder is in place: a leftover is litter, not a failure
 
 
-def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write a JSON object as Hugging Face folders hold it: indented UTF-8. Not atomic: for a new folder's files."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON in UTF-8, whole or not at all."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_text(path: Path) -> str:

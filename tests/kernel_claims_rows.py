@@ -6,7 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kernels.mxfp4 import reference_dequantise
+from kernels.mxfp4 import VALUES
 from tests.kernel_claims import (
     EPS,
     Claim,
@@ -241,6 +241,13 @@ PAIRS: list[Claim] = [
 
 
 # --- dequantise ---------------------------------------------------------------------------------------------------
+
+
+def reference_dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
+    """The definition: value * 2^(scale - 127), fp64 [..., O, I]."""
+    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    powers = torch.tensor([2.0 ** (scale - 127) for scale in range(256)], dtype=torch.float64)
+    return (torch.tensor(VALUES, dtype=torch.float64)[codes.long()] * powers[scales.long()][..., None]).flatten(-2)
 
 
 def packed_values_are_the_definitions_under_every_byte_and_scale(k: ModuleType) -> None:

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import Packed, dequantise, rows_linear
-from kernels.mxfp4 import VALUES, reference_dequantise
+from kernels.mxfp4 import VALUES
 from tests import kernel_claims_rows as claims
+from tests.kernel_claims_rows import reference_dequantise
 
 GENERATOR = torch.Generator().manual_seed(0)
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]

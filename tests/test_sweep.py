@@ -235,7 +235,7 @@ def test_an_arm_of_other_sources_is_refused_unless_any_will_do(
     finished: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(subprocess, "run", forbid)
-    monkeypatch.setattr(sweep, "source_digest", lambda: "0123")
+    monkeypatch.setattr("dpo.arms.source_digest", lambda: "0123")
     assert sweep.main([*finished, *SWEPT]) == 2
     message = capsys.readouterr().err
     assert "loss.beta=0.5,seed=1: begun by other sources" in message and "now 0123" in message
@@ -350,6 +350,51 @@ def test_results_that_are_published_are_never_written_over_by_fewer_arms(
     for argument in ("results=", "--dry-run=no"):
         assert sweep.main([*finished, *SWEPT, argument]) == 2
         assert f"{argument}: --dry-run has no value" in capsys.readouterr().err
+
+
+def test_arms_that_are_kept_count_as_finished_where_their_run_folders_are_gone(
+    finished: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(subprocess, "run", forbid)
+    results = f"results={tmp_path / 'kept'}"
+    assert sweep.main([*finished, *SWEPT, results]) == 0
+    folder = tmp_path / "kept" / "smoke"
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    elsewhere = [*(given for given in finished if not given.startswith("run.root=")), f"run.root={tmp_path / 'runs'}"]
+    assert sweep.main([*elsewhere, *SWEPT, results]) == 0
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    assert capsys.readouterr().out.count("finished, its verdicts are kept") == 4
+
+    changed = [given.replace("train.lr=1e-2", "train.lr=0.5") for given in elsewhere]
+    assert sweep.main([*changed, *SWEPT, results]) == 2
+    assert "loss.beta=0.1,seed=0.jsonl.gz of another configuration (train.lr)" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo.arms.source_digest", lambda: "0123")
+        assert sweep.main([*elsewhere, *SWEPT, results]) == 2
+        assert "begun by other sources" in capsys.readouterr().err
+    arms = json.loads(before["arms.json"])
+    arms["arms"][0]["read"]["test_rows"] = "others"
+    (folder / "arms.json").write_text(json.dumps(arms))
+    assert sweep.main([*elsewhere, *SWEPT, results]) == 2
+    assert "loss.beta=0.1,seed=0.jsonl.gz was finished with other test rows" in capsys.readouterr().err
+
+    (folder / "arms.json").write_bytes(before["arms.json"])
+    (folder / "loss.beta=0.5,seed=1.jsonl.gz").unlink()
+    assert sweep.main([*elsewhere, *SWEPT, results, "--dry-run"]) == 0
+    states = [line[:7].strip() for line in capsys.readouterr().out.splitlines()[:4]]
+    assert states == ["kept", "kept", "kept", "to run"]
+    started: list[list[str]] = []
+
+    def fail(command: list[str], **more: object) -> "subprocess.CompletedProcess[str]":
+        started.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert sweep.main([*elsewhere, *SWEPT, results]) == 1
+    assert [[word for word in command if word.startswith(("loss.beta=", "seed="))] for command in started] == [
+        ["loss.beta=0.5", "seed=1"]
+    ]
+    assert len(json.loads((folder / "arms.json").read_text())["arms"]) == 3
 
 
 def test_a_run_begun_before_a_key_was_there_has_its_default(finished: list[str]) -> None:

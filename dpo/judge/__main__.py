@@ -45,13 +45,13 @@ from dpo.policy import load_policy, with_adapter
 from dpo.report_run import percent
 from dpo.results import widest_interval
 from dpo.rows import Rows
-from dpo.runs import new_folder, write_json
+from dpo.runs import new_folder
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
 from dpo.trees import Tree
 from models.checkpoint import weights_fingerprint
 from models.errors import UserError, exit_code
-from models.files import atomic_write_text
+from models.files import atomic_write_text, write_json
 
 USAGE = """\
 usage: python -m dpo.judge [exp=NAME] [key=value ...]      (exp=judge where none is given)
@@ -267,11 +267,10 @@ def _spent(usage: Usage) -> str:
 
 def main(argv: list[str]) -> int:
     """The command line: 0 when all is written, else exit_code's."""
+    named = any(argument.startswith("exp=") for argument in argv)
 
-    def command() -> int:
-        named = any(argument.startswith("exp=") for argument in argv)
+    def command() -> None:
         run(load_config(argv if named else ["exp=judge", *argv]))
-        return 0
 
     stopped = "no run folder is written; what was answered or written is kept, and the same command goes on"
     return exit_code(command, argv, f"{USAGE}\n{help_text()}", stopped)

@@ -29,12 +29,6 @@ ALL_SEEN = "all that training saw"
 Won = list[tuple[bool, str]]  # of each answer that loses when clean: whether it wins now, and its group
 
 
-def _interval(won: Won, seed: int) -> list[float]:
-    """The wider one of Wilson's and the one over groups."""
-    wins, groups = [float(win) for win, _ in won], [group for _, group in won]
-    return share_interval(wins, groups, seed)
-
-
 def successes(
     judge: str,
     clean: Sequence[Verdict],
@@ -67,7 +61,7 @@ def successes(
             trained_on=None if seen is None or name == "position" else name in (*seen, ALL_SEEN),
             n=len(of),
             wins=sum(win for win, _ in of),
-            interval=_interval(of, seed),
+            interval=share_interval([float(win) for win, _ in of], [group for _, group in of], seed),
         )
         for name, of in won.items()
         if of
@@ -130,7 +124,7 @@ def biases(
             prefers=sum(prefers for prefers, _, _ in of),
             chosen=sum(chosen for _, chosen, _ in of),
             prefers_chosen=sum(prefers and chosen for prefers, chosen, _ in of),
-            interval=_interval([(prefers, group) for prefers, _, group in of], seed),
+            interval=share_interval([float(prefers) for prefers, _, _ in of], [group for *_, group in of], seed),
         )
         for look, of in found.items()
         if of
