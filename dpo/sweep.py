@@ -85,7 +85,10 @@ def dry_run(arms: Sequence[Arm], kept: Mapping[str, KeptArm], jobs: int) -> str:
         if folder:
             time_s += sum(cast(Results, read_json_object(folder / "results.json"))["time_s"].values())
             done += tokens
-        elif arm.name not in kept:
+        elif arm.name in kept:
+            time_s += kept[arm.name]["whole_s"]
+            done += tokens
+        else:
             to_do += tokens
         state = "finished" if folder else "kept" if arm.name in kept else "begun" if begun_folder(arm) else "to run"
         lines.append(f"{state:8} {len(steps):6,} steps {tokens:11,} tokens  {arm.name}")
@@ -170,10 +173,13 @@ def sweep(
         if arm.name in asks:
             leaders.setdefault(asks[arm.name], (arm, Event()))
 
+    def say(line: str) -> None:
+        print(f"{line}\n", end="", flush=True)  # at once: print writes its end apart, and others may come between
+
     def turn(number: int, arm: Arm) -> int:
         told = f"arm {number} of {len(arms)}, {arm.name}"
         if arm.name not in asks:
-            print(f"{told}: finished{', its verdicts are kept' if arm.name in kept else ''}", flush=True)
+            say(f"{told}: finished{', its verdicts are kept' if arm.name in kept else ''}")
             return 0
         leader, over = leaders[asks[arm.name]]
         trains = Path(leader.config.run.root) / leader.config.exp / "latest" / "metrics.jsonl"
@@ -183,7 +189,7 @@ def sweep(
         try:
             if stopped.is_set() or interrupted():
                 return 130
-            print(f"{told}: {'goes on' if begun_folder(arm) else 'begins'}", flush=True)
+            say(f"{told}: {'goes on' if begun_folder(arm) else 'begins'}")
             folder.mkdir(exist_ok=True)
             begin = time.perf_counter()
             with open(folder / "log.txt", "ab") if jobs > 1 else nullcontext() as log:
@@ -200,7 +206,7 @@ def sweep(
             of = cast(Results, read_json_object(done / "results.json"))["judge"]["trained"]
             hours = sum(ended) / len(ended) * (todo - len(ended)) / jobs / 3600
             shares = f"averaged {100 * of['averaged_accuracy']:5.1f} % | consistent {100 * of['accuracy']:5.1f} %"
-            print(f"| {told} | {shares} | {ended[-1] / 60:6.1f} min | {hours:5.1f} h left |", flush=True)
+            say(f"| {told} | {shares} | {ended[-1] / 60:6.1f} min | {hours:5.1f} h left |")
             with alone:
                 after()
         return code

@@ -381,8 +381,9 @@ def test_arms_that_are_kept_count_as_finished_where_their_run_folders_are_gone(
     (folder / "arms.json").write_bytes(before["arms.json"])
     (folder / "loss.beta=0.5,seed=1.jsonl.gz").unlink()
     assert sweep.main([*elsewhere, *SWEPT, results, "--dry-run"]) == 0
-    states = [line[:7].strip() for line in capsys.readouterr().out.splitlines()[:4]]
-    assert states == ["kept", "kept", "kept", "to run"]
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line[:7].strip() for line in lines] == ["kept", "kept", "kept", "to run"]
+    assert last.startswith("4 arms, 1 to finish, about ")
     started: list[list[str]] = []
 
     def fail(command: list[str], **more: object) -> "subprocess.CompletedProcess[str]":
