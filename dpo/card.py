@@ -15,7 +15,6 @@ from dpo.inputs import cache_folder, judge_settings
 from dpo.judged import Run
 from dpo.page import Block, Page, Plot, Text, to_markdown
 from dpo.report_run import percent, summary
-from dpo.results import widest_interval
 from models.errors import UserError
 from models.gguf_import import SMOLLM2, resolve_model_path
 from models.hub import is_hub_id
@@ -44,7 +43,7 @@ def limits(run: Run) -> list[Text]:
     """What its figures say against it, and what they cannot say."""
     judge = run.results["judge"]
     trained = judge["trained"]
-    subsets = {name: widest_interval(of) for name, of in trained["subsets"].items()}
+    subsets = {name: of["averaged_interval"] for name, of in trained["subsets"].items()}
     chance = [f"{name} [{100 * low:.0f}, {100 * high:.0f}]" for name, (low, high) in subsets.items() if low <= 0.5]
     least = judge["comparison"]["averaged"]["minimum_detectable"]
     shows = f", which show differences of {100 * least:.1f} points or more" if least else ""

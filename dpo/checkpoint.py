@@ -25,7 +25,8 @@ from models.checkpoint import save_folder
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import atomic_folder, file_digest, read_json_object, read_text
-from models.lora import merged_weights, save_adapter
+from models.lora import LowRank, merged_weights, save_adapter
+from models.moe import LowRankExperts
 from models.sharded import full_tensor
 
 STATE, SUMS = "state.json", "SHA256SUMS"  # `sha256sum -c` reads the latter
@@ -38,8 +39,9 @@ def trained_parameters(model: Decoder) -> dict[str, torch.nn.Parameter]:
 
 
 def trained_digest(model: Decoder, base: str) -> str:
-    """32 hex digits of the trained parameters and of the `base` weights' fingerprint; every rank must call."""
-    digest = hashlib.sha256(base.encode())
+    """32 hex digits of the trained parameters, adapters' scales and the `base` weights' fingerprint; of every rank."""
+    scales = [module.scale for module in model.modules() if isinstance(module, LowRank | LowRankExperts)]
+    digest = hashlib.sha256(f"{base} {scales}".encode())
     for name, parameter in trained_parameters(model).items():
         digest.update(name.encode())
         digest.update(full_tensor(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -128,18 +130,19 @@ def save_checkpoint(
 ) -> None:
     """A resumable checkpoint `folder/step-N` (N = state["step"]); the oldest beyond `keep` go. Every rank must call."""
     save(folder / f"step-{state['step']:06d}", model, state, ranks, optimizer)
-    for old in sorted(folder.glob("step-*"), key=_step_of)[:-keep] if ranks.first else ():
+    for old in _steps(folder)[:-keep] if ranks.first else ():
         shutil.rmtree(old)
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints, oldest first; a copy that somebody made, `step-000002-backup`, is none."""
+    named = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint of a run, if any."""
-    whole = [path for path in folder.glob("step-*") if (path / STATE).is_file()]
-    return max(whole, key=_step_of, default=None)
+    return next((path for path in reversed(_steps(folder)) if (path / STATE).is_file()), None)
 
 
 def export(folder: Path, model: Decoder, source: Path, config: Config, ranks: Ranks) -> None:

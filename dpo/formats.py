@@ -113,6 +113,13 @@ def _is_ours(record: Record) -> bool:
     return texts and _has("id", "prompt", "rejected")(record)
 
 
+def _is_rmbench(record: Record) -> bool:
+    """Texts in lists: a row of ours may have a domain beside its subset, and one of texts or messages too."""
+    chosen = record.get("chosen")
+    lists = isinstance(chosen, list) and not any(isinstance(one, dict) for one in chosen)
+    return "domain" in record and "subset" not in record and lists
+
+
 def _is_hh(record: Record) -> bool:
     return "prompt" not in record and any(HH_TURN.match(str(record.get(key))) for key in ("chosen", "rejected"))
 
@@ -308,7 +315,7 @@ FORMATS: dict[str, Format] = {
         _has(*JUDGEBENCH), _labelled, '{"pair_id"?, "source"?, "question", "response_A", "response_B", "label": "A>B"}'
     ),
     "llmbar": Format(_has(*LLMBAR), _labelled, '{"input", "output_1", "output_2", "label": 1}'),
-    "rmbench": Format(_has("domain"), _rmbench, '{"id", "prompt", "chosen": [], "rejected": [], "domain"}'),
+    "rmbench": Format(_is_rmbench, _rmbench, '{"id", "prompt", "chosen": [], "rejected": [], "domain"}'),
     "together": Format(
         _has("preferred_output", "non_preferred_output"),
         _together,

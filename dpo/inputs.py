@@ -121,7 +121,9 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         rows = keep_rows((replace(row, split="test") for row in rows), cache_folder(config))
         splits = split_rows(rows, split="group", seed=seed, validation_fraction=0, test_fraction=1)
     else:
-        fractions = {"validation_fraction": data.validation_fraction, "test_fraction": data.test_fraction}
+        none = data.path == "checkable" and not config.checkable.validation_rows
+        validation = 0.0 if none else data.validation_fraction
+        fractions = {"validation_fraction": validation, "test_fraction": data.test_fraction}
         splits = split_rows(rows, split=data.split, seed=seed, **fractions)
     to_judge = splits.test
     if judging:  # after the split: which rows are held out does not hang on which are asked

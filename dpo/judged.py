@@ -154,7 +154,8 @@ def judges_of(runs: Sequence[Run]) -> list[Judge]:
     for run in runs:
         told = run.results["data"].get("test_sha256", str(run.folder))  # of all its rows
         digest = run.rows.digest if known else {}
-        for role in [role for role in run.verdicts if role not in ("blind", "sighted")]:
+        told_of = [role for role in run.verdicts if role in run.results["judge"]]  # of controls nothing else
+        for role in [role for role in told_of if role not in ("blind", "sighted")]:
             verdicts = {(v.id, v.pair, v.group, digest.get(v.id, told)): v for v in run.verdicts[role]}
             if role != "base" or all(judge.verdicts != verdicts for judge in found):
                 found.append(Judge(role, role, run, run.results["judge"][role], verdicts))  # type: ignore[literal-required]

@@ -39,7 +39,7 @@ class TrainState:
     """What a checkpoint remembers besides weights and moments."""
 
     data: str  # digests of the training and the validation trees
-    reference: str  # fingerprint of its weights
+    reference: str  # fingerprint of its weights, and of the policy's first ones where these are others
     step: int = 0
     pairs: int = 0
     tokens: int = 0
@@ -67,7 +67,7 @@ def train(
 ) -> TrainState:
     """Train to the end (or to Ctrl-C: a checkpoint, then KeyboardInterrupt); the policy then has the best weights.
 
-    `reference` is the fingerprint of the weights behind `references`: a checkpoint goes on against the same alone.
+    `reference`: fingerprint of the weights behind `references` and of the start: a checkpoint goes on with these alone.
     `same_start`: the policy starts as those weights, so that its log-probs must be the stored ones.
     `routes`: of a mixture of experts.
     """
@@ -207,10 +207,14 @@ def _same_run(state: dict[str, object], fresh: TrainState, place: Path) -> Train
         )
     if saved.reference != fresh.reference:
         raise UserError(
-            f"run.resume: {place} was begun against a reference of weights {saved.reference[:16]}, they now are "
-            f"{fresh.reference[:16]}; put the old ones back, or start a new run"
+            f"run.resume: {place} was begun with a reference and start of other weights ({_short(saved.reference)}) "
+            f"than are read now ({_short(fresh.reference)}); put the old ones back, or start a new run"
         )
     return saved
+
+
+def _short(fingerprints: str) -> str:
+    return " and ".join(fingerprint[:16] for fingerprint in fingerprints.split())
 
 
 def due(step: int, steps: int, every: int, count: int) -> bool:

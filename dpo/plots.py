@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dpo.escape import escaped, visible
-from dpo.results import Metrics, Results, widest_interval
+from dpo.results import Metrics, Results
 
 WIDTH, LEFT, RIGHT, TOP, HEIGHT, LINE = 400, 46, 380, 30, 200, 17
 MOST_LETTERS = 44  # of a line of the legend: as many as fit
@@ -246,7 +246,7 @@ def training_plots(metrics: Metrics, results: Results) -> dict[str, tuple[str, s
     accuracy = [
         *_validation(metrics, "eval/averaged_accuracy", "validation, order-averaged", 0),
         *_validation(metrics, "eval/accuracy", "validation, consistent", 1),
-        Mark("base on the test rows, order-averaged", whole, averaged, 0, "dashed", [widest_interval(base)]),
+        Mark("base on the test rows, order-averaged", whole, averaged, 0, "dashed", [base["averaged_interval"]]),
         Mark("base on the test rows, consistent", whole, consistent, 1, "dashed", [base["accuracy_interval"]]),
     ]
     margins = [*_training(metrics, "rewards/margins"), *_validation(metrics, "eval/rewards/margins")]

@@ -35,7 +35,6 @@ from dpo.judged import (
 from dpo.page import MARKS, SAYS, Block, Case, Cases, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import bars, file_text, training_plots
 from dpo.report_run import NOTES, change, p_value, percent, points
-from dpo.results import widest_interval
 from dpo.rows import Row
 from dpo.sweep_report import write_sweep_report
 from models.errors import UserError, exit_code
@@ -47,10 +46,10 @@ USAGE = "usage: python -m dpo.report RUN_FOLDER...   or sweeps' results, e.g. ex
 
 def report_page(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence[Compared]) -> Page:
     """The page: of one run all that there is to say, of several what compares their judges."""
-    shown = cases(judges)
+    shown, seeds = cases(judges), report_seeds.over_runs(runs)
     trained = [run for run in runs if run.trained]
     sections: dict[str, Sequence[Block]] = {
-        "Verdicts": [*_verdicts(judges, compared), *report_seeds.blocks(runs)],
+        "Verdicts": [*_verdicts(judges, compared), *report_seeds.blocks(seeds)],
         "By subset": _by_subset(judges),
         "Benchmark": report_judges.benchmarks(judges),
         "Position and looks": [*report_judges.position(judges), *report_judges.biases(judges)],
@@ -71,7 +70,7 @@ def report_page(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence
         sections["Time"] = [report_run.times(lone.results["time_s"])]
     sections["Again"] = [block for run in runs for block in report_run.again(run)]
     title = f"{len(judges)} judges compared"
-    lead = [Text("verdict", line) for line in _lead(judges, compared)]
+    lead = [Text("verdict", line) for line in ([report_seeds.lead(seeds)] if seeds else _lead(judges, compared))]
     if lone:
         title = f"{lone.config.exp}: is it a better judge?" if lone.trained else "How good a judge is it?"
         lead = report_run.summary(lone) if lone.trained else [Text("verdict", _standing(judge)) for judge in judges]
@@ -81,9 +80,9 @@ def report_page(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence
 def _standing(judge: Judge) -> str:
     of = judge.summary
     return (
-        f"{judge.name}: order-averaged accuracy {percent(of['averaged_accuracy'], widest_interval(of))}, consistent "
-        f"{percent(of['accuracy'], of['accuracy_interval'])}, on {of['n']:,} pairs; a judge that always says A has "
-        "50 % of the one and 0 % of the other."
+        f"{judge.name}: order-averaged accuracy {percent(of['averaged_accuracy'], of['averaged_interval'])}, "
+        f"consistent {percent(of['accuracy'], of['accuracy_interval'])}, on {of['n']:,} pairs; a judge that always "
+        "says A has 50 % of the one and 0 % of the other."
     )
 
 
@@ -125,7 +124,7 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
     figures = [
         ("judge", *(judge.name for judge in judges)),
         ("judged pairs", *(f"{j['n']:,}" for j in of)),
-        ("order-averaged accuracy", *(percent(j["averaged_accuracy"], widest_interval(j)) for j in of)),
+        ("order-averaged accuracy", *(percent(j["averaged_accuracy"], j["averaged_interval"]) for j in of)),
         ("consistent accuracy", *(percent(j["accuracy"], j["accuracy_interval"]) for j in of)),
         ("wins / losses / ties / invalid", *("{wins} / {losses} / {ties} / {invalid}".format(**j) for j in of)),
         ("same verdict in both orders", *(_of_orders(j, "position_consistency") for j in judges)),
@@ -177,15 +176,15 @@ def _by_subset(judges: Sequence[Judge]) -> list[Block]:
     for subset in dict.fromkeys(name for subsets in reversed(of) for name in subsets):
         last = next(subsets[subset] for subsets in reversed(of) if subset in subsets)
         there = [subsets.get(subset) for subsets in of]
-        averaged = [percent(j["averaged_accuracy"], widest_interval(j)) if j else "" for j in there]
+        averaged = [percent(j["averaged_accuracy"], j["averaged_interval"]) if j else "" for j in there]
         consistent = [percent(j["accuracy"], j["accuracy_interval"]) if j else "" for j in there]
-        low, high = widest_interval(last)
+        low, high = last["averaged_interval"]
         what = "above chance" if low > 0.5 else "below chance" if high < 0.5 else "at chance"
         test = tests.get(subset)
         moved = [f"{points(test)[0]} points, p {p_value(test['p_holm'])}" if test else ""] * bool(tests)
         rows.append((subset, f"{last['n']:,}", *averaged, *consistent, what if subset in of[-1] else "", *moved))
         if all(there):
-            shares[f"{subset} ({last['n']:,})"] = [(j["averaged_accuracy"], widest_interval(j)) for j in there if j]
+            shares[f"{subset} ({last['n']:,})"] = [(j["averaged_accuracy"], j["averaged_interval"]) for j in there if j]
     meaning = f"At chance: the interval of {names[-1]}'s order-averaged accuracy contains 50 %."
     meaning += f" {whose}: on the pairs that both judged; p is corrected by Holm over the subsets." * bool(tests)
     title = "Order-averaged accuracy by subset"

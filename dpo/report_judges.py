@@ -16,7 +16,6 @@ from dpo.judged import Judge
 from dpo.page import Block, Plot, Table, Text
 from dpo.plots import Axis, Mark, chart
 from dpo.report_run import NOTES, percent
-from dpo.results import widest_interval
 
 
 def benchmarks(judges: Sequence[Judge]) -> list[Block]:
@@ -122,12 +121,12 @@ def costs(judges: Sequence[Judge]) -> list[Block]:
     for judge in judges:
         pace_of = paces[judge.name]
         told = (COSTS[key][1].format(pace_of[key]) if key in pace_of else "" for key in known)
-        accuracy = percent(judge.summary["averaged_accuracy"], widest_interval(judge.summary))
+        accuracy = percent(judge.summary["averaged_accuracy"], judge.summary["averaged_interval"])
         rows.append((judge.name, accuracy, *told))
     blocks: list[Block] = []
     for key in ("dollars_per_1000_pairs", "answers_per_s"):
         marks = [
-            Mark(judge.name, [at], [of["averaged_accuracy"]], tone, "points", [widest_interval(of)])
+            Mark(judge.name, [at], [of["averaged_accuracy"]], tone, "points", [of["averaged_interval"]])
             for tone, judge in enumerate(judges)
             if (at := paces[judge.name].get(key)) and (of := judge.summary)
         ]

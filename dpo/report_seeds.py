@@ -3,7 +3,7 @@
 No dimension letters. Read next: dpo/sweep_report.py, which says the same of every setting of a sweep.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import stdev
 from typing import TypedDict
 
@@ -48,12 +48,18 @@ def over_runs(runs: Sequence[Run]) -> dict[str, OverSeeds]:
     return found
 
 
-def blocks(runs: Sequence[Run]) -> list[Block]:
-    """Their table on the page; nothing of other runs."""
-    told = over_runs(runs)
+def lead(told: Mapping[str, OverSeeds]) -> str:
+    """The page's first sentence about over_runs' figures."""
+    figures = ", ".join(f"{name} {percent(of['mean'], of['interval'])}" for name, of in told.items())
+    return f"Over {len(told['consistent']['by_seed'])} seeds: accuracy {figures}."
+
+
+def blocks(told: Mapping[str, OverSeeds]) -> list[Block]:
+    """The table of over_runs' figures; nothing of none."""
     if not told:
         return []
-    rows = [("accuracy", f"over {len(runs)} seeds", "standard deviation between seeds", "by seed")]
+    seeds = len(told["consistent"]["by_seed"])
+    rows = [("accuracy", f"over {seeds} seeds", "standard deviation between seeds", "by seed")]
     for name, of in told.items():
         by_seed = ", ".join(f"{100 * mean:.1f}" for mean in of["by_seed"])
         rows.append((name, percent(of["mean"], of["interval"]), f"{100 * of['deviation']:.1f} points", by_seed))

@@ -11,7 +11,7 @@ from typing import NotRequired, TypedDict
 from dpo.judge.benchmarks import Benchmark
 from dpo.judge.controls import Conclusion
 from dpo.judge.robustness import Bias, Success
-from dpo.judge.statistics import Comparison, PairedTest, Summary, widest
+from dpo.judge.statistics import Comparison, PairedTest, Summary
 from models.errors import UserError
 from models.files import read_text
 
@@ -85,11 +85,6 @@ class Environment(TypedDict):
     gpu: str | None
     packages: dict[str, str]
     git: dict[str, object] | None
-
-
-def widest_interval(judged: Summary) -> list[float]:
-    """Of the order-averaged accuracy: Wilson's, or the one clustered by group where that is wider."""
-    return widest(judged["averaged_interval"], judged["averaged_cluster_interval"])
 
 
 def read_metrics(path: Path, *, torn: bool = False) -> Metrics:

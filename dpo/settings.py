@@ -425,6 +425,14 @@ def _check_together(config: Config, settings: Settings) -> Iterator[str]:
             f"{said('loss.swap_consistency')}: compares a verdict with its twin in the other order, and "
             f"{said('objective')} has no twins; set objective=verdicts, or loss.swap_consistency=0"
         )
+    lengths = ["loss.ld_alpha"] * (config.loss.ld_alpha != 1) + ["loss.name"] * (
+        "rdpo" in (config.loss.name, *config.loss.mix)
+    )
+    if lengths and config.objective == "verdicts":
+        yield (
+            f"{said(lengths[0])}: is about answers of unlike length, and a verdict has one; set objective=responses, "
+            "or leave it out"
+        )
     if config.data.orders == "one" and (config.objective != "verdicts" or config.loss.swap_consistency):
         yield (
             f"{said('data.orders')}: is for verdicts without a term over both orders; set objective=verdicts, "

@@ -274,12 +274,6 @@ def keep(
                 reference_computed=results["reference"]["misses"],
             )
         )
-        controls = results["judge"].get("controls", {})
-        leads = {name: (of["averaged"]["difference"], of["averaged"]["interval"]) for name, of in controls.items()}
-        kept[-1].update({"controls": leads} if leads else {})
-        role = primary if primary == "rewards" else "trained"
-        looks = [of for of in results.get("biases", []) if (of["judge"], of["look"]) == (role, "longer")]
-        kept[-1].update({"longer": looks[0]} if looks else {})
         if attacks := results.get("attacks", []):
             kept[-1]["attacks"] = attacks
     written = Kept(

@@ -19,8 +19,9 @@ from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 
+from dpo.judge.controls import CONTROLS
 from dpo.judge.local import read_verdicts
-from dpo.judge.robustness import Bias, Success
+from dpo.judge.robustness import LOOKS, Success
 from dpo.judge.statistics import (
     Floats,
     Verdict,
@@ -80,9 +81,7 @@ class KeptArm(TypedDict):
     train_s: float
     whole_s: float
     reference_computed: int  # completions that the reference was run on
-    longer: NotRequired[Bias]  # what its trained judge makes of length, or the rewards, where they are the primary
     attacks: NotRequired[list[Success]]
-    controls: NotRequired[dict[str, Figure]]  # by control the trained judge's lead, order-averaged
 
 
 class Kept(TypedDict):
@@ -147,17 +146,16 @@ def student(means: Sequence[float]) -> list[float]:
     return [fmean(means) - half, fmean(means) + half]
 
 
-def mean_of(figures: Sequence[Figure], *, floor: float = 0.0, shared: bool = False) -> Figure:
+def mean_of(figures: Sequence[Figure], *, shared: bool = False) -> Figure:
     """The mean of the seeds' figures, with the wider of Student's interval and of the mean of their own.
 
-    That is narrower than theirs by the root of their number, unless the rows of the seeds are `shared`. Its ends lie
-    within `floor` and 1.
+    That is narrower than theirs by the root of their number, unless the rows of the seeds are `shared`.
     """
     means = [figure[0] for figure in figures]
     mean, root = fmean(means), 1.0 if shared else math.sqrt(len(figures))
     below, above = (fmean(abs(ends[side] - of) for of, ends in figures) / root for side in (0, 1))
     low, high = widest([mean - below, mean + above], *([student(means)] if len(means) > 1 else []))
-    return mean, [max(low, floor), min(high, 1.0)]
+    return mean, [max(low, 0.0), min(high, 1.0)]
 
 
 def _share(hits: int, n: int, interval: Sequence[float]) -> Figure:
@@ -256,7 +254,7 @@ def read_kept(folder: Path) -> tuple[Kept, Settings]:
         if both:
             judged["sighted" if arm["sighted"] else "blind"] = judged["trained"]
         settings.setdefault(arm["setting"], {})[arm["seed"]] = judged
-    role_of = {"base": "trained", "base likelihood": "likelihood"}
+    role_of = {"base": "trained", "base likelihood": "likelihood", "longer answer": "longer answer"}
     for setting, by_seed in settings.items():
         own = {seed: {role_of[role]: of[role] for role in role_of if role in of} for seed, of in by_seed.items()}
         shared = ((of, own.keys() & of.keys()) for of in bases.values())
@@ -302,15 +300,26 @@ def _contrast(kept: Kept, found: tuple[Difference, float] | None) -> str:
     )
 
 
-def _standings(standings: Sequence[Standing], arms: Sequence[KeptArm]) -> list[Block]:
+def _prefers_longer(judged: Judged, role: str) -> tuple[Floats, list[str]]:
+    """1 for each pair of which the judge prefers the clearly longer answer and 0 of the others, and their groups."""
+    lead = {(of.id, of.pair): of.first for of in judged.get("longer answer", [])}
+    of_pairs = [(of.first - of.second, lead.get((of.id, of.pair), 0.0), of.group) for of in judged.get(role, [])]
+    told = [
+        (odds * longer > 0, group)
+        for odds, longer, group in of_pairs
+        if abs(longer) > LOOKS["longer"][1] and abs(odds) > 0
+    ]
+    return np.array([float(prefers) for prefers, _ in told]), [group for _, group in told]
+
+
+def _standings(standings: Sequence[Standing], settings: Settings, role: str) -> list[Block]:
     shown = [readout for readout in READOUTS if any(readout in one.figures for one in standings)]
     rows = [("setting", "seeds", "pairs", *shown, "averaged, its seeds", "prefers the longer")]
     for one in standings:
         figures = [_percent(one.figures[readout]) if readout in one.figures else "" for readout in shown]
         seeds = " to ".join(f"{100 * share:.1f}" for share in one.averaged_range)
-        biases = [arm["longer"] for arm in arms if arm["setting"] == one.setting and "longer" in arm]
-        liked = [_share(of["prefers"], of["n"], of["interval"]) for of in biases]
-        told = _percent(mean_of(liked, shared=_shared(arms))) if liked else ""
+        liked = [_prefers_longer(judged, role) for judged in settings[one.setting].values()]
+        told = _percent(over_seeds(*zip(*liked, strict=True), share=True)) if all(len(of) for of, _ in liked) else ""
         rows.append((one.setting, ", ".join(map(str, one.seeds)), f"{one.pairs:,}", *figures, seeds, told))
     text = NOTES["sweep"]["settings"]
     shares = {one.setting: [one.figures.get(readout) for readout in shown] for one in standings}
@@ -322,17 +331,19 @@ def _shared(arms: Sequence[KeptArm]) -> bool:
     return len({arm["seed"] for arm in arms}) > 1 and len({arm["rows"] for arm in arms}) == 1
 
 
-def _controls(arms: Sequence[KeptArm]) -> list[Block]:
+def _controls(settings: Settings) -> list[Block]:
     """Every setting's lead over each control that all its runs have."""
-    names = list(dict.fromkeys(name for arm in arms for name in arm.get("controls", {})))
+    told: dict[str, dict[str, str]] = {}
+    for setting, by_seed in settings.items():
+        for name in CONTROLS:
+            of = {seed: {"trained": judged.get(name, [])} for seed, judged in by_seed.items()}
+            own = any(judged.get(name) is judged["trained"] for judged in by_seed.values())  # a judge of blind training
+            lead = None if own else difference({name: of, setting: by_seed}, name, setting, "averaged")
+            if lead and len(lead.seeds) == len(by_seed):
+                told.setdefault(setting, {})[name] = _percent(lead.difference, "+")
+    names = [name for name in CONTROLS if any(name in of for of in told.values())]
     rows = [("order-averaged, lead over", *names)]
-    for setting in dict.fromkeys(arm["setting"] for arm in arms):
-        of = [arm.get("controls", {}) for arm in arms if arm["setting"] == setting]
-        leads = {name: [one[name] for one in of] for name in names if all(name in one for one in of)}
-        told = {
-            name: _percent(mean_of(figures, floor=-1.0, shared=_shared(arms)), "+") for name, figures in leads.items()
-        }
-        rows.append((setting, *(told.get(name, "") for name in names)))
+    rows += [(setting, *(of.get(name, "") for name in names)) for setting, of in told.items()]
     return [Table("Controls", rows), Text("paragraph", NOTES["sweep"]["controls"])] if names else []
 
 
@@ -447,9 +458,9 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
     if len(sources) > 1:
         lead.append(Text("paragraph", f"The arms were run by {len(sources)} versions of the product."))
     sections: dict[str, Sequence[Block]] = {
-        "Settings": _standings(standings, kept["arms"]),
+        "Settings": _standings(standings, settings, READOUTS[readout][0] if readout == "rewards" else "trained"),
         "Differences": _differences(found) if found else [],
-        "Controls": _controls(kept["arms"]),
+        "Controls": _controls({arm["setting"]: settings[arm["setting"]] for arm in kept["arms"]}),
         "Axes": _axes(kept, settings, standings, readout),
         f"By subset: {readout}": [Table("By subset", by_subset)] if len(subsets) > 1 else [],
         "Attacks": _attacks(kept),

@@ -26,6 +26,7 @@ from dpo.judge.calibration import Floats
 from dpo.judge.local import (
     Reply,
     answer_verdicts,
+    control_judges,
     evaluation,
     judge_results,
     likelihood_leads,
@@ -223,7 +224,7 @@ def train_and_judge(
                 config,
                 ranks,
                 folder,
-                reference=reference_fingerprint,
+                reference=reference_fingerprint if same else f"{reference_fingerprint} {fingerprint}",
                 same_start=same,
                 routes=routes_of(config, policy.config, kept),
             )
@@ -249,8 +250,9 @@ def train_and_judge(
     if ranks.first:
         write_seen(folder / "export", inputs.attacks_seen or [])
         with stage("statistics", times):
-            judgement = judge_results(inputs, config, judged, base_validation)
-        write_verdicts(folder / "verdicts.jsonl", judged)
+            controls = control_judges(inputs, config, judged, base_validation)
+            judgement = judge_results(config, judged, controls)
+        write_verdicts(folder / "verdicts.jsonl", judged | controls)
         results = {
             "step0_loss": done.step0_loss,
             "step0_max_difference": done.step0_max_difference,

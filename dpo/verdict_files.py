@@ -92,7 +92,11 @@ def together_row(of: Judgement, run: Run, role: str) -> Record:
 def judgebench_row(of: Judgement, run: Run, role: str) -> Record:
     """A line of JudgeBench's output file: a decision is in terms of the order that the judge saw."""
     settings = judge_settings(run.config, sighted=run.config.judge.sighted)
-    prompt, template, sighted = of.row.prompt, settings.template, settings.sighted and role != "blind"
+    prompt, template, sighted = (
+        of.row.prompt,
+        settings.template,
+        role == "sighted" or (settings.sighted and role != "blind"),
+    )
     reference = of.row.reference_answer if settings.reference_answer else ""
     decisions = {"A": "A>B", "B": "B>A", "Tie": "A=B"}
 
@@ -124,7 +128,7 @@ SHAPES: dict[str, Callable[[Judgement, Run, str], Record]] = {"together": togeth
 def write_verdict_files(folder: Path, shape: str) -> list[Path]:
     """Write RUN/SHAPE-JUDGE.jsonl for each judge of the run in `folder`; their paths."""
     run, paths = read_run(folder), []
-    for role in (role for role in run.verdicts if role not in OF_ANSWERS):
+    for role in (role for role in run.verdicts if role in run.results["judge"] and role not in OF_ANSWERS):
         lines = [json.dumps(SHAPES[shape](of, run, role), ensure_ascii=False) + "\n" for of in judgements(run, role)]
         paths.append(folder / f"{shape}-{role.replace('/', '_')}.jsonl")
         atomic_write_text(paths[-1], "".join(lines))

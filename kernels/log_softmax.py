@@ -49,8 +49,9 @@ def _grad_in_torch(
         rows = slice(start, start + TORCH_ROWS)
         factor_C1, here_C1 = factor_T[rows, None], index_T[rows, None].clamp(min=0)
         grad_CV = factor_C1 * (logits_TV[rows].to(factor_T.dtype) / temperature).softmax(-1)
+        grad_CV.masked_fill_(factor_C1 == 0, 0.0)  # before the index's own entry, which may stand alone
         grad_CV.scatter_(1, here_C1, at_index_T[rows, None].where(index_T[rows, None] >= 0, grad_CV.gather(1, here_C1)))
-        out_TV[rows] = grad_CV.masked_fill_(factor_C1 == 0, 0.0).to(out_TV.dtype)
+        out_TV[rows] = grad_CV.to(out_TV.dtype)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------

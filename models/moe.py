@@ -40,7 +40,9 @@ def chosen_of_softmax(logits_TE: Tensor, choice_TK: Tensor, config: ExpertsConfi
 
 def sigmoid_of_chosen(logits_TE: Tensor, choice_TK: Tensor, config: ExpertsConfig) -> Tensor:
     """Llama 4: sigmoid of the chosen logits (it scales the experts' input)."""
-    return logits_TE.gather(1, choice_TK).sigmoid()
+    flat = logits_TE.gather(1, choice_TK).flatten()
+    whole = F.pad(flat, (0, -len(flat) % 64))  # the CPU rounds what is left of its vectors in another way
+    return whole.sigmoid()[: len(flat)].view_as(choice_TK)
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:

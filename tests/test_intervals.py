@@ -3,14 +3,18 @@
 import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dpo.judge.local import read_verdicts
 from dpo.judge.statistics import (
     cluster_bootstrap,
     cluster_interval,
+    consistent_scores,
     paired_interval,
+    share_interval,
     sign_flip_interval,
     wilson_interval,
 )
@@ -169,3 +173,21 @@ def test_without_a_discordant_pair_a_paired_interval_has_a_width() -> None:
     for values in ([0.0] * 300, [1.0, -1.0] * 150):
         assert paired_interval(values, twice, seed=0) == pytest.approx([-half_width, half_width])
     assert paired_interval([1.0] * 150, ids, seed=0)[1] == 1.0
+
+
+def test_a_share_of_pairs_in_closed_groups_is_covered_where_wilsons_interval_is_not() -> None:
+    """Groups of four of what four seeds' judges are right on in both orders, 80 at a time, as a run has them."""
+    results = Path(__file__).resolve().parents[1] / "experiments" / "results" / "quickstart"
+    of_groups: dict[str, list[float]] = {}
+    for path in sorted(results.glob("seed=*.jsonl.gz")):
+        trained = read_verdicts(path)["trained"]
+        for verdict, score in zip(trained, consistent_scores(trained), strict=True):
+            of_groups.setdefault(f"{path.name} {verdict.group}", []).append(float(score))
+    scores_G4 = np.array([scores for scores in of_groups.values() if len(scores) == 4])
+    rng, groups, truth = np.random.default_rng(0), [str(i // 4) for i in range(320)], scores_G4.mean()
+    wilsons, ours = 0, 0
+    for _ in range(200):
+        scores = scores_G4[rng.integers(0, len(scores_G4), 80)].ravel()
+        (low, high), (lower, higher) = wilson_interval(scores.sum(), 320), share_interval(scores, groups, 0)
+        wilsons, ours = wilsons + (low <= truth <= high), ours + (lower <= truth <= higher)
+    assert wilsons < 0.85 * 200 and ours > 0.91 * 200

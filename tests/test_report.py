@@ -270,15 +270,6 @@ def test_subsets_at_chance_are_marked_by_the_interval_that_is_shown(run_folder: 
         assert (low <= 50 <= high) == (row[-1] == "at chance")
 
 
-def test_of_two_intervals_the_wider_is_shown(tmp_path: Path) -> None:
-    results = results_of_a_run()
-    results["judge"]["trained"] |= {"averaged_interval": [0.6, 0.7], "averaged_cluster_interval": [0.55, 0.75]}
-    results["judge"]["base"] |= {"averaged_interval": [0.4, 0.6], "averaged_cluster_interval": [0.48, 0.52]}
-    write_report([write_run(tmp_path / "run", results, log={"plots": False})])
-    row = next(row for row in html_page(tmp_path / "run").rows if row[0] == "order-averaged accuracy")
-    assert row[1].endswith("[40.0, 60.0]") and row[2].endswith("[55.0, 75.0]")
-
-
 def test_figures_of_results_from_before_their_intervals_stand_without_these(tmp_path: Path) -> None:
     results = results_of_a_run()
     del results["judge"]["trained"]["intervals"]

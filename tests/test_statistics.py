@@ -226,9 +226,11 @@ def test_a_summary_holds_the_figures_of_a_hand_made_judge() -> None:
     summary = summarise(verdicts, seed=0)
     counts = ("n", "wins", "losses", "ties", "invalid")
     assert [summary[name] for name in counts] == [8, 2, 1, 4, 1]  # type: ignore[literal-required]
-    assert summary["accuracy"] == 2 / 8 and summary["accuracy_interval"] == list(wilson_interval(2, 8))
+    groups = [verdict.group for verdict in verdicts]
+    assert summary["accuracy"] == 2 / 8
+    assert summary["accuracy_interval"] == share_interval([1, 1, 0, 0, 0, 0, 0, 0], groups, 0)
     assert summary["averaged_accuracy"] == (1 + 1 + 0 + 0.5 + 1 + 0 + 0 + 0.5) / 8
-    assert summary["averaged_interval"] == list(wilson_interval(4, 8))
+    assert summary["averaged_interval"] == share_interval([1, 1, 0, 0.5, 1, 0, 0, 0.5], groups, 0)
     assert summary["position_consistency"] == 3 / 8
     assert summary["raw_a_rate"] == (2 + 1 + 2 + 2 + 2 + 1) / 16
     assert list(summary["subsets"]) == ["Focus", "Math"] and "subsets" not in summary["subsets"]["Math"]
@@ -287,11 +289,20 @@ def test_reliability_holds_each_valid_pair_once_in_the_bin_of_its_confidence() -
     assert reliability([Verdict("0", "s", "g", (0, 0), math.nan, 1.0)]) == []
 
 
+def test_every_accuracys_interval_is_as_wide_as_its_groups_are_few() -> None:
+    """Four pairs a group that stand or fall together: Wilson's would take them for four times as much."""
+    verdicts = [make(*(WIN if group % 2 else LOSS), f"r{i}", f"g{group}") for group in range(20) for i in range(4)]
+    summary, narrow = summarise(verdicts, seed=0), np.diff(wilson_interval(40, 80))[0]
+    for key in ("accuracy_interval", "averaged_interval", "tie_half_interval", "decided_interval"):
+        assert np.diff(summary[key])[0] > 1.6 * narrow  # type: ignore[literal-required]
+
+
 def test_a_summary_gives_all_three_tie_conventions() -> None:
     summary = summarise(make_all([WIN] * 5 + [LOSS] * 2 + [ALWAYS_A] * 2 + [INVALID]))
     assert (summary["accuracy"], summary["tie_half_accuracy"], summary["decided_accuracy"]) == (0.5, 0.6, 5 / 7)
-    assert summary["tie_half_interval"] == list(wilson_interval(6, 10))
-    assert summary["decided_interval"] == list(wilson_interval(5, 7))
+    scores, alone = [1.0] * 5 + [0.0] * 2 + [0.5] * 2 + [0.0], [f"g{i}" for i in range(10)]
+    assert summary["tie_half_interval"] == share_interval(scores, alone, 0)
+    assert summary["decided_interval"] == share_interval(scores[:7], alone[:7], 0)
     undecided = summarise(make_all([ALWAYS_A, INVALID]))
     assert (undecided["decided_accuracy"], undecided["decided_interval"]) == (None, None)
 

@@ -345,7 +345,7 @@ def test_results_that_are_published_are_never_written_over_by_fewer_arms(
     assert (tmp_path / "smoke" / "arms.json").read_bytes() == before
     kept = json.loads(before)
     assert kept["planned"] == 4 and kept["primary"] == "averaged" and kept["command"].endswith(" jobs=1")
-    assert {"always A", "longer answer"} <= set(kept["arms"][0]["controls"])
+    assert {"always A", "longer answer"} <= read_verdicts(tmp_path / "smoke" / kept["arms"][0]["verdicts"]).keys()
     assert {arm["ran"]["threads"] for arm in kept["arms"]} == {max(1, (os.cpu_count() or 1) // 2)}
     for argument in ("results=", "--dry-run=no"):
         assert sweep.main([*finished, *SWEPT, argument]) == 2

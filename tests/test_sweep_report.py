@@ -160,6 +160,9 @@ def made(
             judged = {"base": base if sighted[place] == sighted[0] else other}
             judged["trained"] = judge((rng.random(rows) < 0.5 + gain * place).tolist())
             judged |= {"rewards": other} | ({} if sighted[place] else {"sighted": judged["trained"]})
+            # Of every other pair the right answer is 50 characters longer, of the rest 10 shorter.
+            leads = [replace(v, first=50.0, second=-50.0) if i % 2 else v for i, v in enumerate(judge([False] * rows))]
+            judged["longer answer"] = [replace(v, first=10 * v.first) if abs(v.first) == 1 else v for v in leads]
             lines = [json.dumps({"judge": role, **verdict_record(v)}) for role, of in judged.items() for v in of]
             file = f"{name},seed={seed}.jsonl.gz"
             (folder / file).write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -233,13 +236,28 @@ def test_the_plot_of_settings_has_what_each_of_them_has(tmp_path: Path) -> None:
 def test_a_sweep_is_read_by_its_primary_readout_and_says_that_it_is_not_over(tmp_path: Path) -> None:
     made(tmp_path / "q")
     kept = json.loads((tmp_path / "q" / "arms.json").read_text())
-    lead = {"longer answer": [0.1, [0.05, 0.15]]}
-    arms = [arm | {"controls": lead} for arm in kept["arms"]]
-    (tmp_path / "q" / "arms.json").write_text(json.dumps(kept | {"primary": "consistent", "planned": 24, "arms": arms}))
+    (tmp_path / "q" / "arms.json").write_text(json.dumps(kept | {"primary": "consistent", "planned": 24}))
     text = write_sweep_report(tmp_path / "q")
     assert "data.rows: consistent" in text and "interim, 16 of 24 arms have finished, so far " in text
-    table = text.partition("## Controls")[2].partition("##")[0]
-    assert re.search(r"few +\| \+10.0 \[\+5.0, \+15.0\]", table)  # all seeds read the same rows
+
+
+def told(share: float, ends: Iterable[float], sign: str = "") -> str:
+    low, high = (f"{100 * end:{sign}.1f}" for end in ends)
+    return f"{100 * share:{sign}.1f} [{low}, {high}]"
+
+
+def test_leads_over_controls_and_the_liking_of_length_are_those_of_the_verdicts(tmp_path: Path) -> None:
+    made(tmp_path / "q")
+    text = write_sweep_report(tmp_path / "q")
+    runs = [judged["trained"] for judged in read_kept(tmp_path / "q")[1]["many"].values()]
+    groups = groups_of(runs)  # of the same rows in all seeds
+    longer = np.arange(60) % 2  # the control is right on every other pair
+    lead = over_seeds([averaged_scores(run) - longer for run in runs], groups, share=False)
+    line = next(of for of in text.partition("## Controls")[2].splitlines() if of.startswith("| many "))
+    assert line.split("|")[2].strip() == told(*lead, "+")
+    liked = over_seeds([averaged_scores(run)[1::2] for run in runs], [of[1::2] for of in groups], share=True)
+    line = next(line for line in text.splitlines() if line.startswith("| many "))
+    assert line.split("|")[-2].strip() == told(*liked)
 
 
 def test_subsets_are_read_as_the_contrast_reads(tmp_path: Path) -> None:

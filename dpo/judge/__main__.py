@@ -43,7 +43,6 @@ from dpo.logprobs import score_trees
 from dpo.packing import better_size
 from dpo.policy import load_policy, with_adapter
 from dpo.report_run import percent
-from dpo.results import widest_interval
 from dpo.rows import Rows
 from dpo.runs import new_folder
 from dpo.settings import help_text, load_config
@@ -237,7 +236,7 @@ def told(
     folder: Path, judged: Judged, summary: Summary, benchmark: Benchmark | None, attacks: Sequence[Success]
 ) -> str:
     """The figures in a few lines."""
-    averaged = percent(summary["averaged_accuracy"], widest_interval(summary))
+    averaged = percent(summary["averaged_accuracy"], summary["averaged_interval"])
     consistent = percent(summary["accuracy"], summary["accuracy_interval"])
     lines = [
         f"{judged.judge}: order-averaged accuracy {averaged}, consistent {consistent}; {summary['n']:,} pairs, "

@@ -75,8 +75,9 @@ def verdict_odds(answer: Answer) -> float:
     if found is None:
         return math.nan
     place = found.start(1)
-    at = "".join(token for token, _ in answer.tokens).rfind(answer.text) + place
-    for token, top in answer.tokens:
+    begins = "".join(token for token, _ in answer.tokens).rfind(answer.text)
+    at = begins + place
+    for token, top in answer.tokens if begins >= 0 else ():  # half a character is a token that joins to no text
         if 0 <= at < len(token) and top:
             unnamed = min(*top.values(), math.log(max(1e-9, 1 - sum(map(math.exp, top.values())))))
             named = [(re.sub(r"[\W_]", "", other), math.exp(log_p)) for other, log_p in top.items()]
@@ -86,6 +87,10 @@ def verdict_odds(answer: Answer) -> float:
                 return a - b
         at -= len(token)
     return 1.0 if answer.text[place] == "A" else -1.0
+
+
+HEADING = re.compile(r"(#+[\W_]*(?i:answer)\s+\w+|[\W_]*(?i:answer)[\s*_]+\w+[\s*_]*:)[\W_]*")
+"""A first line over what is said of one answer, no verdict: "**Answer A:**", "### Answer A"."""
 
 
 @cache
@@ -108,6 +113,7 @@ def _found(answer: Answer, labels: tuple[str, ...]) -> re.Match[str] | None:
     if boxed:
         return boxed[-1] if len({match[1] for match in boxed}) == 1 else None
     lines = [line.span() for line in re.finditer(r"\S.*", answer.text)]
-    pattern = _line_pattern(labels)
-    found = [match for match in (pattern.fullmatch(answer.text, *line) for line in lines[:1] + lines[-1:]) if match]
+    heads = len(lines) > 1 and HEADING.fullmatch(answer.text, *lines[0])
+    pattern, ends = _line_pattern(labels), lines[bool(heads) : 1] + lines[-1:]
+    found = [match for match in (pattern.fullmatch(answer.text, *line) for line in ends) if match]
     return found[0] if len({match[1].lower() for match in found}) == 1 else None

@@ -22,6 +22,15 @@ from dpo.rows import Row, normalise, prompt_key
 
 Pair = tuple[Row, tuple[int, int]]
 Ints = NDArray[np.int64]
+CONTROLS = (
+    "always A",
+    "consistent coin",
+    "longer answer",
+    "overlap with the request",
+    "surface classifier",
+    "calibrated base",
+    "blind",
+)
 SURFACE_ROWS = 10_000  # that the surface classifier is fitted on at most: its memory and time do not grow beyond
 
 

@@ -113,17 +113,23 @@ def evaluation(
     return {f"eval/{name}": value for name, value in {**means(sums), **figures}.items()}
 
 
-def judge_results(
+def control_judges(
     inputs: Inputs, config: Config, judged: Mapping[str, Sequence[Verdict]], base_validation: Sequence[Verdict]
+) -> dict[str, list[Verdict]]:
+    """The controls' verdicts on the test rows, which are `judged`; without validation rows, without calibrated base."""
+    test_pairs = [(row, pair) for row in inputs.splits.test for pair in pairs_of(row, config.judge.pairs_per_row)]
+    base, blind = judged["base"], judged.get("blind")
+    return control_verdicts(inputs.splits.train, test_pairs, base, base_validation, blind, config.seed)
+
+
+def judge_results(
+    config: Config, judged: Mapping[str, Sequence[Verdict]], controls: Mapping[str, Sequence[Verdict]]
 ) -> dict[str, object]:
     """results.json's `judge`: the judges "base" and "trained", their comparison, and the controls.
 
     `judged` holds verdicts on the test rows by judge: those two, and "blind" and OF_ANSWERS where they are wanted.
-    The controls that need validation rows are left out without any.
     """
     seed, base, trained = config.seed, judged["base"], judged["trained"]
-    test_pairs = [(row, pair) for row in inputs.splits.test for pair in pairs_of(row, config.judge.pairs_per_row)]
-    controls = control_verdicts(inputs.splits.train, test_pairs, base, base_validation, judged.get("blind"), seed)
     return {
         **{name: summarise(judge, seed, odds=name not in OF_ANSWERS) for name, judge in judged.items()},
         "comparison": compare(trained, base, seed),

@@ -55,7 +55,6 @@ class Summary(TypedDict):
     accuracy_interval: list[float]
     averaged_accuracy: float
     averaged_interval: list[float]
-    averaged_cluster_interval: list[float]
     position_consistency: float
     raw_a_rate: float
     tie_half_accuracy: float  # a tie counts one half; accuracy counts it as wrong
@@ -383,11 +382,16 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
     outcome_R, score_R = outcomes(verdicts), averaged_scores(verdicts)
     wins, losses, ties, invalid = (int((outcome_R == name).sum()) for name in ("win", "loss", "tie", "invalid"))
     decided, groups = wins + losses, [verdict.group for verdict in verdicts]
+    decided_R, half_R = (
+        np.isin(outcome_R, ["win", "loss"]),
+        np.select([outcome_R == "win", outcome_R == "tie"], [1, 0.5]),
+    )
+    of_decided = (outcome_R[decided_R] == "win").astype(float), np.asarray(groups)[decided_R].tolist()
     chosen_R = chosen_probabilities(verdicts if odds else [])
     curve_R = selective_accuracy(chosen_R)
     surest = [float(curve_R[-(-len(curve_R) * tenth // 10) - 1]) for tenth in range(1, 11) if len(curve_R)]
     intervals = {
-        "position_consistency": share_interval(np.isin(outcome_R, ["win", "loss"]).astype(float), groups, seed),
+        "position_consistency": share_interval(decided_R.astype(float), groups, seed),
         "raw_a_rate": share_interval(says_a_scores(verdicts), groups, seed),
     }
     if len(chosen_R):
@@ -402,16 +406,15 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
         ties=ties,
         invalid=invalid,
         accuracy=wins / n,
-        accuracy_interval=list(wilson_interval(wins, n)),
+        accuracy_interval=share_interval(consistent_scores(verdicts), groups, seed),
         averaged_accuracy=float(score_R.mean()),
-        averaged_interval=list(wilson_interval(float(score_R.sum()), n)),
-        averaged_cluster_interval=list(cluster_interval(score_R, groups, seed)),
+        averaged_interval=share_interval(score_R, groups, seed),
         position_consistency=decided / n,
         raw_a_rate=float((first_R > 0).sum() + (second_R > 0).sum()) / (2 * n),
         tie_half_accuracy=(wins + ties / 2) / n,
-        tie_half_interval=list(wilson_interval(wins + ties / 2, n)),
+        tie_half_interval=share_interval(half_R, groups, seed),
         decided_accuracy=wins / decided if decided else None,
-        decided_interval=list(wilson_interval(wins, decided)) if decided else None,
+        decided_interval=share_interval(*of_decided, seed) if decided else None,
         kappa=agreement(outcome_R, np.full(n, "win")),
         brier=brier(chosen_R) if len(chosen_R) else None,
         calibration_error=expected_calibration_error(chosen_R) if len(chosen_R) else None,
