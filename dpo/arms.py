@@ -18,7 +18,7 @@ from dpo.log import source_digest
 from dpo.losses import check_loss
 from dpo.results import Results
 from dpo.rows import columns_of
-from dpo.runs import MAY_DIFFER, flat, resumed_folder
+from dpo.runs import MAY_DIFFER, flat, home_of, resumed_folder
 from dpo.settings import Arm
 from dpo.sweep_report import Kept, KeptArm
 from models.checkpoint import weights_fingerprint
@@ -31,13 +31,12 @@ FREE = {"loss", "lora", "train", "log", "run"}  # sections that neither rows nor
 # --- where they lie ---------------------------------------------------------------------------------------------------
 
 
-def begun_folder(arm: Arm) -> Path | None:
+def begun_folder(arm: Arm, *, judging: bool = False) -> Path | None:
     """The run folder of an arm that was begun; UserError where that was under another configuration."""
-    latest = Path(arm.config.run.root) / arm.config.exp / "latest"
-    if not (latest / "config.json").is_file():
+    if not (home_of(arm.config, judging=judging) / "latest" / "config.json").is_file():
         return None
     try:
-        return resumed_folder(arm.config, "latest")
+        return resumed_folder(arm.config, "latest", judging=judging)
     except UserError as error:
         raise UserError(f"{error}. For a sweep from the start move that folder away, or set run.root") from None
 

@@ -49,7 +49,7 @@ class DataConfig(Section):
         Literal["ours", "ranked", "ultrafeedback", "binarized", "hh", "trl", "implicit"],
     ] = Field("auto", description="of the rows (dpo/formats.py); auto = by the keys of each file's first row")
     rows: int = Field(0, ge=0, description="most training rows, whole groups drawn after the split; 0 = all")
-    pairs_per_row: int = Field(0, ge=0, description="first so many (chosen, rejected) pairs of a training row; 0 = all")
+    pairs_per_row: int = Field(0, ge=0, description="the first N (chosen, rejected) pairs of a training row; 0 = all")
     orders: Literal["both", "one"] = Field(
         "both", description="in which verdicts on a training pair are trained: both, or one drawn by the seed"
     )
@@ -206,7 +206,7 @@ class JudgeConfig(Section):
 
     sighted: bool = Field(True, description="the judge sees the request; false = only the two answers (blind)")
     rows: int = Field(0, ge=0, description="most test rows judged, whole groups drawn; 0 = all")
-    pairs_per_row: int = Field(1, ge=0, description="first so many (chosen, rejected) pairs of a test row; 0 = all")
+    pairs_per_row: int = Field(1, ge=0, description="the first N (chosen, rejected) pairs of a test row; 0 = all")
     blind_control: bool = Field(True, description="also judge blind, as one of the controls")
     sighted_control: bool = Field(False, description="what is trained blind is also judged sighted")
     rewards: Literal["off", "sum", "mean"] = Field(
@@ -305,7 +305,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, le=1_000_000_000, description="seed of rows, order, initial adapters and bootstrap")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is a GPU")
     dtype: Literal["auto", "bf16", "fp32", "fp64"] = Field("auto", description="auto = bf16 where native, else fp32")
-    show: int = Field(0, ge=0, description="print so many trees with their scored tokens first")
+    show: int = Field(0, ge=0, description="print the first N trees with their scored tokens")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     checkable: CheckableConfig = CheckableConfig()

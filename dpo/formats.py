@@ -9,6 +9,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from difflib import get_close_matches
+from functools import cache
 from typing import NamedTuple
 
 from dpo.shards import Record
@@ -22,7 +24,8 @@ THINKING = ("thinking", "reasoning_content", "reasoning")  # what others call it
 # Ours, where another format has them.
 KEPT = ("id", "subset", "group", "split", "weight", "margin", "soft_label", "reference_answer")
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
-CHANGE_THE_PROMPT = ("tools", "images", "image", "chat_template_kwargs")  # TRL's
+CHANGE_THE_PROMPT = ("tools", "images", "image", "chat_template_kwargs", "system", "system_prompt", "history")
+PROMPTS = ("question", "instruction", "input", "query")  # what others call it
 JUDGEBENCH, LLMBAR = ("response_A", "response_B"), ("output_1", "output_2")
 LABELLED: dict[str, tuple[tuple[str, ...], tuple[object, object]]] = {  # the keys of prompt and answers, both labels
     "judgebench": (("question", *JUDGEBENCH), ("A>B", "B>A")),
@@ -91,6 +94,20 @@ def recognise(record: Record) -> str | None:
     """The name of the format that the record's keys are of, if any; a null is an absent key."""
     there = {key: value for key, value in record.items() if value is not None}
     return next((name for name, format in FORMATS.items() if format.marks(there)), None)
+
+
+@cache
+def _meant(key: str) -> str:
+    return "" if key in KEPT else "".join(get_close_matches(key, KEPT, 1, 0.82))
+
+
+def check_columns(record: Record, where: str) -> None:
+    """UserError for a key that is not read and should not be passed over: a prompt's, or one of ours misspelt."""
+    for key, value in record.items():
+        if value and key in CHANGE_THE_PROMPT:
+            raise UserError(f"{where}: {key} would change the prompt and cannot be read; write it into the messages")
+        if value is not None and (meant := _meant(key)):
+            raise UserError(f"{where}: the key {key!r} is not read; is it {meant!r}? Rename it, or remove it")
 
 
 def need(record: Record, key: str, name: str, where: str) -> object:
@@ -199,17 +216,18 @@ def _pair(record: Record, name: str, where: str) -> tuple[object, Answer, Answer
 
     Texts without a prompt have it as their longest common beginning, as in TRL, but no word is cut in two.
     """
-    for key in CHANGE_THE_PROMPT:
-        if record.get(key):
-            raise UserError(f"{where}: {key} would change the prompt and cannot be read; write it into the messages")
     prompt = record.get("prompt")
     chosen, rejected = need(record, "chosen", name, where), need(record, "rejected", name, where)
-    if isinstance(prompt, list):
+    if isinstance(chosen, str) is not isinstance(rejected, str):
+        raise UserError(f"{where}: chosen and rejected must be alike, not {show(chosen)} and {show(rejected)}")
+    if isinstance(prompt, list) and not isinstance(chosen, str):
         return prompt, _answer(chosen, "chosen", where), _answer(rejected, "rejected", where)
     if isinstance(chosen, str) and isinstance(rejected, str):
         texts = {"chosen": text_of(chosen, "chosen", where), "rejected": text_of(rejected, "rejected", where)}
         if prompt is not None:
             return prompt, chosen, rejected
+        if named := next((key for key in PROMPTS if record.get(key)), ""):
+            raise UserError(f"{where}: there is {named!r} but no 'prompt': rename it, and the answers are read as its")
         common = re.match(r".*\s", os.path.commonprefix([chosen, rejected]), flags=re.DOTALL)
         if common is None:
             raise UserError(f"{where}: there is no prompt, and chosen and rejected do not begin with a common one")

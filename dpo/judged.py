@@ -106,6 +106,9 @@ def read_run(folder: Path, rows: Sequence[Row] = ()) -> Run:
     """The run in `folder`, which judged `rows` where they are at hand; UserError for what is missing or damaged."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run folder; give that of a finished run")
+    if not (folder / "config.json").is_file():
+        below = f"; {folder / 'latest'} is one" if (folder / "latest" / "config.json").is_file() else ""
+        raise UserError(f"{folder} is no run folder (it has no config.json){below}; give that of a finished run")
     try:
         config = Config.model_validate(read_json_object(folder / "config.json"))
     except ValidationError as error:

@@ -11,6 +11,7 @@ reference of chosen and rejected, d = r_w - r_l, |y| a completion's scored token
 import math
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def _logistic(logits_B: Tensor, logps: PairLogps, config: LossConfig) -> Tensor:
 
 
 def sigmoid(logps: PairLogps, config: LossConfig) -> Tensor:
-    """-(1 - e) log sigma(beta d) - e log sigma(-beta d) (Rafailov et al. 2023, eq. 7; e: cDPO, Mitchell 2023)."""
+    """DPO: -(1 - e) log sigma(beta d) - e log sigma(-beta d) (Rafailov et al. 2023, eq. 7; e: cDPO, Mitchell 2023)."""
     return _logistic(config.beta * _gap(logps, config), logps, config)
 
 
@@ -307,7 +308,9 @@ def reads(config: LossConfig, what: str) -> bool:
 def check_loss(config: LossConfig, columns: Collection[str]) -> None:
     """UserError where a loss is not there, lacks what it needs, or would ignore a setting or a column of the rows."""
     if config.name not in LOSSES:
-        raise UserError(f'loss.name = "{config.name}": there is no such loss; allowed are {", ".join(LOSSES)}')
+        near = ["sigmoid"] if config.name.lower() == "dpo" else get_close_matches(config.name.lower(), LOSSES, 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f'loss.name = "{config.name}": there is no such loss; {meant}Allowed are {", ".join(LOSSES)}')
     changed = {key: value for key, value in config if value != LossConfig.model_fields[key].default}
     given = {key: f"loss.{key} = {value}" for key, value in changed.items() if key in READ_BY}
     given |= {column: f"the rows' column {column}" for column in columns if column in READ_BY}

@@ -55,21 +55,25 @@ def change(before: float, after: float, test: PairedTest, *corrected: float) -> 
 # --- its sections ---------------------------------------------------------------------------------------------------
 
 
-def summary(run: Run) -> list[Text]:
-    """The sentence that says it all, the same for the other accuracy, and what was run."""
-    judge, config = run.results["judge"], run.config
+def verdict(judge: Judgement, config: Config) -> tuple[str, str]:
+    """The sentence that says it all, and the same for the other accuracy."""
     base, trained, tests = judge["base"], judge["trained"], judge["comparison"]
-    lora, loss, train = config.lora, config.loss, config.train
     unit = "rows" if config.judge.pairs_per_row == 1 else "pairs"
+    averaged = change(base["averaged_accuracy"], trained["averaged_accuracy"], tests["averaged"])
+    return (
+        f"Order-averaged accuracy {averaged} on {trained['n']:,} held-out {unit}; {judge['conclusion']}.",
+        f"Consistent accuracy {change(base['accuracy'], trained['accuracy'], tests['consistent'])}.",
+    )
+
+
+def summary(run: Run) -> list[Text]:
+    """The verdict, and what was run."""
+    config = run.config
+    averaged, consistent = verdict(run.results["judge"], config)
+    lora, loss, train = config.lora, config.loss, config.train
     how = f"{'DoRA' if lora.dora else 'LoRA'} of rank {lora.rank}" if lora.rank else "full fine-tuning"
     how += f", going on from {config.model.adapter}" if config.model.adapter else ""
     epochs = "1 epoch" if train.epochs == 1 else f"{train.epochs} epochs"
-    verdict = (
-        f"Order-averaged accuracy "
-        f"{change(base['averaged_accuracy'], trained['averaged_accuracy'], tests['averaged'])} on {trained['n']:,} "
-        f"held-out {unit}; {judge['conclusion']}."
-    )
-    consistent = f"Consistent accuracy {change(base['accuracy'], trained['accuracy'], tests['consistent'])}."
     losses = " + ".join((loss.name, *loss.mix))
     setup = (
         f"Run {run.folder.name}: {config.model.path}, objective {config.objective}, {losses} loss with beta "
@@ -78,7 +82,7 @@ def summary(run: Run) -> list[Text]:
         "and is asked in both orders."
     )
     return [
-        Text("verdict", verdict),
+        Text("verdict", averaged),
         Text("paragraph", f"{consistent} {NOTES['consistent']}"),
         Text("paragraph", setup),
     ]

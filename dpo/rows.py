@@ -19,7 +19,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo.formats import FORMATS, Answer, Message, message_of, messages_of, need, plain, recognise, text_of
+from dpo.formats import (
+    FORMATS,
+    Answer,
+    Message,
+    check_columns,
+    message_of,
+    messages_of,
+    need,
+    plain,
+    recognise,
+    text_of,
+)
 from dpo.lines import Lines
 from dpo.shards import Record, read_records
 from models.errors import UserError, show
@@ -126,6 +137,7 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
             first: tuple[str, str] | None = None
             for where, raw in records:
                 record = _record(raw, where)
+                check_columns(record, where)
                 if format == "auto":
                     first = _format_of(record, where, first)
                 name = first[0] if first else format
@@ -139,7 +151,7 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
                 ids.add(row.id)
                 yield row
     except FileNotFoundError as error:
-        raise UserError(f"data.path={path}: there is no such file") from error
+        raise UserError(f"data.path={path}: there is no such file; looked for {path.absolute()}") from error
     except OSError as error:
         raise UserError(f"data.path={path}: cannot be read ({error.strerror or error})") from error
     if not ids:

@@ -1,4 +1,4 @@
-"""Run folders: runs/NAME/<time>-<seed>/, made when the inputs are known to be good, found again to be resumed.
+"""Run folders: runs/NAME[-judge]/<time>-<seed>/, made when the inputs are known to be good, found again to be resumed.
 
 Read next: dpo/report.py, which reads one.
 """
@@ -23,9 +23,14 @@ MAY_DIFFER = (
 """Keys that a resumed run may change: none of them touches a number."""
 
 
-def new_folder(config: Config) -> Path:
-    """A new run folder with config.json and env.json; ROOT/NAME/latest points at it."""
-    home = Path(config.run.root) / config.exp
+def home_of(config: Config, *, judging: bool = False) -> Path:
+    """Where its runs lie: ROOT/NAME, or ROOT/NAME-judge, so that `latest` of a training is never a judging."""
+    return Path(config.run.root) / (f"{config.exp}-judge" if judging and config.exp != "judge" else config.exp)
+
+
+def new_folder(config: Config, *, judging: bool = False) -> Path:
+    """A new run folder with config.json and env.json; `latest` beside it points at it."""
+    home = home_of(config, judging=judging)
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = home / f"{stamp}-{config.seed}"
     try:
@@ -48,12 +53,12 @@ def new_folder(config: Config) -> Path:
     return folder
 
 
-def resumed_folder(config: Config, name: str) -> Path | None:
+def resumed_folder(config: Config, name: str, *, judging: bool = False) -> Path | None:
     """The folder that `name`, a value of run.resume, is of, begun under the same configuration.
 
     `auto` is the last one begun so and without report, the last thing that a run writes, or None: a new run.
     """
-    home = Path(config.run.root) / config.exp
+    home = home_of(config, judging=judging)
     if name == "auto":
         begun = sorted((path.parent for path in home.glob("[0-9]*/config.json")), reverse=True)
         open_ones = (one for one in begun if not (one / "report.html").exists() and not _changed(one, config)[0])

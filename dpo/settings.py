@@ -73,7 +73,9 @@ def keys() -> dict[str, Key]:
             fields = {f"{name}.{field}": declared for field, declared in section["properties"].items()}
         for dotted, declared in fields.items():
             choices = [str(choice) for choice in declared.get("enum", ())]
-            bounds = ", ".join(f"{words} {declared[bound]:g}" for bound, words in BOUNDS.items() if bound in declared)
+            bounds = ", ".join(
+                f"{words} {declared[bound]:,.12g}" for bound, words in BOUNDS.items() if bound in declared
+            )
             allowed = "one of " + ", ".join(choices) if choices else f"{TYPES[declared['type']][0]} {bounds}".strip()
             found[dotted] = Key(declared["type"], allowed, choices, declared.get("default"), declared["description"])
     return found
@@ -104,6 +106,12 @@ def _written(value: object) -> str:
 
 
 Settings = dict[str, tuple[object, str]]  # by key: the value that somebody set, and in which file (or command line)
+
+
+def unswept(argv: list[str]) -> str:
+    """What to say of an experiment's table [sweep] where one run alone is asked for; "" of one without."""
+    path = next((where for name, (_, where) in _read_all(argv).items() if name.startswith(SWEEP)), "")
+    return f"{path} is not run: this is one training; python -m dpo.sweep runs them all" if path else ""
 
 
 def load_config(argv: list[str]) -> Config:
@@ -200,8 +208,10 @@ def _named_arms(tables: object, where: str) -> dict[str, dict[str, object]]:
     for table in tables:
         arm = _dotted(table)
         name = arm.pop("name", None)
-        if not isinstance(name, str) or name in ("", "base", *found):
-            raise UserError(f"sweep.arm: name = {_written(name)} must be a text, one's own and not base {example}")
+        if not isinstance(name, str) or name in ("", "base"):
+            raise UserError(f"sweep.arm: name = {_written(name)} must be a text, and not base {example}")
+        if name in found:
+            raise UserError(f"sweep.arm: the name {_written(name)} is there twice; each arm has its own {example}")
         if unknown := next((key for key in arm if key not in keys()), ""):
             raise _unknown_key(unknown, f"{where}, arm {name}")
         found[name] = arm
@@ -275,10 +285,9 @@ def _split_arguments(argv: list[str]) -> dict[str, str]:
     for argument in argv:
         name, equals, text = argument.partition("=")
         if not equals:
-            meant = f"exp={argument}" if argument in _experiments() else f"{_nearest_key(name) or 'seed'}=VALUE"
-            raise UserError(
-                f"{_written(argument)} ({COMMAND_LINE}): arguments have the form key=value; did you mean {meant}?"
-            )
+            near = f"exp={argument}" if argument in _experiments() else f"{_nearest_key(name) or ''}=VALUE"
+            meant = f"did you mean {near}?" if near[0] != "=" else "--help lists all keys"
+            raise UserError(f"{_written(argument)} ({COMMAND_LINE}): arguments have the form key=value; {meant}")
         if name in arguments:
             values = f"{_written(arguments[name])} and {_written(text)}"
             raise UserError(f"{name} ({COMMAND_LINE}): given twice, as {values}; leave one out")
@@ -384,6 +393,7 @@ def _nearest_key(name: str) -> str | None:
 
 def _unknown_key(name: str, source: str) -> UserError:
     near = _nearest_key(name)
+    near = SWEEP + near if near and name.startswith(SWEEP) else near
     name = name if name.isprintable() and len(name) <= 80 else _written(name)
     return UserError(f"unknown key {name} ({source}); {f'did you mean {near}? ' if near else ''}--help lists all keys")
 

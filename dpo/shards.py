@@ -135,15 +135,17 @@ def _read_json(path: Path, name: str) -> Records:
     if text[start : start + 1] != "[":
         raise fault(start, "'[' (a file with one row a line is a .jsonl file)")
     line, counted, at = 1, 0, _after_space(text, start + 1)
+    place = 0  # of a row among those that begin on its line: all may
     more = text[at : at + 1] != "]"
     while more:
-        line, counted = line + text.count("\n", counted, at), at
+        passed = text.count("\n", counted, at)
+        line, counted, place = line + passed, at, 1 if passed else place + 1
         where = f"{name}:{line}"
         try:
             value, end = DECODER.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a JSON object ({error}): {show(text[at : at + 80])}") from error
-        yield where, value
+        yield where if place == 1 else f"{where}:{place}", value
         at = _after_space(text, end)
         more = text[at : at + 1] == ","
         if not more and text[at : at + 1] != "]":

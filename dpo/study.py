@@ -66,7 +66,7 @@ def study(arms: Sequence[Arm]) -> int:
     folders = [folder for arm in arms if (folder := finished_folder(arm))]
     for arm in asked:
         try:
-            begun = begun_folder(arm)
+            begun = begun_folder(arm, judging=True)
             folders.append(begun if begun and (begun / "results.json").is_file() else judge_rows(arm.config))
         except UserError as error:
             print(f"{arm.sources}: {error}; going on without it", file=sys.stderr)

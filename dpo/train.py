@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -45,11 +46,12 @@ from dpo.pairs import TreeSums, tree_sums
 from dpo.policy import load_policy, load_reference, with_adapter
 from dpo.reference import Usage, numerics_tag, reference_logps
 from dpo.report import write_report
-from dpo.results import read_metrics
+from dpo.report_run import verdict
+from dpo.results import Data, Judgement, read_metrics
 from dpo.routes import keeps_routes, routes_of, store_missing, store_routes
 from dpo.rows import Row
 from dpo.runs import new_folder, resumed_folder, sole_process
-from dpo.settings import help_text, load_config
+from dpo.settings import help_text, load_config, unswept
 from dpo.show import render_tree
 from dpo.step import in_one_kernel, plan_steps
 from dpo.store import open_store
@@ -118,6 +120,12 @@ def run(config: Config) -> Path:
         other = bool(config.reference.path)
         reference_fingerprint = weights_fingerprint(inputs.reference_folder, memo) if other else fingerprint
     folder = resumed or broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
+    if ranks.first:
+        parts = {"training": inputs.splits.train, "validation": inputs.splits.validation, "test": inputs.splits.test}
+        rows = ", ".join(f"{len(part):,} {name}" for name, part in parts.items())
+        report = cast(Data, inputs.splits.report)
+        without = sum(report["dropped"].values()) + sum(report.get("too_long", {}).values())
+        print(f"run: {folder} ({rows} rows{f'; {without:,} left out' if without else ''})", flush=True)
     with sole_process(folder) if ranks.first else nullcontext():
         train_and_judge(config, inputs, policy, (fingerprint, reference_fingerprint), ranks, folder, times)
     leave_ranks(ranks)
@@ -282,14 +290,19 @@ def train_and_judge(
         }
         write_json(folder / "results.json", results)
         write_report([folder], inputs.splits.test)
-        print(f"report: {folder / 'report.md'}")
+        print(*verdict(cast(Judgement, judgement), config), f"report: {folder / 'report.md'}", sep="\n")
 
 
 def main(argv: list[str]) -> int:
     """The command line: 0 when all is written, else exit_code's."""
 
     def command() -> None:
-        run(load_config(argv))
+        config = load_config(argv)
+        if config.exp == "judge":
+            raise UserError("exp=judge is the experiment of python -m dpo.judge; e.g. exp=quickstart trains")
+        if told := unswept(argv):
+            print(told, file=sys.stderr)
+        run(config)
 
     outside = "run.resume=latest goes on from what is whole by now: log-probs, a checkpoint, the trained weights"
     return exit_code(command, argv, f"{help_text()}\n{losses_help()}", outside)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from difflib import SequenceMatcher
 from pathlib import Path
 
 Record = dict[str, object]
@@ -62,8 +63,9 @@ def last_of_chats(chosen: list[tuple[str, str]], rejected: list[tuple[str, str]]
 
 
 def trl_pair(raw: Record) -> tuple[object, str, str]:
-    require(not any(raw.get(key) for key in ("tools", "images", "image", "chat_template_kwargs")))
     prompt, chosen, rejected = raw.get("prompt"), raw.get("chosen"), raw.get("rejected")
+    if isinstance(prompt, list) and isinstance(chosen, str) and isinstance(rejected, str):
+        return chat(prompt), text(chosen), text(rejected)
     if isinstance(prompt, list):
         return chat(prompt), one_answer(chosen), one_answer(rejected)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -73,6 +75,7 @@ def trl_pair(raw: Record) -> tuple[object, str, str]:
         return shared, answers[0], answers[1]
     if prompt is not None:
         return text(prompt), text(chosen), text(rejected)
+    require(not any(raw.get(key) for key in ("question", "instruction", "input", "query")))
     text(chosen), text(rejected)
     same = len(os.path.commonprefix([chosen, rejected]))
     ends = [at for at in range(same) if chosen[at].isspace()]
@@ -117,6 +120,11 @@ def strict_row(format: str, raw: object, where: str) -> tuple[object, ...] | Non
     """A row as ours: id, subset, prompt, chosen, rejected, group, split, values; None where it is to be dropped."""
     require(isinstance(raw, dict))
     assert isinstance(raw, dict)
+    for key, value in raw.items():
+        of_prompt = ("tools", "images", "image", "chat_template_kwargs", "system", "system_prompt", "history")
+        require(not value or key not in of_prompt)
+        near = max(SequenceMatcher(None, name, key).ratio() for name in (*OURS, "reference_answer"))
+        require(value is None or key in (*OURS, "reference_answer") or near < 0.82)
     row = {key: raw[key] for key in OURS if raw.get(key) is not None}
     answers: tuple[object, object, object]
     if format in ("ours", "rb2"):
@@ -263,7 +271,7 @@ def strict_reading(path: Path, format: str) -> tuple[Found, int]:
     elif path.suffix == ".json":
         array = strict_json(data)
         require(isinstance(array, list))
-        raws = [(0, raw) for raw in array] if isinstance(array, list) else []
+        raws = [*enumerate(array)] if isinstance(array, list) else []
     else:
         records = strict_csv(data)
         header = records[0][1] if records else []

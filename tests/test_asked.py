@@ -62,6 +62,7 @@ def letter(text: str) -> str | None:
         "Better answer: **A**",
     ]
     + ["The first one is right, so [[A]].", "[[B]] is how it ends, but\n[[A]] is right: [[A]]"]
+    + ["**Answer B:**\nIt is 4.\n\n**Answer A:**\nIt is 5.\n\nBetter answer: A", "Answer A\n\nIt is right."]
     + ["A\n\nAnswer B adds three numbers.", "B looks right, but\nA is.\n\nVerdict: A", "Winner: __A__", "verdict - A"],
 )
 def test_a_letter_on_the_first_or_the_last_line_is_a_verdict(text: str) -> None:
@@ -86,6 +87,7 @@ def test_a_letter_on_the_first_or_the_last_line_is_a_verdict(text: str) -> None:
         "A\nB",
         "Answer A is good.",
     ]
+    + ["### Answer A\nBad.\n### Answer B\nGood.\nI prefer the second.", "**Answer A:**\nIt says that"]
     + ["x\nA\ny", "Not A", "A and B are equal", "[[A]] or [[B]]", "ВА", "Answer:", "The answer is a"],
 )
 def test_anything_else_is_none(text: str) -> None:
@@ -109,6 +111,9 @@ def test_odds_are_those_of_the_tokens_in_the_verdicts_place() -> None:
     assert verdict_odds(said("Answer: B", *thought, *verdict)) == pytest.approx(math.log(0.25))
     assert verdict_odds(said("A", ("A", {}))) == 1 and verdict_odds(said("B")) == -1
     assert verdict_odds(said("A", ("something else", top))) == 1
+    half = [("\\xf0\\x9f", {}), ("\\x98\\x80", {}), (" Answer", {}), (" A", logs(_A=0.99))]  # of one character
+    joined = said("😀 Answer A is not right:\nB", *half, (" is not right:\n", {}), ("B", logs(B=0.9, A=0.1)))
+    assert verdict_odds(joined) == -1  # not those of the A that stands where B does in the text
 
 
 def test_a_letter_that_is_not_named_is_as_likely_as_it_can_be() -> None:

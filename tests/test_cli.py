@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo import report
+from dpo.judge import __main__ as judge
 from dpo.rows import read_rows
 from dpo.train import main
 from models.tiny import write_tiny_model
@@ -336,3 +338,30 @@ def test_a_tilde_means_the_home_folder_as_in_a_shell(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert f"data.path={tmp_path / 'none.jsonl'}: " in refused("data.path=~/none.jsonl")
+
+
+def test_one_run_says_that_it_is_no_sweep_where_its_rows_are_and_how_it_ended(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.toml").write_text(f'extends = "{ROOT}/experiments/smoke.toml"\n[sweep]\nseed = [0, 1]\n')
+    places = [f"run.root={tmp_path / 'runs'}", f"run.cache={tmp_path / 'cache'}", f"model.path={tiny_folder}"]
+    run = [f"exp={tmp_path / 'mine.toml'}", *places, "train.max_steps=1", "checkable.validation_rows=0"]
+    assert main(run) == 0
+    out, err = capsys.readouterr()
+    assert "mine.toml [sweep] is not run: this is one training; python -m dpo.sweep runs them all" in err
+    folder = (tmp_path / "runs" / "mine" / "latest").resolve()
+    first, verdict, consistent, last = out.splitlines()
+    assert first == f"run: {folder} (32 training, 0 validation, 32 test rows)" and last.startswith("report: ")
+    assert verdict.startswith("Order-averaged accuracy ") and consistent.startswith("Consistent accuracy ")
+    judged = [*run[:4], "judge.split=test"]
+    assert judge.main(judged) == 0 and (tmp_path / "runs" / "mine" / "latest").resolve() == folder
+    assert (tmp_path / "runs" / "mine-judge" / "latest" / "results.json").is_file()
+
+
+def test_a_folder_of_runs_is_told_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "config.json").write_text("{}")
+    assert report.main([str(tmp_path)]) == 2
+    assert (
+        f"{tmp_path} is no run folder (it has no config.json); {tmp_path / 'latest'} is one" in capsys.readouterr().err
+    )

@@ -365,7 +365,7 @@ FAULTS: dict[str, tuple[str, Record, str]] = {
     "images of TRL": ("trl_chat", {"images": ["a.png"]}, "images would change the prompt and cannot be read"),
     "template arguments": ("trl", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs would change the prompt"),
     "two answers of TRL": ("trl_chat", {"chosen": turns("x", "y")}, "chosen must hold exactly one message"),
-    "a text for messages": ("trl_chat", {"chosen": "x"}, "chosen must be a list of messages, not 'x'"),
+    "a text for messages": ("trl_chat", {"chosen": "x"}, "chosen and rejected must be alike, not 'x' and [{"),
     "no text before hh": ("hh", {"chosen": "Hi\n\nHuman: x\n\nAssistant: y"}, "chosen must begin with '\\n\\nHuman:'"),
     "an hh answer missing": ("hh", {"rejected": "\n\nHuman: x"}, "must share all messages but the last"),
     "counts that do not fit": ("rb2", {"num_incorrect": 2}, "rejected must be a list of num_incorrect = 2 texts"),
@@ -480,3 +480,29 @@ def test_real_rows_come_back_from_every_format(path: Path, tmp_path: Path) -> No
         ]
         copy = write(tmp_path / f"{shape}.jsonl.gz", [writer(row, row.chosen[0], row.rejected[0]) for row in held])
         assert pairs(read_rows(copy)) == pairs(held), shape
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"prompt": "x", "system": "Speak French."}, "system would change the prompt and cannot be read"),
+        ({"question": "What is 0 plus 1?"}, "there is 'question' but no 'prompt': rename it"),
+        ({"prompt": "x", "weigth": 2}, "the key 'weigth' is not read; is it 'weight'? Rename it, or remove it"),
+        ({"prompt": "x", "rejected": 7}, "chosen and rejected must be alike, not 'It is 1.' and 7"),
+    ],
+)
+def test_a_key_that_would_change_what_is_meant_is_not_passed_over(record: Record, told: str, tmp_path: Path) -> None:
+    assert told in complaint(tmp_path / "r.jsonl", {"chosen": "It is 1.", "rejected": "It is 7."} | record)
+
+
+def test_a_domain_of_ones_own_makes_no_row_one_of_rm_bench(tmp_path: Path) -> None:
+    rows = [{"subset": "Math", "id": "1", "chosen": ["a"], "rejected": ["b"]}, {"chosen": "a", "rejected": "b"}]
+    for row, subset in zip(rows, ("Math", "trl"), strict=True):
+        (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "x", "domain": "law"} | row))
+        assert read_rows(tmp_path / "r.jsonl")[0].subset == subset
+
+
+def test_an_array_on_one_line_and_text_answers_to_messages_are_read(tmp_path: Path) -> None:
+    row = {"prompt": turns("x"), "chosen": "It is 1.", "rejected": "It is 7."}
+    (tmp_path / "r.json").write_text(json.dumps([row, row | {"chosen": "1."}]))
+    assert [row.id for row in read_rows(tmp_path / "r.json")] == ["r.json:1", "r.json:1:2"]

@@ -212,7 +212,7 @@ def check(folder: Path, seed: int) -> bool:
     if isinstance(result, str):
         assert expected is None, f"seed {seed}: {data!r} is sound, but refused: {result}"
         place = (
-            rf"{re.escape(path.name)}:\d+: ."
+            rf"{re.escape(path.name)}:\d+(:\d+)?: ."
             if "there are no rows" not in result
             else f"data.path={re.escape(str(path))}: ."
         )

@@ -14,7 +14,7 @@ from dpo.logprobs import batch_logps, batch_sums, score_trees
 from dpo.packing import pack_trees
 from kernels import dequantise
 from models.lora import Adapter, add_lora
-from models.moe import MoE, by_expert
+from models.moe import MoE, by_expert, sigmoid_of_chosen
 from models.parts import Context
 from models.routing import Routing, asked, load_balance
 from tests.moe_models import KINDS, decoder
@@ -33,6 +33,15 @@ def test_alone_packed_and_shuffled_agree_bit_for_bit_at_fixed_shape(kind, dtype)
     for i, tree in enumerate(TREES):
         alone = score_trees(model, [tree], CONFIG.pack, ALONE, "test")[0]
         assert all(map(np.array_equal, alone, packed[i])) and all(map(np.array_equal, alone, shuffled[order.index(i)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sigmoid_router_rounds_alike_wherever_a_token_stands(dtype):
+    logits, config = torch.randn(300, 16, dtype=dtype, generator=torch.Generator().manual_seed(0)), None
+    choice = logits.argmax(-1, keepdim=True)
+    whole = sigmoid_of_chosen(logits, choice, config)
+    for n in range(1, 300, 7):
+        assert torch.equal(sigmoid_of_chosen(logits[-n:], choice[-n:], config), whole[-n:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

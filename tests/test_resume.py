@@ -19,6 +19,7 @@ import pytest
 from dpo import loop, train
 from dpo.checkpoint import last_checkpoint
 from dpo.runs import sole_process
+from models.tiny import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 9
@@ -464,3 +465,27 @@ def test_a_checkpoint_that_was_damaged_is_named(
     assert train.main(arguments(place, "run.resume=latest")) == 2
     err = capsys.readouterr().err
     assert str(file.parent) in err and said in err and err.count("\n") == 1
+
+
+def test_other_base_weights_under_an_adapter_are_refused_whatever_the_reference(
+    place: Path, ctrl_c_in_step: CtrlC, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(place, "lora.rank=2", f"reference.path={place / 'other'}")
+    write_tiny_model(place / "other", seed=5)
+    ctrl_c_in_step(2)
+    assert train.main(given) == 130
+    shutil.rmtree(place / "model")
+    write_tiny_model(place / "model", seed=99)
+    capsys.readouterr()
+    assert train.main([*given, "run.resume=latest"]) == 2
+    assert "begun with a reference and start of other weights (" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_checkpoint_is_none(place: Path, ctrl_c_in_step: CtrlC) -> None:
+    ctrl_c_in_step(2)
+    assert train.main(arguments(place, "train.checkpoint_every_steps=1")) == 130
+    checkpoints = run_folder(place) / "checkpoints"
+    last = last_checkpoint(checkpoints)
+    assert last is not None
+    shutil.copytree(last, last.with_name(f"{last.name}-backup"))
+    assert last_checkpoint(checkpoints) == last

@@ -198,7 +198,7 @@ def run(config: Config) -> Path:
                 judged.attacks_seen,
                 config.seed,
             )
-    folder = broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
+    folder = broadcast_first(new_folder(config, judging=True) if ranks.first else Path(), ranks)
     leave_ranks(ranks)
     if not ranks.first:
         return folder
