@@ -363,6 +363,10 @@ FAULTS: dict[str, tuple[str, Record, str]] = {
     "nothing in common": ("implicit_text", {"chosen": "a b", "rejected": "b a"}, "do not begin with a common one"),
     "tools of TRL": ("trl_chat", {"tools": [{}]}, "tools would change the prompt and cannot be read"),
     "images of TRL": ("trl_chat", {"images": ["a.png"]}, "images would change the prompt and cannot be read"),
+    "a system prompt": ("trl", {"system": "Speak French."}, "system would change the prompt and cannot be read"),
+    "another key for the prompt": ("implicit_text", {"question": "x"}, "there is 'question' but no 'prompt': rename"),
+    "one of our keys misspelt": ("trl", {"weigth": 2}, "the key 'weigth' is not read; is it 'weight'? Rename it, or"),
+    "a text against a number": ("trl", {"rejected": 7}, "chosen and rejected must be alike, not '"),
     "template arguments": ("trl", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs would change the prompt"),
     "two answers of TRL": ("trl_chat", {"chosen": turns("x", "y")}, "chosen must hold exactly one message"),
     "a text for messages": ("trl_chat", {"chosen": "x"}, "chosen and rejected must be alike, not 'x' and [{"),
@@ -480,19 +484,6 @@ def test_real_rows_come_back_from_every_format(path: Path, tmp_path: Path) -> No
         ]
         copy = write(tmp_path / f"{shape}.jsonl.gz", [writer(row, row.chosen[0], row.rejected[0]) for row in held])
         assert pairs(read_rows(copy)) == pairs(held), shape
-
-
-@pytest.mark.parametrize(
-    ("record", "told"),
-    [
-        ({"prompt": "x", "system": "Speak French."}, "system would change the prompt and cannot be read"),
-        ({"question": "What is 0 plus 1?"}, "there is 'question' but no 'prompt': rename it"),
-        ({"prompt": "x", "weigth": 2}, "the key 'weigth' is not read; is it 'weight'? Rename it, or remove it"),
-        ({"prompt": "x", "rejected": 7}, "chosen and rejected must be alike, not 'It is 1.' and 7"),
-    ],
-)
-def test_a_key_that_would_change_what_is_meant_is_not_passed_over(record: Record, told: str, tmp_path: Path) -> None:
-    assert told in complaint(tmp_path / "r.jsonl", {"chosen": "It is 1.", "rejected": "It is 7."} | record)
 
 
 def test_a_domain_of_ones_own_makes_no_row_one_of_rm_bench(tmp_path: Path) -> None:
