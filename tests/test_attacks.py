@@ -406,7 +406,7 @@ def test_self_preference_is_by_the_log_prob_a_token_under_the_model_that_judges(
     # The base judged alone says the same; and the truth, an answer at a time.
     config = load_config([*places, "judge.split=test"])
     assert dpo.judge.__main__.main([*places, "judge.split=test", "judge.self_preference=true"]) == 0
-    (alone,) = told(folder).values()
+    (alone,) = told(tmp_path / "runs" / "smoke-judge" / "latest").values()
     assert alone | {"judge": "base"} == after["base"]
     place = resolve_model_path("tiny-random", tmp_path / "cache")
     model = load_decoder(place, weight_dtype=torch.float64, compute_dtype=torch.float64)
@@ -422,7 +422,7 @@ def test_self_preference_is_by_the_log_prob_a_token_under_the_model_that_judges(
         one.id: mean(one.prompt, one.chosen[0]) - mean(one.prompt, one.rejected[0])
         for one in load_splits(config, judging=True).test
     }
-    (judge,) = read_verdicts(folder / "verdicts.jsonl").values()
+    (judge,) = read_verdicts(tmp_path / "runs" / "smoke-judge" / "latest" / "verdicts.jsonl").values()
     decided = [(lead[one.id] > 0, one.first > one.second) for one in judge if one.first != one.second]
     assert alone["n"] == len(decided) == 32
     assert alone["prefers"] == sum(likelier is won for likelier, won in decided)

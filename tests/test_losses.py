@@ -413,7 +413,7 @@ def test_a_loss_looks_at_what_the_table_says_and_at_nothing_else(name, what):
 @pytest.mark.parametrize(
     ("settings", "columns", "expected"),
     [
-        ({"name": "sigmod"}, (), ['loss.name = "sigmod"', "allowed are sigmoid, robust"]),
+        ({"name": "sigmod"}, (), ['loss.name = "sigmod"', "did you mean sigmoid? Allowed are sigmoid, robust"]),
         ({"name": "hinge", "label_smoothing": 0.1}, (), ["loss.label_smoothing = 0.1", "loss hinge", "use sigmoid"]),
         ({"name": "orpo", "divergence": "js"}, (), ["loss.divergence = js", "loss orpo"]),
         ({"name": "sft", "ld_alpha": 0.5}, (), ["loss.ld_alpha = 0.5", "loss sft"]),

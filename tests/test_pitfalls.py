@@ -259,7 +259,11 @@ def test_a_resumed_run_keeps_its_reference_and_refuses_another(runs, capsys):
         capsys.readouterr()
         assert dpo.train.main(runs.argv(*argv, "run.resume=latest")) == 2
         said = capsys.readouterr().err
-        assert "was begun against a reference" in said and "start a new run" in said and "Traceback" not in said
+        assert (
+            "was begun with a reference and start of other weights (" in said
+            and "start a new run" in said
+            and "Traceback" not in said
+        )
 
 
 def test_every_loss_trains_by_its_name_and_evaluates(runs):

@@ -326,7 +326,7 @@ def test_another_beta_rate_seed_loss_name_or_adapter_runs_no_reference_forward(r
     for settings, exp in (
         (("loss.beta=0.7", "train.lr=3e-4", "seed=11"), "smoke"),
         (("loss.label_smoothing=0.2", "loss.rpo_alpha=0.5", "train.batch_pairs=3"), str(runs.folder / "other.toml")),
-        (("loss.ld_alpha=0.5", "loss.mix=sft:0.1,nca_pair:2", "loss.wpo=true", "loss.swap_consistency=0.1"), "smoke"),
+        (("loss.mix=sft:0.1,nca_pair:2", "loss.wpo=true", "loss.swap_consistency=0.1"), "smoke"),
         (("lora.rank=4", "seed=3", "train.schedule=cosine", "loss.name=ipo", "loss.divergence=js"), "smoke"),
         (("lora.rank=2", f"reference.path={runs.folder / 'base'}"), "smoke"),  # an adapter on the reference, by name
         (("loss.reference_free=true",), "smoke"),

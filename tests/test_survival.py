@@ -67,8 +67,8 @@ def run_elastic(runs: Sequence[Mapping[str, object]]) -> tuple[list[str], str]:
     return [line for line in output.splitlines() if line.startswith(("ended well", "failed"))], errors
 
 
-def folder_of(place: Path, name: str) -> Path:
-    return (place / name / "smoke" / "latest").resolve()
+def folder_of(place: Path, name: str, exp: str = "smoke") -> Path:
+    return (place / name / exp / "latest").resolve()
 
 
 def test_three_kills_and_a_hang_change_no_bit_and_who_hangs_is_named(tmp_path):
@@ -153,5 +153,5 @@ def test_two_ranks_judge_each_row_once_with_the_verdicts_of_one_process(tmp_path
     given = [{"ranks": n, "restarts": 0, "argv": [*argv, f"run.root={tmp_path / str(n)}"], "kills": []} for n in (1, 2)]
     ends, told = run_elastic(given)
     assert ends == ["ended well", "ended well"], told[-4000:]
-    one, two = ((folder_of(tmp_path, str(n)) / "verdicts.jsonl").read_text() for n in (1, 2))
+    one, two = ((folder_of(tmp_path, str(n), "smoke-judge") / "verdicts.jsonl").read_text() for n in (1, 2))
     assert one == two and one.count("\n") == 4

@@ -74,7 +74,7 @@ def test_named_arms_are_crossed_with_the_lists_and_keep_their_keys_together(tmp_
 @pytest.mark.parametrize(
     ("lines", "argument", "expected"),
     [
-        ('[[sweep.arm]]\nname = "ipo"', "", 'name = "ipo" must be a text, one\'s own'),
+        ('[[sweep.arm]]\nname = "ipo"', "", 'the name "ipo" is there twice; each arm has its own'),
         ("[[sweep.arm]]\nloss.beta = 1", "", "name = null must be a text"),
         ('[[sweep.arm]]\nname = "x"\nloss.betta = 1', "", "unknown key loss.betta"),
         ('[[sweep.arm]]\nname = "x"\nloss.beta = -1', "", "loss.beta = -1 ("),
@@ -121,7 +121,7 @@ def test_a_single_run_leaves_a_files_sweep_alone_and_refuses_one_that_is_typed(t
         ("lora.rank = [4, 0]", "lora.alpha=8", ["lora.alpha = 8", "lora.rank = 0 (", "e.toml [sweep]"]),
         ('run.root = ["a", "b"]', "", ["run.root (", "cannot be swept"]),
         ("seed = [0, 1]", "seed=3", ["seed (command line)", "is swept by", "sweep.seed="]),
-        ("seed = [0]", "sweep.sed=1", ["unknown key sweep.sed (command line)", "did you mean seed?"]),
+        ("seed = [0]", "sweep.sed=1", ["unknown key sweep.sed (command line)", "did you mean sweep.seed?"]),
         ("seed = [0]", "run.resume=latest", ["run.resume (command line)", "goes on by itself"]),
         ("", "", ["nothing to sweep", "[sweep]"]),
     ],

@@ -16,6 +16,7 @@ from test_reference import Runs, read_store, write_small_rows
 import dpo.train
 from dpo.config import Config
 from dpo.inputs import read_inputs
+from dpo.judge.controls import CONTROLS
 from dpo.judge.local import answer_verdicts
 from dpo.logprobs import score_trees
 from dpo.loop import STEP0_TOLERANCE, selection_score
@@ -248,9 +249,9 @@ def test_the_run_folder_is_complete_and_every_line_of_its_metrics_has_its_figure
     assert steps[-1]["epoch"] == 2.0
     verdicts = [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
     assert {(v["judge"], v["id"]) for v in verdicts} == {
-        (judge, f"test-{i}") for judge in ("base", "trained", "blind") for i in range(6)
+        (judge, f"test-{i}") for judge in ("base", "trained", *CONTROLS) for i in range(6)
     }
-    assert [sorted(tuple(v["pair"]) for v in verdicts)] == [[(0, 0)] * 18]
+    assert [tuple(v["pair"]) for v in verdicts] == [(0, 0)] * 6 * (2 + len(CONTROLS))
 
 
 def test_recorded_epochs_pairs_and_tokens_are_those_of_the_rows_taken(runs):
