@@ -454,6 +454,8 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
     named = contrast_of(kept, settings)
     lead = [Text("paragraph", kept["question"]), Text("verdict", _contrast(kept, named))]
     lead += [Text("command", kept["command"])] if kept["command"] else []
+    if (planned := kept.get("planned", 0)) > len(kept["arms"]):
+        lead.append(Text("paragraph", f"Interim: {len(kept['arms'])} of {planned} arms have finished."))
     lead += [Text("paragraph", f"{name} failed with exit code {code}.") for name, code in kept["failed"].items()]
     if len(sources) > 1:
         lead.append(Text("paragraph", f"The arms were run by {len(sources)} versions of the product."))

@@ -239,6 +239,7 @@ def test_a_sweep_is_read_by_its_primary_readout_and_says_that_it_is_not_over(tmp
     (tmp_path / "q" / "arms.json").write_text(json.dumps(kept | {"primary": "consistent", "planned": 24}))
     text = write_sweep_report(tmp_path / "q")
     assert "data.rows: consistent" in text and "interim, 16 of 24 arms have finished, so far " in text
+    assert "Interim: 16 of 24 arms have finished." in text
 
 
 def told(share: float, ends: Iterable[float], sign: str = "") -> str:
