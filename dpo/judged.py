@@ -108,7 +108,7 @@ def read_run(folder: Path, rows: Sequence[Row] = ()) -> Run:
         raise UserError(f"{folder}: there is no such run folder; give that of a finished run")
     if not (folder / "config.json").is_file():
         below = f"; {folder / 'latest'} is one" if (folder / "latest" / "config.json").is_file() else ""
-        raise UserError(f"{folder} is no run folder (it has no config.json){below}; give that of a finished run")
+        raise UserError(f"{folder / 'config.json'}: is missing, so this is no run folder{below}; give a finished run's")
     try:
         config = Config.model_validate(read_json_object(folder / "config.json"))
     except ValidationError as error:

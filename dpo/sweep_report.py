@@ -292,8 +292,8 @@ def _contrast(kept: Kept, found: tuple[Difference, float] | None) -> str:
     of, p = found
     told_p = p_value(p) if p < 1e-4 else f"= {p_value(p)}"
     verdict = "resolved" if p <= 0.01 and not of.difference[1][0] <= 0 <= of.difference[1][1] else "not resolved"
-    if (planned := kept.get("planned", 0)) > len(kept["arms"]):
-        verdict = f"interim, {len(kept['arms'])} of {planned} arms have finished, so far {verdict}"
+    if kept.get("planned", 0) > len(kept["arms"]):
+        verdict = f"so far {verdict}"
     return (
         f"{told}: {_percent(of.difference, '+')} points over {len(of.seeds)} paired seeds, {of.pairs:,} judged pairs; "
         f"sign-flip test over the seeds p {told_p}: {verdict} (at .01)."

@@ -92,11 +92,8 @@ def together_row(of: Judgement, run: Run, role: str) -> Record:
 def judgebench_row(of: Judgement, run: Run, role: str) -> Record:
     """A line of JudgeBench's output file: a decision is in terms of the order that the judge saw."""
     settings = judge_settings(run.config, sighted=run.config.judge.sighted)
-    prompt, template, sighted = (
-        of.row.prompt,
-        settings.template,
-        role == "sighted" or (settings.sighted and role != "blind"),
-    )
+    prompt, template = of.row.prompt, settings.template
+    sighted = {"sighted": True, "blind": False}.get(role, settings.sighted)
     reference = of.row.reference_answer if settings.reference_answer else ""
     decisions = {"A": "A>B", "B": "B>A", "Tie": "A=B"}
 

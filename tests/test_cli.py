@@ -92,6 +92,8 @@ def test_an_unknown_key_ends_the_real_command_with_the_nearest_key(tmp_path: Pat
         ("data.rows=3", ["data.rows=3", "whole groups"]),  # checkable rows come in groups of four
         ("judge.rows=3", ["judge.rows=3", "whole groups"]),
         ("loss.rdpo_alpha=0.5", ["loss.rdpo_alpha = 0.5", "loss sigmoid", "use rdpo"]),
+        ("loss.ld_alpha=0.5", ["loss.ld_alpha = 0.5", "answers of unlike length", "set objective=responses"]),
+        ("loss.name=rdpo", ['loss.name = "rdpo"', "answers of unlike length", "set objective=responses"]),
         ("run.resume=latest", ["run.resume=latest", "no run folder"]),
         ("model.path=smollm2", ["model.path = 'smollm2'", "smollm2-135m-instruct, tiny-random"]),
         ("reference.path=nowhere", ["reference.path = 'nowhere'", "smollm2-135m-instruct, tiny-random"]),
@@ -362,6 +364,5 @@ def test_a_folder_of_runs_is_told_from_a_run(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "latest").mkdir()
     (tmp_path / "latest" / "config.json").write_text("{}")
     assert report.main([str(tmp_path)]) == 2
-    assert (
-        f"{tmp_path} is no run folder (it has no config.json); {tmp_path / 'latest'} is one" in capsys.readouterr().err
-    )
+    told = f"{tmp_path / 'config.json'}: is missing, so this is no run folder; {tmp_path / 'latest'} is one"
+    assert told in capsys.readouterr().err

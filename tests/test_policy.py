@@ -11,9 +11,13 @@ from test_reference import Runs, runs  # noqa: F401
 
 import dpo.loop
 import dpo.train
+from dpo.checkpoint import trained_digest
 from dpo.config import Config
 from dpo.distributed import Ranks
 from dpo.step import set_dropout
+from models.decoder import load_decoder
+from models.lora import Adapter, add_lora
+from models.tiny import write_tiny_model
 
 EPS = torch.finfo(torch.float64).eps
 SMALL = ("objective=responses", "judge.rows=2", "judge.blind_control=false", "train.lr=1e-2", "checkable.subsets=Focus")
@@ -118,3 +122,14 @@ def test_an_adapter_that_is_not_there_or_does_not_fit_is_named(runs, capsys, tmp
         config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
     assert dpo.train.main(runs.argv(f"model.adapter={place}", f"run.root={runs.folder / 'other'}")) == 2
     assert f"error: {place}" in capsys.readouterr().err and not (runs.folder / "other").exists()
+
+
+def test_adapters_of_another_scale_are_other_weights(tmp_path: Path) -> None:
+    """The bytes of A and B are the same, and what they add to the base is not."""
+    write_tiny_model(tmp_path / "model")
+    digests = set()
+    for alpha in (8.0, 64.0, 8.0):
+        model = load_decoder(tmp_path / "model", weight_dtype=torch.float32, compute_dtype=torch.float32)
+        add_lora(model.requires_grad_(False), Adapter(2, alpha), seed=0)
+        digests.add(trained_digest(model, "base"))
+    assert len(digests) == 2

@@ -338,6 +338,13 @@ def test_another_beta_rate_seed_loss_name_or_adapter_runs_no_reference_forward(r
         assert results["reference"]["hits"] == asked or "loss.reference_free=true" in settings
 
 
+def test_the_sums_of_tails_that_ld_dpo_takes_run_no_reference_forward(runs):
+    asked = runs.results("objective=responses")["reference"]["misses"]
+    assert asked > 0 and runs.reference_forwards() > 0
+    results = runs.results("objective=responses", "loss.ld_alpha=0.5")
+    assert results["reference"]["misses"] == runs.reference_forwards() == results["step0_max_difference"] == 0
+
+
 @pytest.mark.parametrize(
     "settings", [("dtype=bf16",), ("pack.tokens=1024",), ("pack.head_chunk=64",), ("objective=responses",)], ids=str
 )

@@ -42,6 +42,7 @@ def test_runs_that_differ_in_their_seeds_alone_are_told_together_and_others_are_
         by_seed = ", ".join(f"{100 * one:.1f}" for one in means)
         figure = f"{percent(mean)} [{100 * low:.1f}, {100 * high:.1f}]"
         assert rows[name] == [name, figure, f"{100 * spread:.1f} points", by_seed]
+    assert "**Over 3 seeds: accuracy order-averaged " in (home / "report.md").read_text()
     config = json.loads((folders[1] / "config.json").read_text())
     config["loss"]["beta"] *= 2
     (folders[1] / "config.json").write_text(json.dumps(config))

@@ -236,8 +236,11 @@ def folders(store: Path) -> dict[str, Path]:
 
 
 def test_stat_lists_each_folder_with_its_parts_values_torn_parts_and_identity(store, capsys):
+    assert main(["stat", f"reference.store={store}"]) == 0
+    named = capsys.readouterr().out
     assert main(["stat", str(store)]) == 0
     said = capsys.readouterr().out
+    assert said == named
     torn, whole = (next(line for line in said.splitlines() if line.startswith(letter)).split() for letter in "vw")
     assert torn[1:4] == ["2", "1", "10"] and whole[1:4] == ["3", "0", "30"]
     assert said.index("\nv") < said.index("\nw")  # the one used last first

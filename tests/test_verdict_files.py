@@ -7,7 +7,7 @@ import pytest
 from judge_server import Reply, completion
 from test_asked import by_endpoint, data, judge, letter, longer  # noqa: F401
 
-from dpo import export
+from dpo import export, train
 from dpo.judge.local import read_verdicts
 
 
@@ -79,3 +79,17 @@ def test_what_cannot_be_written_is_told(data: Path, capsys, fault: str, told: st
         data.unlink()
     assert export.main([str(folder), "--verdicts=together"]) == 2
     assert told in capsys.readouterr().err and not [*folder.glob("together*")]
+
+
+def test_a_sighted_control_is_told_with_the_request_that_it_saw(tmp_path: Path) -> None:
+    places = [f"run.root={tmp_path / 'runs'}", f"run.cache={tmp_path / 'cache'}", "train.max_steps=1"]
+    assert train.main(["exp=smoke", *places, "judge.sighted=false", "judge.sighted_control=true"]) == 0
+    folder = tmp_path / "runs" / "smoke" / "latest"
+    assert export.main([str(folder), "--verdicts=judgebench"]) == 0
+    for role, seen in (("sighted", True), ("trained", False)):
+        for row in lines(folder / f"judgebench-{role}.jsonl"):
+            prompts = [one["judgment"]["prompt"] for one in row["judgments"]]
+            assert [row["question"] in prompt for prompt in prompts] == [seen, seen]
+    assert {path.name for path in folder.glob("judgebench-*")} == {
+        f"judgebench-{role}.jsonl" for role in ("base", "trained", "sighted")
+    }
