@@ -1,8 +1,9 @@
 """What a sweep shares: 12 arms, losses by betas on the same rows, against the same 12 trainings run apart.
 
-    python experiments/bench_sweep.py [--rows 240]
+    python experiments/bench_sweep.py [--rows 240] [--jobs 1]
 
-Each is the whole command, one after the other; nothing else may run meanwhile. The sweep begins with an empty cache,
+Each is the whole command, one after the other; nothing else may run meanwhile. `--jobs` is the sweep's, as many arms at
+a time; those run apart are one at a time, with all cores. The sweep begins with an empty cache,
 and so does each training run apart (but for the imported model, which all are given): tokens and reference log-probs
 are what is shared. The table is kept in experiments/LOG.md. Read next: dpo/sweep.py.
 """
@@ -22,12 +23,19 @@ from dpo.config import Config
 from dpo.inputs import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-LOSSES, BETAS = ["sigmoid", "ipo", "hinge", "robust"], [0.1, 0.3, 1.0]
+LOSSES, BETAS = ["sigmoid", "ipo", "hinge", "dpo_norm"], [0.1, 0.3, 1.0]
 EXPERIMENT = """extends = "questions"
-loss.label_smoothing = 0.1
 checkable.train_rows = {rows}
 checkable.test_rows = 48
 """
+
+
+def write_experiments(home: Path, rows: int) -> tuple[Path, Path]:
+    """Files of one training on `rows` rows, and of the sweep of all of them."""
+    alone, swept = home / "alone.toml", home / "swept.toml"
+    alone.write_text(EXPERIMENT.format(rows=rows))
+    swept.write_text(f"{alone.read_text()}\n[sweep]\nloss.name = {json.dumps(LOSSES)}\nloss.beta = {BETAS}\n")
+    return alone, swept
 
 
 def run(module: str, place: Path, *arguments: str) -> float:
@@ -50,13 +58,12 @@ def main() -> None:
     """The command line: prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=240)
-    rows = parser.parse_args().rows
+    parser.add_argument("--jobs", type=int, default=1)
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         place, arms = Path(home), list(product(LOSSES, BETAS))
-        alone, swept = place / "alone.toml", place / "swept.toml"
-        alone.write_text(EXPERIMENT.format(rows=rows))
-        swept.write_text(f"{alone.read_text()}\n[sweep]\nloss.name = {json.dumps(LOSSES)}\nloss.beta = {BETAS}\n")
-        together_s = run("dpo.sweep", place / "together", f"exp={swept}")
+        alone, swept = write_experiments(place, asked.rows)
+        together_s = run("dpo.sweep", place / "together", f"exp={swept}", f"jobs={asked.jobs}")
         print(
             f"| together | {together_s:,.0f} s | reference run on {forwards(place / 'together')} completions |",
             flush=True,

@@ -15,6 +15,7 @@ from dpo import report, sweep
 from dpo.judge.local import read_verdicts
 from dpo.settings import load_config, load_sweep
 from dpo.sweep_report import read_kept
+from experiments.bench_sweep import write_experiments
 from models.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +54,16 @@ def test_a_file_that_extends_a_sweep_inherits_it_and_the_command_line_goes_over_
     assert below.exists()
     arms = load_sweep([f"exp={above}", "sweep.loss.beta=0.3"])
     assert [(arm.config.loss.beta, arm.config.seed) for arm in arms] == [(0.3, 5)]
+
+
+def test_the_bench_of_sweeps_runs_twelve_arms_and_each_of_them_apart(tmp_path: Path) -> None:
+    alone, swept = write_experiments(tmp_path, rows=96)
+    arms = load_sweep([f"exp={swept}"])
+    assert len(arms) == 12
+    for arm in arms:
+        loss = arm.config.loss
+        apart = load_config([f"exp={alone}", f"loss.name={loss.name}", f"loss.beta={loss.beta}"])
+        assert (apart.loss, apart.checkable, apart.train) == (loss, arm.config.checkable, arm.config.train)
 
 
 def arms_file(path: Path, *lines: str) -> list[str]:
