@@ -42,7 +42,7 @@ def begun_folder(arm: Arm, *, judging: bool = False) -> Path | None:
 
 
 def finished_folder(arm: Arm) -> Path | None:
-    """The run folder of an arm whose report, the last thing that a run writes, is there."""
+    """The run folder of an arm whose report.html, the last thing that a run writes, is there."""
     folder = begun_folder(arm)
     return folder if folder and (folder / "report.html").is_file() else None
 
@@ -52,7 +52,7 @@ def source_of(run: Path) -> str:
     return str(read_json_object(run / "env.json").get("source", ""))
 
 
-def verdicts_of(arm: Arm) -> str:
+def verdicts_file(arm: Arm) -> str:
     """The file that its verdicts are kept in."""
     return f"{arm.name}.jsonl.gz"
 
@@ -60,22 +60,28 @@ def verdicts_of(arm: Arm) -> str:
 def kept_in(folder: Path, arms: Sequence[Arm]) -> dict[str, KeptArm]:
     """By name, the arms that `folder` keeps as finished and whose run folders are not here, or not finished.
 
-    UserError where it keeps some that are not among these, which would be lost, or under another configuration.
+    UserError where it keeps some that are not among these, which would be lost, or under another configuration, or
+    without one.
     """
     if not (folder / "arms.json").is_file():
         return {}
     records = {arm["verdicts"]: arm for arm in cast(Kept, read_json_object(folder / "arms.json"))["arms"]}
     other = "give another results= or move the folder away"
-    if others := set(records) - {verdicts_of(arm) for arm in arms}:
+    if others := set(records) - {verdicts_file(arm) for arm in arms}:
         raise UserError(
             f"results: {folder} keeps arms that are not of this sweep ({', '.join(sorted(others))}), and they "
             f"would be lost; {other}"
         )
     found = {}
     for arm in arms:
-        record = records.get(verdicts_of(arm))
-        if not record or "config" not in record or finished_folder(arm) or not (folder / record["verdicts"]).is_file():
+        record = records.get(verdicts_file(arm))
+        if not record or finished_folder(arm) or not (folder / record["verdicts"]).is_file():
             continue
+        if "config" not in record:
+            raise UserError(
+                f"results: {folder} keeps {record['verdicts']} without its configuration, as older versions did, and "
+                f"it would be lost; {other}"
+            )
         before, now = record["config"], settings_of(arm.config)
         if changed := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
             raise UserError(
@@ -110,7 +116,8 @@ class Read(NamedTuple):
     def not_of(self, told: Mapping[str, object]) -> str:
         """What a finished run, which told this of what it read, read otherwise, if anything."""
         words = {"test_rows": "test rows", "trees": "training or validation rows", "reference": "weights"}
-        return next((words[key] for key in words if told.get(key, getattr(self, key)) != getattr(self, key)), "")
+        now = self._asdict()
+        return next((words[key] for key in words if told.get(key, now[key]) != now[key]), "")
 
 
 def read_by(run: Path) -> dict[str, object]:
@@ -165,11 +172,11 @@ def check_arms(arms: Sequence[Arm], kept: Mapping[str, KeptArm], *, any_source: 
     return asks
 
 
-def check_sources(arms: Sequence[Arm], kept: Mapping[str, KeptArm], *, any_source: bool) -> None:
+def check_sources(arms: Sequence[Arm], kept: Mapping[str, KeptArm], *, any_source: bool, judging: bool = False) -> None:
     """UserError where another version of the product began an arm, unless any will do."""
     now = source_digest()
     sources = {name: arm["source"] for name, arm in kept.items()}
-    sources |= {arm.name: source_of(run) for arm in arms if (run := begun_folder(arm))}
+    sources |= {arm.name: source_of(run) for arm in arms if (run := begun_folder(arm, judging=judging))}
     old = {name: source for name, source in sources.items() if source != now}
     if old and not any_source:
         raise UserError(

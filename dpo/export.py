@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from dpo.checkpoint import load
@@ -21,6 +20,7 @@ from dpo.distributed import Ranks, full_parameters
 from dpo.inputs import DTYPES, cache_folder
 from dpo.judge.attacks import SEEN
 from dpo.policy import load_policy, with_adapter
+from dpo.runs import read_config
 from dpo.verdict_files import SHAPES, write_verdict_files
 from models.checkpoint import ADAPTER_CONFIG, save_folder, whole_tensor
 from models.decoder import Decoder, load_decoder, next_token_logits
@@ -47,10 +47,7 @@ def _read_source(source: Path, base: str) -> tuple[Config, Path | None]:
             f"{source}: holds nothing to merge; give a run's folder with trained weights (checkpoints/best), "
             f"or a peft adapter's ({ADAPTER_CONFIG})"
         )
-    try:
-        config = Config.model_validate(read_json_object(source / "config.json"))
-    except ValidationError as error:
-        raise UserError(f"{source / 'config.json'}: {error.errors()[0]['msg']}; the file was altered") from None
+    config = read_config(source)
     # An adapter that the run began with is in its best weights.
     own = config.model.model_copy(update={"path": base or config.model.path, "adapter": ""})
     return config.model_copy(update={"model": own}), best

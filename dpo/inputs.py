@@ -19,7 +19,7 @@ import torch
 from dpo.checkable import make_rows
 from dpo.config import Config
 from dpo.judge.attacks import attack_share, attacked_rows, read_seen
-from dpo.judge.prompts import ASKED, columns, judge_messages, read_template
+from dpo.judge.prompts import asks, columns, judge_messages, read_template
 from dpo.losses import check_loss
 from dpo.rows import Rows, columns_of, formats_of, keep_rows, read_rows, rows_digest
 from dpo.shards import ENDINGS
@@ -127,7 +127,7 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         splits = split_rows(rows, split=data.split, seed=seed, **fractions)
     to_judge = splits.test
     if judging:  # after the split: which rows are held out does not hang on which are asked
-        to_judge = to_judge.take(place for place, row in enumerate(to_judge) if ASKED[judge.protocol](row))
+        to_judge = to_judge.take(place for place, row in enumerate(to_judge) if asks(judge.protocol, row))
         if not to_judge:
             raise UserError(f"judge.protocol={judge.protocol}: no row is one to ask; Ties rows are ref:N, tied:N")
     train, test = sample(splits.train, data.rows, seed), sample(to_judge, judge.rows, seed)
@@ -142,6 +142,10 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         raise UserError(
             f"data.path={data.path}: RM-Bench's score needs all nine pairs of a row; set judge.pairs_per_row=0"
         )
+    scored_by_nine = judging and formats == ["rmbench"] and judge.protocol == "compare"
+    others = (row.id for row in test if (len(row.chosen), len(row.rejected)) != (3, 3))
+    if scored_by_nine and (other := next(others, "")):
+        raise UserError(f"data.path={data.path}: {other}: RM-Bench's score needs rows of 3 chosen and 3 rejected")
     if data.attack_share and not judging:
         train, more["attacked"] = attack_share(train, data.attack_share, data.attacks, seed, cache_folder(config))
     splits = replace(splits, train=train, test=test, report=splits.report | more)

@@ -7,14 +7,11 @@ No dimension letters. Read next: dpo/report.py.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import cast
-
-from pydantic import ValidationError
 
 from dpo.config import Config, config_dict
 from dpo.inputs import load_splits
@@ -23,9 +20,9 @@ from dpo.judge.prompts import request_text
 from dpo.judge.robustness import Bias, Success
 from dpo.judge.statistics import Comparison, Summary, Verdict, averaged_scores, compare, holm, outcomes
 from dpo.page import Case
-from dpo.results import Endpoint, Environment, Metrics, Results, read_metrics
+from dpo.results import Environment, Metrics, Results, read_metrics
 from dpo.rows import Row, row_digest, rows_digest
-from dpo.runs import flat
+from dpo.runs import flat, read_config
 from models.errors import UserError
 from models.files import read_json_object
 
@@ -55,7 +52,6 @@ class Run:
     results: Results
     environment: Environment
     metrics: Metrics
-    endpoint: Endpoint | None
     verdicts: dict[str, list[Verdict]]
     rows: JudgedRows
 
@@ -109,12 +105,7 @@ def read_run(folder: Path, rows: Sequence[Row] = ()) -> Run:
     if not (folder / "config.json").is_file():
         below = f"; {folder / 'latest'} is one" if (folder / "latest" / "config.json").is_file() else ""
         raise UserError(f"{folder / 'config.json'}: is missing, so this is no run folder{below}; give a finished run's")
-    try:
-        config = Config.model_validate(read_json_object(folder / "config.json"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{folder / 'config.json'}: {key}: {first['msg']}; the file was altered") from None
+    config = read_config(folder)
     results = read_json_object(folder / "results.json")
     trains = "train" in results or (folder / "metrics.jsonl").exists()
     return Run(
@@ -123,7 +114,6 @@ def read_run(folder: Path, rows: Sequence[Row] = ()) -> Run:
         cast(Results, results),
         cast(Environment, read_json_object(folder / "env.json")),
         read_metrics(folder / "metrics.jsonl") if trains else [],
-        cast(Endpoint | None, results.get("endpoint")),
         read_verdicts(folder / "verdicts.jsonl"),
         _placed(rows) if rows else _rows_again(config, results, trains),
     )
@@ -185,10 +175,15 @@ def _by_settings(judge: Judge, twins: Sequence[Run]) -> str:
 # --- two judges -----------------------------------------------------------------------------------------------------
 
 
-def shared_pairs(a: Judge, b: Judge) -> tuple[list[Verdict], list[Verdict]]:
-    """The verdicts of both on the pairs that both judged; a best of four is no verdict on a pair."""
+def shared_keys(a: Judge, b: Judge) -> list[Key]:
+    """The pairs that both judged; a best of four is no verdict on a pair."""
     of_four = [judge.run.config.judge.protocol == "choose" for judge in (a, b)]
-    keys = [key for key in a.verdicts if key in b.verdicts and of_four[0] == of_four[1]]
+    return [key for key in a.verdicts if key in b.verdicts] if of_four[0] == of_four[1] else []
+
+
+def shared_pairs(a: Judge, b: Judge) -> tuple[list[Verdict], list[Verdict]]:
+    """The verdicts of both on their shared pairs."""
+    keys = shared_keys(a, b)
     return [a.verdicts[key] for key in keys], [b.verdicts[key] for key in keys]
 
 
@@ -206,27 +201,10 @@ def comparisons(judges: Sequence[Judge]) -> list[Compared]:
     return [replace(one, p_holm=p) for one, p in zip(found, corrected, strict=True)]
 
 
-def transitions(a: Judge, b: Judge) -> Counter[tuple[str, str]]:
-    """How often a has the one outcome and b the other."""
-    return Counter(zip(*(outcomes(verdicts).tolist() for verdicts in shared_pairs(a, b)), strict=True))
-
-
-@dataclass(frozen=True)
-class Change:
-    """A pair of which two judges make different things."""
-
-    id: str
-    pair: tuple[int, int]
-    subset: str
-    was: str
-    now: str
-
-
-def changed(a: Judge, b: Judge) -> dict[Key, Change]:
-    """Every shared pair of which b makes what a does not, with the outcomes of both."""
-    keys = [key for key in a.verdicts if key in b.verdicts]
-    was_now = zip(keys, *(outcomes(of).tolist() for of in shared_pairs(a, b)), strict=True)
-    return {key: Change(key[0], key[1], a.verdicts[key].subset, was, now) for key, was, now in was_now if was != now}
+def transitions(a: Judge, b: Judge) -> dict[Key, tuple[str, str]]:
+    """What a and what b made of each pair that they share, two of `outcomes`."""
+    was, now = (outcomes(verdicts).tolist() for verdicts in shared_pairs(a, b))
+    return dict(zip(shared_keys(a, b), zip(was, now, strict=True), strict=True))
 
 
 def named(key: Key) -> str:
@@ -265,7 +243,7 @@ def reasons(judges: Sequence[Judge]) -> dict[Key, list[str]]:
         kinds[f"surest mistakes of {a.name}"] = {key: -_averaged(verdict) for key, verdict in a.verdicts.items()}
         kinds[f"orders differ most for {a.name}"] = {key: _between_orders(of) for key, of in a.verdicts.items()}
     for a, b in combinations(judges, 2):
-        both = [(key, a.verdicts[key], b.verdicts[key]) for key in a.verdicts if key in b.verdicts]
+        both = [(key, a.verdicts[key], b.verdicts[key]) for key in shared_keys(a, b)]
         kinds[f"{a.name} and {b.name} differ most"] = {key: _between_judges(one, other) for key, one, other in both}
         kinds[f"right by {b.name}, not by {a.name}"] = {key: _better(one, other) for key, one, other in both}
         kinds[f"right by {a.name}, not by {b.name}"] = {key: _better(other, one) for key, one, other in both}

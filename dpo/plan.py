@@ -8,6 +8,7 @@ answer= say. Modelled, not measured: a kernel runs at kernels/roofline.py's rate
 sheet's, and gathering weights hides behind computing.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class Work:
 def parse_cluster(text: str) -> Cluster:
     """8xH100 -> so many GPUs; UserError where that is no cluster."""
     count, _, kind = text.partition("x")
-    whole = count.isdigit() and int(count) > 0 and (int(count) <= NODE or int(count) % NODE == 0)
+    whole = count.isdecimal() and int(count) > 0 and (int(count) <= NODE or int(count) % NODE == 0)
     if not whole or kind not in PLACES:
         raise UserError(
             f"gpus = {text!r}: must be NUMBERxKIND, as 8xH100: up to {NODE} or whole nodes of {NODE}, of "
@@ -120,8 +121,9 @@ def _number(own: Mapping[str, str], key: str, default: float) -> float:
         value = float(own.get(key, default))
     except ValueError:
         value = -1
-    if not value > 0:
-        raise UserError(f"{key} = {own[key]!r} (command line): must be a number above 0")
+    whole = "a number above 0" if key == "price" else "a whole number above 0"
+    if not 0 < value < math.inf or (key != "price" and value != int(value)):
+        raise UserError(f"{key} = {own[key]!r} (command line): must be {whole}")
     return value
 
 

@@ -42,7 +42,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Axis:
-    """`ends`: what it reaches at least; `percent`: shares, written as per cent; `log`: all is above 0.
+    """`ends`: what it reaches, where given; `percent`: shares, written as per cent; `log`: all is above 0.
 
     `ticks`: the few values that there are, where these are what should be written.
     """

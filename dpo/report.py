@@ -9,8 +9,8 @@ dpo/page.py, and dpo/judge/statistics.py, where the figures come from.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,6 @@ from dpo.judged import (
     Key,
     Run,
     cases,
-    changed,
     comparisons,
     judges_of,
     named,
@@ -44,13 +43,14 @@ MOST_CHANGED = 2000  # pairs listed on a page
 USAGE = "usage: python -m dpo.report RUN_FOLDER...   or sweeps' results, e.g. experiments/results/*"
 
 
-def report_page(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence[Compared]) -> Page:
-    """The page: of one run all that there is to say, of several what compares their judges."""
-    shown, seeds = cases(judges), report_seeds.over_runs(runs)
+def report_page(runs: Sequence[Run]) -> tuple[Page, dict[str, object]]:
+    """The page, of one run all that there is to say, of several what compares their judges; and report.json."""
+    judges, seeds = judges_of(runs), report_seeds.over_runs(runs)
+    compared, shown, (whose, tests) = comparisons(judges), cases(judges), _subset_tests(judges)
     trained = [run for run in runs if run.trained]
     sections: dict[str, Sequence[Block]] = {
         "Verdicts": [*_verdicts(judges, compared), *report_seeds.blocks(seeds)],
-        "By subset": _by_subset(judges),
+        "By subset": _by_subset(judges, whose, tests),
         "Benchmark": report_judges.benchmarks(judges),
         "Position and looks": [*report_judges.position(judges), *report_judges.biases(judges)],
         "Calibration": report_judges.calibration(judges),
@@ -74,7 +74,8 @@ def report_page(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence
     if lone:
         title = f"{lone.config.exp}: is it a better judge?" if lone.trained else "How good a judge is it?"
         lead = report_run.summary(lone) if lone.trained else [Text("verdict", _standing(judge)) for judge in judges]
-    return Page(title, lead, {name: blocks for name, blocks in sections.items() if blocks})
+    page = Page(title, lead, {name: blocks for name, blocks in sections.items() if blocks})
+    return page, _figures(runs, judges, compared) | {"seeds": seeds, "subsets": {whose: tests}}
 
 
 def _standing(judge: Judge) -> str:
@@ -84,10 +85,6 @@ def _standing(judge: Judge) -> str:
         f"consistent {percent(of['accuracy'], of['accuracy_interval'])}, on {of['n']:,} pairs; a judge that always "
         "says A has 50 % of the one and 0 % of the other."
     )
-
-
-def _moved(one: Compared, many: bool) -> str:
-    return change(one.before, one.after, one.test["averaged"], *[one.p_holm] * many)
 
 
 def _last(judges: Sequence[Judge]) -> list[Judge]:
@@ -109,7 +106,8 @@ def _lead(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[str]:
     """A sentence for each run's last judge against the first run's."""
     first, *others = (judge.name for judge in _last(judges))
     lines = [
-        f"{first} -> {one.b.name}: order-averaged accuracy {_moved(one, len(compared) > 1)} on {one.n:,} shared pairs."
+        f"{first} -> {one.b.name}: order-averaged accuracy "
+        f"{change(one.before, one.after, one.test['averaged'], one.p_holm)} on {one.n:,} shared pairs."
         for one in compared
         if one.a.name == first and one.b.name in others
     ]
@@ -165,9 +163,8 @@ def _known(figure: float | None, interval: Sequence[float] = ()) -> str:
     return "-" if figure is None else f"{figure:.3f}" + (f" [{ends}]" if ends else "")
 
 
-def _by_subset(judges: Sequence[Judge]) -> list[Block]:
+def _by_subset(judges: Sequence[Judge], whose: str, tests: Mapping[str, PairedTest]) -> list[Block]:
     """The last judge's standing is told, with what training did to it or its lead, and that of all is drawn."""
-    whose, tests = _subset_tests(judges)
     judges = [judge for judge in judges if judge.role not in OF_ANSWERS] or judges
     of = [judge.summary["subsets"] for judge in judges]
     names = [judge.name for judge in judges]
@@ -206,12 +203,13 @@ def _changed(compared: Sequence[Compared], shown: Mapping[Key, Case]) -> list[Bl
     places, most = {key: place for place, key in enumerate(shown, 1)}, MOST_CHANGED // max(1, len(compared))
     marked = {outcome: f"{MARKS[outcome]} {says}" for outcome, says in SAYS.items()}
     for one in compared:
-        counts = transitions(one.a, one.b)
+        both = transitions(one.a, one.b)
+        counts = Counter(both.values())
         rows = [("was \\ now", *SAYS.values())]
         rows += [(says, *(f"{counts[was, now]:,}" for now in SAYS)) for was, says in SAYS.items()]
         tables.append(Table(f"Pairs by what {one.a.name} (rows) and {one.b.name} (columns) made of both orders", rows))
-        pairs = changed(one.a, one.b)
-        rows = [(named(key), of.subset, marked[of.was], marked[of.now]) for key, of in pairs.items()]
+        pairs = {key: (was, now) for key, (was, now) in both.items() if was != now}
+        rows = [(named(key), one.a.verdicts[key].subset, marked[was], marked[now]) for key, (was, now) in pairs.items()]
         title = f"{len(pairs):,} pairs that {one.b.name} judges otherwise than {one.a.name}"
         title += f" (cut: the first {most:,}; all of them are in report.json)" * (len(pairs) > most)
         listed = [("pair", "subset", "was", "now"), *rows[:most]]
@@ -227,9 +225,8 @@ def _rows(runs: Sequence[Run], shown: Mapping[Key, Case]) -> list[Block]:
 # --- from folders to files ------------------------------------------------------------------------------------------
 
 
-def figures(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence[Compared]) -> dict[str, object]:
-    """report.json: what the page says, for machines; verdicts.jsonl of each run holds every pair."""
-    whose, tests = _subset_tests(judges)
+def _figures(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence[Compared]) -> dict[str, object]:
+    """What the page says, for machines; verdicts.jsonl of each run holds every pair."""
     return {
         "runs": [{"folder": str(run.folder), "exp": run.config.exp, **run.environment} for run in runs],
         "judges": {
@@ -243,14 +240,16 @@ def figures(runs: Sequence[Run], judges: Sequence[Judge], compared: Sequence[Com
         },
         "comparisons": [
             {"judge": one.b.name, "against": one.a.name, "pairs": one.n, **one.test, "p_holm": one.p_holm}
-            | {"changed": [asdict(of) for of in changed(one.a, one.b).values()]}
+            | {"changed": [_change(one, key, *of) for key, of in transitions(one.a, one.b).items() if of[0] != of[1]]}
             for one in compared
         ],
-        "seeds": report_seeds.over_runs(runs),
-        "subsets": {whose: tests},
         "attacks": [{**one, "judge": judge.name} for judge in judges for one in judge.attacks],
         "biases": [{**one, "judge": judge.name} for judge in judges for one in judge.biases],
     }
+
+
+def _change(one: Compared, key: Key, was: str, now: str) -> dict[str, object]:
+    return {"id": key[0], "pair": key[1], "subset": one.a.verdicts[key].subset, "was": was, "now": now}
 
 
 def write_report(folders: Sequence[Path], rows: Sequence[Row] = (), home: Path | None = None) -> Path:
@@ -261,9 +260,7 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = (), home: Path |
     """
     runs = [read_run(folder, rows) for folder in folders]
     try:  # with files as the runs wrote them there is nothing that could raise
-        judges = judges_of(runs)
-        compared = comparisons(judges)
-        page, told = report_page(runs, judges, compared), figures(runs, judges, compared)
+        page, told = report_page(runs)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         fault = f"without the key {error}" if isinstance(error, KeyError) else f"not as a run writes it ({error})"
         place = " or ".join(str(folder / name) for folder in folders for name in ("results.json", "env.json"))
@@ -275,8 +272,8 @@ def write_report(folders: Sequence[Path], rows: Sequence[Row] = (), home: Path |
     if len(runs) == 1 and exported.is_dir():
         atomic_write_text(exported / "README.md", model_card(runs[0], page.sections, exported))
     atomic_write_text(home / "report.md", to_markdown(page))
-    atomic_write_text(home / "report.html", to_html(page))
     atomic_write_text(home / "report.json", json.dumps(told, indent=2) + "\n")
+    atomic_write_text(home / "report.html", to_html(page))  # last: with it the run is finished
     return home
 
 

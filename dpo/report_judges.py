@@ -53,7 +53,7 @@ def position(judges: Sequence[Judge]) -> list[Block]:
         said = Counter(letter(one.first) + letter(one.second) for one in judge.verdicts.values())
         counts = [said[letters] for letters in ("AB", "BA", "AA", "BB")]
         n = len(judge.verdicts)
-        lean = f"{round(100 * (said['AA'] - said['BB']) / n, 1) + 0.0:+.1f} points"
+        lean = f"{100 * (said['AA'] - said['BB']) / n:+z.1f} points"
         rows.append((judge.name, *(f"{count:,}" for count in (*counts, n - sum(counts))), lean))
     text = "What a judge says where the chosen answer is shown first, and where it is shown second."
     return [Table("Verdicts in both orders", rows), Text("paragraph", text)] if len(rows) > 1 else []
@@ -89,7 +89,7 @@ def calibration(judges: Sequence[Judge]) -> list[Block]:
 
 def pace(judge: Judge) -> dict[str, float]:
     """Answers a second, and of an endpoint dollars and tokens: what is known of them."""
-    pairs, results, endpoint = len(judge.verdicts), judge.run.results, judge.run.endpoint
+    pairs, results, endpoint = len(judge.verdicts), judge.run.results, judge.run.results.get("endpoint")
     answers, times = results.get("answers", 2 * pairs), results["time_s"]
     price = endpoint.get("price") if endpoint else read_price(EndpointConfig(model=judge.run.config.model.path))
     figures = {} if price is None else {"dollars_in": 1e6 * price[0], "dollars_out": 1e6 * price[1]}
@@ -138,9 +138,9 @@ def costs(judges: Sequence[Judge]) -> list[Block]:
 
 
 def _training_saw(judge: Judge, one: Success) -> str:
-    """What is known of it: not an endpoint's, nor a base's before the training that its run then does."""
-    unknown = judge.run.endpoint or (judge.run.trained and judge.role == "base") or one["attack"] == "position"
-    return "" if unknown or one["trained_on"] is None else "saw it" if one["trained_on"] else "never saw it"
+    """What is known of it; of a base nothing: `trained_on` is of the training that its run then does."""
+    before = judge.run.trained and judge.role == "base"
+    return "" if before or one["trained_on"] is None else "saw it" if one["trained_on"] else "never saw it"
 
 
 def attacks(judges: Sequence[Judge]) -> list[Block]:

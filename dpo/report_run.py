@@ -1,4 +1,4 @@
-"""What one training says of itself on the page: verdict, controls, training, alarms, data, time, how to repeat it.
+"""What one run says of itself on the page: verdict, controls, training, alarms, data, time, how to repeat it.
 
 No dimension letters. Read next: dpo/report.py, which puts the page together.
 """
@@ -28,7 +28,7 @@ def percent(share: float | None, interval: Sequence[float] | None = None) -> str
 
 def points(test: PairedTest) -> tuple[str, str]:
     """The difference and its interval in percentage points, never as -0.0."""
-    lead, low, high = (f"{round(100 * share, 1) + 0.0:+.1f}" for share in (test["difference"], *test["interval"]))
+    lead, low, high = (f"{100 * share:+z.1f}" for share in (test["difference"], *test["interval"]))
     return lead, f"[{low}, {high}]"
 
 

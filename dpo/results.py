@@ -72,6 +72,7 @@ class Results(TypedDict):
     data: Data
     time_s: dict[str, float]
     answers: NotRequired[int]  # that dpo.judge had of its judge
+    endpoint: NotRequired[Endpoint]  # where it asked one
     benchmark: NotRequired[Benchmark]  # of its rows or protocol
     attacks: NotRequired[list[Success]]
     biases: NotRequired[list[Bias]]

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from dpo.config import Config, config_dict
 from dpo.log import environment
 from models.errors import UserError
@@ -56,7 +58,7 @@ def new_folder(config: Config, *, judging: bool = False) -> Path:
 def resumed_folder(config: Config, name: str, *, judging: bool = False) -> Path | None:
     """The folder that `name`, a value of run.resume, is of, begun under the same configuration.
 
-    `auto` is the last one begun so and without report, the last thing that a run writes, or None: a new run.
+    `auto` is the last one begun so and without report.html, the last thing that a run writes, or None: a new run.
     """
     home = home_of(config, judging=judging)
     if name == "auto":
@@ -74,7 +76,7 @@ def resumed_folder(config: Config, name: str, *, judging: bool = False) -> Path 
             f"run.resume={name}: {folder} was begun under another configuration: {'; '.join(fixed)}. Its figures "
             f"hang on these: set them back, or start a new run{f' ({allowed})' if free else ''}"
         )
-    if free:
+    if free and config.run.resume:  # who only looks whether a run was begun says nothing
         print(f"run.resume={name}: {allowed}")
     return folder
 
@@ -89,6 +91,16 @@ def _changed(folder: Path, config: Config) -> tuple[list[str], list[str]]:
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.resume"]
     told = {key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys}
     return [told[key] for key in keys if key not in MAY_DIFFER], [told[key] for key in keys if key in MAY_DIFFER]
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of the run in `folder`; UserError where its file is damaged."""
+    try:
+        return Config.model_validate(read_json_object(folder / "config.json"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder / 'config.json'}: {key}: {first['msg']}; the file was altered") from None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def endpoint_arms(arms: Sequence[Arm]) -> list[Arm]:
     """What to ask of study.endpoints whose key is in the environment, one for each way that the arms judge in."""
     ways = {arm.config.judge.model_dump_json(): arm for arm in reversed(arms)}
     home = Path(arms[0].config.run.root).parents[1] / arms[0].config.exp
-    found = []
+    found, names = [], Counter[str]()
     for said in arms[0].config.study.endpoints:
         model, url, *more = said.split() if len(said.split()) > 1 else (said, "")
         variable = next((word for word in more if "=" not in word), "")
@@ -41,6 +42,8 @@ def endpoint_arms(arms: Sequence[Arm]) -> list[Arm]:
             print(f"{model}: left out, for the environment has no {variable}")
             continue
         name = re.sub(r"[^\w.-]", "_", model)
+        names[name] += 1  # a model may be asked at two places, or in two ways
+        name += f".{names[name]}" * (names[name] > 1)
         key = [f"endpoint.api_key_env={variable}"] * bool(variable)
         extra = [f"endpoint.extra={json.dumps([word for word in more if '=' in word])}"]
         for number, arm in enumerate(reversed(ways.values()), 1):
@@ -61,7 +64,7 @@ def endpoint_arms(arms: Sequence[Arm]) -> list[Arm]:
 def study(arms: Sequence[Arm]) -> int:
     """Train, ask, report; 1 where an arm or an endpoint failed, else 0."""
     asked = endpoint_arms(arms)
-    check_sources(asked, {}, any_source=False)
+    check_sources(asked, {}, any_source=False, judging=True)
     failed = int(bool(sweep(arms, {}, 1, any_source=False)))
     folders = [folder for arm in arms if (folder := finished_folder(arm))]
     for arm in asked:

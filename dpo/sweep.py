@@ -36,7 +36,7 @@ from dpo.arms import (
     read_by,
     settings_of,
     source_of,
-    verdicts_of,
+    verdicts_file,
     what_is_read,
 )
 from dpo.config import config_dict
@@ -73,7 +73,7 @@ is about. All other keys: python -m dpo.train --help"""
 def dry_run(arms: Sequence[Arm], kept: Mapping[str, KeptArm], jobs: int) -> str:
     """A line an arm: its steps and tokens; then the hours of those to run, by the time that finished ones took."""
     trees: dict[str, tuple[Trees, list[int]]] = {}
-    lines, time_s, done, to_do = [], 0.0, 0, 0  # seconds of the finished arms, tokens of those and of the others
+    lines, time_s, done, to_do, left = [], 0.0, 0, 0, 0  # seconds and tokens of finished arms; tokens and arms to do
     for arm in arms:
         if (read := what_is_read(arm)) not in trees:
             train = read_inputs(arm.config, pick_device(arm.config)).train_trees
@@ -81,16 +81,16 @@ def dry_run(arms: Sequence[Arm], kept: Mapping[str, KeptArm], jobs: int) -> str:
         of, sizes = trees[read]
         steps = plan_steps(of.column("pairs"), arm.config, of.column("row"))
         tokens = sum(sizes[place] for step in steps for place in step)
-        folder = finished_folder(arm)
-        if folder:
-            time_s += sum(cast(Results, read_json_object(folder / "results.json"))["time_s"].values())
-            done += tokens
+        if folder := finished_folder(arm):
+            state, took_s = "finished", sum(cast(Results, read_json_object(folder / "results.json"))["time_s"].values())
         elif arm.name in kept:
-            time_s += kept[arm.name]["whole_s"]
-            done += tokens
+            state, took_s = "kept", kept[arm.name]["whole_s"]
         else:
-            to_do += tokens
-        state = "finished" if folder else "kept" if arm.name in kept else "begun" if begun_folder(arm) else "to run"
+            state, took_s = "begun" if begun_folder(arm) else "to run", 0.0
+        if state in ("finished", "kept"):
+            time_s, done = time_s + took_s, done + tokens
+        else:
+            to_do, left = to_do + tokens, left + 1
         lines.append(f"{state:8} {len(steps):6,} steps {tokens:11,} tokens  {arm.name}")
     told = ""
     if not done and (like := _like(arms[0])):
@@ -98,7 +98,6 @@ def dry_run(arms: Sequence[Arm], kept: Mapping[str, KeptArm], jobs: int) -> str:
         time_s, done = sum(results["time_s"].values()), int(results["train"]["tokens"])
         told = f", as {like} took time for its tokens"
     known = f"about {time_s / done * to_do / jobs / 3600:.1f} h{told}" if done else "hours: not before one is"
-    left = sum(line.startswith(("begun", "to run")) for line in lines)
     return "\n".join([*lines, f"{len(arms)} arms, {left} to finish, {known}"])
 
 
@@ -233,60 +232,46 @@ def _why(folder: Path) -> str:
 
 
 def keep(
-    folder: Path,
-    arms: Sequence[Arm],
-    before: Mapping[str, KeptArm],
-    failed: Mapping[str, int],
-    argv: list[str],
-    jobs: int,
+    folder: Path, arms: Sequence[Arm], before: Mapping[str, KeptArm], about: Kept, failed: Mapping[str, int]
 ) -> None:
     """Put the finished arms' verdicts, compressed, and what else dpo/sweep_report.py reads into `folder`.
 
-    Arms that were kept there `before` stay as they are.
+    Arms that were kept there `before` stay as they are; `about` is arms.json without any.
     """
     kept: list[KeptArm] = []
-    contrast, primary = contrast_of(arms, argv), load_primary(argv, list(READOUTS))
     for arm in arms:
         if arm.name in before:
             kept.append(before[arm.name])
-        if arm.name in before or not (run := finished_folder(arm)):
-            continue
-        results = cast(Results, read_json_object(run / "results.json"))
-        name, ran = verdicts_of(arm), read_json_object(run / "env.json")
-        atomic_write_bytes(folder / name, gzip.compress((run / "verdicts.jsonl").read_bytes(), mtime=0))
-        train, data, made = results["train"], results["data"], arm.config.data.path == "checkable"
-        kept.append(
-            KeptArm(
-                setting=arm.setting,
-                axes=arm.varied,
-                seed=arm.config.seed,
-                sighted=arm.config.judge.sighted,
-                verdicts=name,
-                rows=data.get("test_sha256", "")[:12] if made else file_of(arm.config.data.path),
-                source=source_of(run),
-                config=settings_of(arm.config),
-                read=read_by(run),
-                ran={key: ran.get(key) for key in ("start_utc", "git", "cpu", "threads", "gpu", "packages")},
-                steps=float(train["steps"]),
-                tokens=float(train["tokens"]),
-                train_s=float(train["time_s"]),
-                whole_s=sum(results["time_s"].values()),
-                reference_computed=results["reference"]["misses"],
-            )
-        )
-        if attacks := results.get("attacks", []):
-            kept[-1]["attacks"] = attacks
-    written = Kept(
-        name=arms[0].config.exp,
-        question=load_question(argv),
-        command=shlex.join(["python", "-m", "dpo.sweep", *_told(argv), f"jobs={jobs}"]),
-        contrast=contrast and contrast._asdict(),
-        primary=primary,
-        planned=len(arms),
-        arms=kept,
-        failed=dict(failed),
+        elif run := finished_folder(arm):
+            kept.append(_record_of(arm, run))
+            verdicts = gzip.compress((run / "verdicts.jsonl").read_bytes(), mtime=0)
+            atomic_write_bytes(folder / verdicts_file(arm), verdicts)
+    write_json(folder / "arms.json", about | {"arms": kept, "failed": dict(failed)})
+
+
+def _record_of(arm: Arm, run: Path) -> KeptArm:
+    results, ran = cast(Results, read_json_object(run / "results.json")), read_json_object(run / "env.json")
+    train, data, made = results["train"], results["data"], arm.config.data.path == "checkable"
+    record = KeptArm(
+        setting=arm.setting,
+        axes=arm.varied,
+        seed=arm.config.seed,
+        sighted=arm.config.judge.sighted,
+        verdicts=verdicts_file(arm),
+        rows=data.get("test_sha256", "")[:12] if made else file_of(arm.config.data.path),
+        source=source_of(run),
+        config=settings_of(arm.config),
+        read=read_by(run),
+        ran={key: ran.get(key) for key in ("start_utc", "git", "cpu", "threads", "gpu", "packages")},
+        steps=float(train["steps"]),
+        tokens=float(train["tokens"]),
+        train_s=float(train["time_s"]),
+        whole_s=sum(results["time_s"].values()),
+        reference_computed=results["reference"]["misses"],
     )
-    write_json(folder / "arms.json", written)
+    if attacks := results.get("attacks", []):
+        record["attacks"] = attacks
+    return record
 
 
 def file_of(path: str) -> str:
@@ -294,7 +279,7 @@ def file_of(path: str) -> str:
     return f"{Path(path).name} {hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
-def contrast_of(arms: Sequence[Arm], argv: list[str]) -> Contrast | None:
+def named_contrast(arms: Sequence[Arm], argv: list[str]) -> Contrast | None:
     """The comparison that the sweep names before; UserError where a side of it will not have its readout."""
     settings = ["base", *dict.fromkeys(arm.setting for arm in arms)]
     contrast = load_contrast(argv, settings, list(READOUTS))
@@ -319,9 +304,18 @@ def main(argv: list[str]) -> int:
     def command() -> int:
         mine, given = _own_arguments(argv)
         arms = load_sweep(given)
-        contrast_of(arms, given)
-        load_primary(given, list(READOUTS))
         any_source, jobs = mine["source"] == "any", int(mine["jobs"])
+        contrast = named_contrast(arms, given)
+        about = Kept(
+            name=arms[0].config.exp,
+            question=load_question(given),
+            command=shlex.join(["python", "-m", "dpo.sweep", *_told(given), f"jobs={jobs}"]),
+            contrast=contrast and contrast._asdict(),
+            primary=load_primary(given, list(READOUTS)),
+            planned=len(arms),
+            arms=[],
+            failed={},
+        )
         folder, kept = Path(arms[0].config.run.root).parent / "results", dict[str, KeptArm]()
         if mine["results"]:
             folder = Path(mine["results"]) / arms[0].config.exp
@@ -331,7 +325,7 @@ def main(argv: list[str]) -> int:
             print(dry_run(arms, kept, jobs))
             return 0
         # Verdicts are kept arm by arm: who stops a sweep of many hours has those of all that finished.
-        finish = partial(keep, folder, arms, kept, argv=given, jobs=jobs)
+        finish = partial(keep, folder, arms, kept, about)
         failed = sweep(arms, kept, jobs, any_source=any_source, after=lambda: finish(failed={}))
         finish(failed=failed)
         print(f"{write_sweep_report(folder)}\nreport: {folder / 'report.html'}")

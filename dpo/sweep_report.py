@@ -158,10 +158,6 @@ def mean_of(figures: Sequence[Figure], *, shared: bool = False) -> Figure:
     return mean, [max(low, 0.0), min(high, 1.0)]
 
 
-def _share(hits: int, n: int, interval: Sequence[float]) -> Figure:
-    return hits / n, [*interval]
-
-
 def over_seeds(scores: Sequence[Floats], groups: Sequence[Sequence[str]], *, share: bool) -> Figure:
     """The mean of the seeds' scores, a score a verdict, with the widest of its 95 % intervals.
 
@@ -259,7 +255,10 @@ def read_kept(folder: Path) -> tuple[Kept, Settings]:
         own = {seed: {role_of[role]: of[role] for role in role_of if role in of} for seed, of in by_seed.items()}
         shared = ((of, own.keys() & of.keys()) for of in bases.values())
         same = next((of for of, seeds in shared if seeds and all(of[seed] == own[seed] for seed in seeds)), None)
-        bases.setdefault(f"base of {setting}", own) if same is None else same.update(own)
+        if same is None:
+            bases[f"base of {setting}"] = own
+        else:
+            same.update(own)
     if len(bases) == 1:
         bases = {"base": next(iter(bases.values()))}
     return kept, bases | settings
@@ -278,7 +277,7 @@ def contrast_of(kept: Kept, settings: Settings) -> tuple[Difference, float] | No
 
 
 def _percent(figure: Figure, sign: str = "") -> str:
-    mean, *ends = (f"{round(100 * share, 1) + 0.0:{sign}.1f}" for share in (figure[0], *figure[1]))
+    mean, *ends = (f"{100 * share:{sign}z.1f}" for share in (figure[0], *figure[1]))
     return f"{mean} [{', '.join(ends)}]"
 
 
@@ -325,10 +324,6 @@ def _standings(standings: Sequence[Standing], settings: Settings, role: str) -> 
     shares = {one.setting: [one.figures.get(readout) for readout in shown] for one in standings}
     title = "Every setting"
     return [Plot("settings", title, bars(title, shares, shown)), Table(title, rows), Text("paragraph", text)]
-
-
-def _shared(arms: Sequence[KeptArm]) -> bool:
-    return len({arm["seed"] for arm in arms}) > 1 and len({arm["rows"] for arm in arms}) == 1
 
 
 def _controls(settings: Settings) -> list[Block]:
@@ -404,28 +399,29 @@ def _slopes(x: Sequence[float], line: Sequence[Mapping[int, Judged]], readout: s
 
 def _attacks(kept: Kept) -> list[Block]:
     """How often each attack wins over the trained judges of a setting, and did before: the means of its seeds."""
-    names = list(dict.fromkeys(of["attack"] for arm in kept["arms"] for of in arm.get("attacks", [])))
+    shared = len({arm["seed"] for arm in kept["arms"]}) > 1 and len({arm["rows"] for arm in kept["arms"]}) == 1
 
-    def won(role: str) -> dict[str, tuple[str, ...]]:  # by setting, a cell an attack
-        shares: dict[str, dict[str, list[Success]]] = {}
+    def won(role: str) -> dict[str, dict[str, str]]:  # by setting and attack
+        shares: dict[str, dict[str, list[Figure]]] = {}
         for arm in kept["arms"]:
             for of in arm.get("attacks", []):
                 if of["judge"] == role:
-                    shares.setdefault(arm["setting"], {}).setdefault(of["attack"], []).append(of)
-        return {setting: tuple(told(by_name.get(name, [])) for name in names) for setting, by_name in shares.items()}
+                    by_name = shares.setdefault(arm["setting"], {})
+                    by_name.setdefault(of["attack"], []).append((of["wins"] / of["n"], of["interval"]))
+        return {
+            setting: {name: _percent(mean_of(of, shared=shared)) for name, of in by_name.items()}
+            for setting, by_name in shares.items()
+        }
 
-    def told(of: Sequence[Success]) -> str:
-        shares = [_share(one["wins"], one["n"], one["interval"]) for one in of]
-        return _percent(mean_of(shares, shared=_shared(kept["arms"]))) if shares else ""
-
-    bases: dict[str, tuple[str, ...]] = {}  # where two have no other figure, one, by the name of its first setting
+    bases: dict[str, dict[str, str]] = {}  # where two have no other figure, one, by the name of its first setting
     for setting, cells in won("base").items():
-        beside = {of: [*zip(cells, known, strict=True)] for of, known in bases.items()}
-        same = next((of for of, pairs in beside.items() if all(a == b or not (a and b) for a, b in pairs)), setting)
-        bases[same] = tuple(a or b for a, b in beside[same]) if same in bases else cells
+        alike = (of for of, known in bases.items() if all(known[name] == cells[name] for name in known.keys() & cells))
+        first = next(alike, setting)
+        bases[first] = bases.get(first, {}) | cells
+    told = {"base" if len(bases) == 1 else f"base of {setting}": cells for setting, cells in bases.items()}
+    names = list(dict.fromkeys(of["attack"] for arm in kept["arms"] for of in arm.get("attacks", [])))
     rows = [("setting", *names)]
-    rows += [("base" if len(bases) == 1 else f"base of {setting}", *cells) for setting, cells in bases.items()]
-    rows += [(setting, *cells) for setting, cells in won("trained").items()]
+    rows += [(who, *(of.get(name, "") for name in names)) for who, of in [*told.items(), *won("trained").items()]]
     return [Table("Attacks on the judges", rows), Text("paragraph", NOTES["sweep"]["attacks"])] if names else []
 
 

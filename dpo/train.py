@@ -24,10 +24,10 @@ from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ra
 from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, scores_answers, set_up_cpu
 from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
+from dpo.judge.controls import control_verdicts
 from dpo.judge.local import (
     Reply,
     answer_verdicts,
-    control_judges,
     evaluation,
     judge_results,
     likelihood_leads,
@@ -49,7 +49,7 @@ from dpo.report import write_report
 from dpo.report_run import verdict
 from dpo.results import Data, Judgement, read_metrics
 from dpo.routes import keeps_routes, routes_of, store_missing, store_routes
-from dpo.rows import Row
+from dpo.rows import Row, pairs_of
 from dpo.runs import new_folder, resumed_folder, sole_process
 from dpo.settings import help_text, load_config, unswept
 from dpo.show import render_tree
@@ -258,7 +258,9 @@ def train_and_judge(
     if ranks.first:
         write_seen(folder / "export", inputs.attacks_seen or [])
         with stage("statistics", times):
-            controls = control_judges(inputs, config, judged, base_validation)
+            pairs = [(row, pair) for row in test for pair in pairs_of(row, config.judge.pairs_per_row)]
+            base_said, blind = judged["base"], judged.get("blind")
+            controls = control_verdicts(inputs.splits.train, pairs, base_said, base_validation, blind, config.seed)
             judgement = judge_results(config, judged, controls)
         write_verdicts(folder / "verdicts.jsonl", judged | controls)
         results = {

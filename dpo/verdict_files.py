@@ -16,6 +16,7 @@ from dpo.judge.local import OF_ANSWERS
 from dpo.judge.prompts import judge_messages, request_text
 from dpo.judged import Run, read_run
 from dpo.rows import Row
+from dpo.trees import TreeSettings
 from models.errors import UserError
 from models.files import atomic_write_text, read_text
 
@@ -62,7 +63,7 @@ def judgements(run: Run, role: str) -> Iterator[Judgement]:
         yield Judgement(f"{row.id} {verdict.pair}" if any(verdict.pair) else row.id, row, *passes)
 
 
-def together_row(of: Judgement, run: Run, role: str) -> Record:
+def together_row(of: Judgement, settings: TreeSettings, role: str) -> Record:
     """A line of the service's result file: its flipped choice is in terms of the original order.
 
     An unreadable pass leaves the decision to the other one; with none there is none.
@@ -89,9 +90,8 @@ def together_row(of: Judgement, run: Run, role: str) -> Record:
     }
 
 
-def judgebench_row(of: Judgement, run: Run, role: str) -> Record:
+def judgebench_row(of: Judgement, settings: TreeSettings, role: str) -> Record:
     """A line of JudgeBench's output file: a decision is in terms of the order that the judge saw."""
-    settings = judge_settings(run.config, sighted=run.config.judge.sighted)
     prompt, template = of.row.prompt, settings.template
     sighted = {"sighted": True, "blind": False}.get(role, settings.sighted)
     reference = of.row.reference_answer if settings.reference_answer else ""
@@ -118,15 +118,17 @@ def judgebench_row(of: Judgement, run: Run, role: str) -> Record:
     }
 
 
-SHAPES: dict[str, Callable[[Judgement, Run, str], Record]] = {"together": together_row, "judgebench": judgebench_row}
+Shape = Callable[[Judgement, TreeSettings, str], Record]
+SHAPES: dict[str, Shape] = {"together": together_row, "judgebench": judgebench_row}
 """--verdicts -> a line of the file."""
 
 
 def write_verdict_files(folder: Path, shape: str) -> list[Path]:
     """Write RUN/SHAPE-JUDGE.jsonl for each judge of the run in `folder`; their paths."""
     run, paths = read_run(folder), []
+    settings = judge_settings(run.config, sighted=run.config.judge.sighted)
     for role in (role for role in run.verdicts if role in run.results["judge"] and role not in OF_ANSWERS):
-        lines = [json.dumps(SHAPES[shape](of, run, role), ensure_ascii=False) + "\n" for of in judgements(run, role)]
+        lines = [json.dumps(SHAPES[shape](of, settings, role)) + "\n" for of in judgements(run, role)]
         paths.append(folder / f"{shape}-{role.replace('/', '_')}.jsonl")
         atomic_write_text(paths[-1], "".join(lines))
     return paths

@@ -216,7 +216,7 @@ def test_nodes_share_what_crosses_between_them():
     assert moved(16, offload=True) == ((1500, 100, 100), (2550, 170, 170))
 
 
-@pytest.mark.parametrize("gpus", ["64", "xH100", "0xH100", "12xH100", "8xH900", "8 x H100"])
+@pytest.mark.parametrize("gpus", ["64", "xH100", "0xH100", "12xH100", "8xH900", "8 x H100", "\u00b2xH100"])
 def test_what_is_no_cluster_is_refused(gpus, capsys):
     assert plan.main(["exp=study-large", f"gpus={gpus}"]) == 2
     assert f"error: gpus = '{gpus}': must be NUMBERxKIND" in capsys.readouterr().err
@@ -226,6 +226,8 @@ def test_what_is_no_cluster_is_refused(gpus, capsys):
     ("argument", "said"),
     [
         ("price=free", "price = 'free' (command line): must be a number above 0"),
+        ("pairs=0.5", "pairs = '0.5' (command line): must be a whole number above 0"),
+        ("prompt=inf", "prompt = 'inf' (command line): must be a whole number above 0"),
         ("model.path=nobody/Nothing-7B", "model.path = nobody/Nothing-7B: nothing is fetched for a plan"),
         ("gpu=8", "unknown key gpu"),
     ],

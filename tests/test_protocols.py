@@ -14,7 +14,8 @@ from dpo.judge.__main__ import main
 from dpo.judge.asked import written_label
 from dpo.judge.endpoint import Answer
 from dpo.judge.prompts import asked_by, chosen_slot, read_template
-from dpo.judge.protocols import PROTOCOLS, ratings, read_verdicts, replies_of
+from dpo.judge.protocols import PROTOCOLS, ratings, replies_of, verdicts_of
+from dpo.judged import judges_of, read_run, reasons
 from dpo.report import write_report
 from dpo.rows import Row, read_rows, write_rows
 from dpo.train import main as train
@@ -45,7 +46,7 @@ def test_choose_scores_the_right_slot_and_a_quarter_for_no_reply() -> None:
         reply_L = np.array([-3.0] * 4) if said != "in words" else np.array([-math.inf] * 4)
         reply_L[slot if said != "wrong" else (slot + 1) % 4] = -0.5 if said != "in words" else 0.0
         replies.append(np.array([reply_L]) if said != "nothing" else np.full((1, 4), NAN))
-    verdicts = read_verdicts(FOUR, replies, how)
+    verdicts = verdicts_of(FOUR, replies, how)
     assert [(v.first, v.second) for v in verdicts[:2]] == [(2.5, -2.5), (-2.5, 2.5)]
     assert math.isnan(verdicts[2].first) and (verdicts[3].first, verdicts[3].second) == (1.0, -1.0)
     score = PROTOCOLS["choose"].score
@@ -77,7 +78,7 @@ def test_rate_gives_verdicts_on_pairs_and_both_of_rewardbench_2s_scores() -> Non
     ]
     replies = by_rating(rows, [[8, 8, 1, 1], [5, 9, 1, 0], [9, 4], [9, 8, 5]])
     how = settings("rate")
-    verdicts = read_verdicts(rows, replies, how)
+    verdicts = verdicts_of(rows, replies, how)
     assert [v.first for v in verdicts[:3]] == [0.0, 7.0, 7.0] and [v.second for v in verdicts[3:5]] == [4.0, -4.0]
     assert math.isnan(verdicts[5].first) and [v.pair for v in verdicts[7:]] == [(0, 0), (1, 0)]
     assert [v.first for v in verdicts[7:]] == [4.0, 3.0]
@@ -86,7 +87,7 @@ def test_rate_gives_verdicts_on_pairs_and_both_of_rewardbench_2s_scores() -> Non
     assert score and score(rows, replies, how) == pytest.approx(
         {"Math": (1 / 2 + 0) / 2, "Ties": ties, "score": (0.25 + ties) / 2}
     )
-    assert len(read_verdicts(rows, replies, settings("rate", pairs_per_row=1))) == 4
+    assert len(verdicts_of(rows, replies, settings("rate", pairs_per_row=1))) == 4
 
 
 # ---- a local model
@@ -251,6 +252,10 @@ def test_rm_bench_in_a_file_that_does_not_say_so_is_not_scored_by_a_ninth(
     assert "RM-Bench's score needs all nine pairs of a row; set judge.pairs_per_row=0" in capsys.readouterr().err
     code, results = judge(data, "model.path=tiny-random", "judge.pairs_per_row=0")
     assert code == 0 and results["benchmark"]["name"] == "RM-Bench" and "hard" in results["benchmark"]["figures"]
+    with data.open("a") as file:
+        file.write(json.dumps({"id": "two", "prompt": "?", "domain": "chat", **styles, "chosen": ["a", "b"]}) + "\n")
+    assert judge(data, "model.path=tiny-random", "judge.pairs_per_row=0")[0] == 2
+    assert "two: RM-Bench's score needs rows of 3 chosen and 3 rejected" in capsys.readouterr().err
 
 
 def test_the_report_puts_best_of_four_and_ties_together(data: Path) -> None:
@@ -261,3 +266,13 @@ def test_the_report_puts_best_of_four_and_ties_together(data: Path) -> None:
     report = (write_report(runs) / "report.md").read_text()
     best, ties = (json.loads((run / "results.json").read_text())["benchmark"]["figures"]["score"] for run in runs)
     assert f"| tiny-random | {100 * (best + ties) / 2:.1f} % |" in re.sub(" +", " ", report)
+
+
+def test_a_best_of_four_is_compared_with_no_verdict_on_a_pair(data: Path) -> None:
+    runs = []
+    for protocol in ("choose", "compare"):
+        judge(data, "model.path=tiny-random", f"judge.protocol={protocol}", "dtype=fp32")
+        runs.append(read_run((data.parent / "runs" / "judge" / "latest").resolve()))
+    choose, compare = judges_of(runs)
+    told = {why for whys in reasons([choose, compare]).values() for why in whys}
+    assert told and not any(choose.name in why and compare.name in why for why in told)

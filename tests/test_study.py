@@ -70,6 +70,22 @@ def test_a_study_trains_asks_and_reports_and_does_nothing_twice(study: list[str]
         assert sorted((tmp_path / "runs").rglob("results.json")) == before and served.asked.total() == asked
 
 
+def test_one_model_in_two_ways_is_two_judges_and_each_is_held_to_the_product_that_asked_it(
+    study: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(right) as served:
+        endpoints = [f"judge-1 {served.url} temperature={value}" for value in (0, 1)]
+        command = [*study, "sweep.objective=verdicts", "sweep.judge.sighted=true"]
+        command.append(f"study.endpoints={json.dumps(endpoints)}")
+        assert main(command) == 0
+    judges = json.loads((tmp_path / "runs" / "study" / "report.json").read_text())["judges"]
+    assert len(judges) == 4 and sum(name.startswith("judge-1") for name in judges) == 2
+    assert {json.loads(body)["temperature"] for body in served.asked} == {0, 1}
+    capsys.readouterr()
+    monkeypatch.setattr("dpo.arms.source_digest", lambda: "0123")
+    assert main(command) == 2 and "judge-1-1, judge-1.2-1: begun by other sources" in capsys.readouterr().err
+
+
 def test_an_endpoint_that_cannot_be_meant_is_told_before_anything_runs(
     study: list[str], tmp_path: Path, capsys
 ) -> None:

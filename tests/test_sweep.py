@@ -108,7 +108,7 @@ def test_named_arms_and_contrasts_that_cannot_be_are_refused(
 
 def test_a_contrast_is_read_as_it_was_named(tmp_path: Path) -> None:
     given = arms_file(tmp_path / "e.toml", '[sweep.contrast]\na = "ipo"\nb = "base"\nreadout = "says A"')
-    assert sweep.contrast_of(load_sweep(given), given) == ("ipo", "base", "says A")
+    assert sweep.named_contrast(load_sweep(given), given) == ("ipo", "base", "says A")
 
 
 def test_a_single_run_leaves_a_files_sweep_alone_and_refuses_one_that_is_typed(tmp_path: Path) -> None:
@@ -388,6 +388,11 @@ def test_arms_that_are_kept_count_as_finished_where_their_run_folders_are_gone(
     (folder / "arms.json").write_text(json.dumps(arms))
     assert sweep.main([*elsewhere, *SWEPT, results]) == 2
     assert "loss.beta=0.1,seed=0.jsonl.gz was finished with other test rows" in capsys.readouterr().err
+    del arms["arms"][0]["config"]  # as before it was kept
+    (folder / "arms.json").write_text(json.dumps(arms))
+    assert sweep.main([*elsewhere, *SWEPT, results, "source=any"]) == 2
+    assert "loss.beta=0.1,seed=0.jsonl.gz without its configuration" in capsys.readouterr().err
+    assert json.loads((folder / "arms.json").read_text()) == arms
 
     (folder / "arms.json").write_bytes(before["arms.json"])
     (folder / "loss.beta=0.5,seed=1.jsonl.gz").unlink()
@@ -423,6 +428,13 @@ def test_a_run_begun_before_a_key_was_there_has_its_default(finished: list[str])
             sweep.finished_folder(arm)
     finally:
         path.write_text(before)
+
+
+def test_who_looks_whether_an_arm_is_finished_is_told_nothing_of_keys_that_may_differ(
+    finished: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arm = load_sweep([*finished, *SWEPT, "log.project=other"])[0]
+    assert sweep.finished_folder(arm) and not capsys.readouterr().out
 
 
 def test_the_primary_readout_is_the_contrasts_or_one_of_those_there_are(

@@ -20,7 +20,7 @@ def sometimes_lost(body: dict, before: int) -> Reply:
     text = body["messages"][-1]["content"]
     a = text.partition("Answer A: ")[2]
     lost = "3 + 3?" in text or ("5 + 5?" in text and a.startswith("It is"))
-    return completion("I cannot say.") if lost else longer(body, before)
+    return completion("I cannot say. \ud83d") if lost else longer(body, before)
 
 
 def test_the_services_rows_keep_its_rules(data: Path) -> None:  # noqa: F811

@@ -34,7 +34,7 @@ from dpo.judge.calibration import Floats
 from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
 from dpo.judge.local import likelihood_leads, replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
-from dpo.judge.protocols import PROTOCOLS, read_verdicts
+from dpo.judge.protocols import PROTOCOLS, verdicts_of
 from dpo.judge.robustness import Success, biases, successes
 from dpo.judge.statistics import Summary, Verdict, summarise
 from dpo.judge.written import Pen, written_replies
@@ -47,7 +47,7 @@ from dpo.rows import Rows
 from dpo.runs import new_folder
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
-from dpo.trees import Tree
+from dpo.trees import Tree, TreeSettings
 from models.checkpoint import weights_fingerprint
 from models.errors import UserError, exit_code
 from models.files import atomic_write_text, write_json
@@ -80,7 +80,7 @@ class Judged(NamedTuple):
     reply: Callable[[Rows], list[Floats]]  # of other rows
 
 
-def by_model(config: Config, ranks: Ranks) -> Judged:
+def by_model(config: Config, settings: TreeSettings, ranks: Ranks) -> Judged:
     """By `model.path` with `model.adapter`: the log-probs of the labels, behind a critique with judge.critique.
 
     All ranks share the work and get all of it.
@@ -89,7 +89,6 @@ def by_model(config: Config, ranks: Ranks) -> Judged:
     inputs = read_inputs(config, ranks.device.type, judging=True)
     watch_ranks(ranks, config.run.hang_s)
     model = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
-    settings = judge_settings(config, sighted=config.judge.sighted)
 
     def ask(rows: Rows, most_invalid: float = 1.0) -> tuple[list[Floats], list[Answer]]:
         trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
@@ -126,12 +125,12 @@ def padding_hint(trees: Sequence[Tree], config: Config) -> str:
     )
 
 
-def by_endpoint(config: Config) -> Judged:
+def by_endpoint(config: Config, settings: TreeSettings) -> Judged:
     """By `endpoint.model`, which is asked for its verdicts in words."""
     check_place("run.root", Path(config.run.root))
     splits, cache = load_splits(config, judging=True), cache_folder(config)
     usage = Usage()
-    ask, settings = endpoint(config.endpoint, cache, usage), judge_settings(config, sighted=config.judge.sighted)
+    ask = endpoint(config.endpoint, cache, usage)
 
     def reply(rows: Rows) -> list[Floats]:
         # An attack that leaves no verdict has not won, and is no reason to stop.
@@ -144,14 +143,13 @@ def by_endpoint(config: Config) -> Judged:
     return Judged(name, rows, attacked, None, {}, said, answers, asked, usage, splits.report, reply)
 
 
-def benchmark_of(judged: Judged, verdicts: Sequence[Verdict], config: Config) -> Benchmark | None:
+def benchmark_of(judged: Judged, verdicts: Sequence[Verdict], settings: TreeSettings, seed: int) -> Benchmark | None:
     """results.json's `benchmark`, where judge.protocol or the rows' format is of one.
 
     Beside `choose` in words stands what RewardBench 2's parser reads in them, where the template asks for its [[A]].
     """
-    settings, protocol = judge_settings(config, sighted=config.judge.sighted), PROTOCOLS[config.judge.protocol]
-    rows, score = list(judged.rows), protocol.score
-    groups = [row.group for row in rows]
+    protocol, rows = PROTOCOLS[settings.protocol], list(judged.rows)
+    score, groups = protocol.score, [row.group for row in rows]
     if score is None:
         name, of_pairs = OF_PAIRS.get(", ".join(judged.data["formats"]), ("", None))
         if of_pairs is None:
@@ -159,10 +157,10 @@ def benchmark_of(judged: Judged, verdicts: Sequence[Verdict], config: Config) ->
         by_row: dict[str, list[Verdict]] = defaultdict(list)
         for verdict in verdicts:
             by_row[verdict.id].append(verdict)
-        return scored(name, lambda at: of_pairs([v for p in at for v in by_row[rows[p].id]]), groups, config.seed)
+        return scored(name, lambda at: of_pairs([v for p in at for v in by_row[rows[p].id]]), groups, seed)
     parsed: list[float] = []
     boxed = "[[" in settings.template.system + settings.template.user
-    if judged.answers and config.judge.protocol == "choose" and boxed:
+    if judged.answers and settings.protocol == "choose" and boxed:
         slots = [settings.template.labels[chosen_slot(row, settings.seed)] for row in rows]
         parsed = [choice_score(official_choice(a.text), slot) for a, slot in zip(judged.answers, slots, strict=True)]
 
@@ -171,7 +169,7 @@ def benchmark_of(judged: Judged, verdicts: Sequence[Verdict], config: Config) ->
         read = [(rows[p].subset, parsed[p]) for p in at] if parsed else []
         return of | ({"score_by_its_parser": mean_of_subsets(read)["score"]} if read else {})
 
-    return scored(protocol.benchmark, figures, groups, config.seed)
+    return scored(protocol.benchmark, figures, groups, seed)
 
 
 def run(config: Config) -> Path:
@@ -181,12 +179,12 @@ def run(config: Config) -> Path:
     ranks = join_ranks(pick_device(config), config.run.hang_s)
     if ranks.world > 1 and (config.endpoint.url or config.judge.critique != "off"):
         raise UserError("endpoint.url, judge.critique: one process asks or writes; run without torchrun")
-    with stage("judge", times):
-        judged = by_endpoint(config) if config.endpoint.url else by_model(config, ranks)
     settings = judge_settings(config, sighted=config.judge.sighted)
-    verdicts = read_verdicts(judged.rows, judged.replies, settings)
+    with stage("judge", times):
+        judged = by_endpoint(config, settings) if config.endpoint.url else by_model(config, settings, ranks)
+    verdicts = verdicts_of(judged.rows, judged.replies, settings)
     summary = summarise(verdicts, config.seed, odds=config.judge.protocol == "compare")
-    benchmark = benchmark_of(judged, verdicts, config)
+    benchmark = benchmark_of(judged, verdicts, settings, config.seed)
     attacks: list[Success] = []
     if judged.attacked:
         with stage("attack", times):
@@ -194,7 +192,7 @@ def run(config: Config) -> Path:
                 judged.judge,
                 verdicts,
                 judged.attacked,
-                lambda rows: read_verdicts(rows, judged.reply(rows), settings),
+                lambda rows: verdicts_of(rows, judged.reply(rows), settings),
                 judged.attacks_seen,
                 config.seed,
             )

@@ -18,7 +18,7 @@ LEAST_CLUSTERS = 100  # for a bootstrap of whole groups: it is too narrow on few
 PLACES = {"win": 0, "loss": 1, "tie": 2, "invalid": 3}  # of an outcome among the classes of an agreement
 
 
-def _confidence(chosen_R: Floats) -> tuple[Floats, Floats]:
+def confidence(chosen_R: Floats) -> tuple[Floats, Floats]:
     """(confidence_R, score_R): the preferred answer's probability, and 1, 1/2 or 0 for whether it is the chosen one."""
     return np.maximum(chosen_R, 1 - chosen_R), (1 + np.sign(chosen_R - 0.5)) / 2
 
@@ -30,7 +30,7 @@ def brier(chosen_R: Floats) -> float:
 
 def expected_calibration_error(chosen_R: Floats, bins: int = 10) -> float:
     """sum_bins n / R |accuracy - mean confidence| (Naeini 2015), `bins` of one width from one half to 1."""
-    confidence_R, score_R = _confidence(chosen_R)
+    confidence_R, score_R = confidence(chosen_R)
     bin_R = np.minimum(((confidence_R - 0.5) * 2 * bins).astype(int), bins - 1)
     gap = np.bincount(bin_R, score_R - confidence_R)
     return float(np.abs(gap).sum() / len(chosen_R))
@@ -41,7 +41,7 @@ def selective_accuracy(chosen_R: Floats) -> Floats:
 
     Among equally sure ones each counts with their mean score: their order says nothing.
     """
-    confidence_R, score_R = _confidence(chosen_R)
+    confidence_R, score_R = confidence(chosen_R)
     _, level_R = np.unique(-confidence_R, return_inverse=True)
     mean = np.bincount(level_R, score_R) / np.bincount(level_R)
     return np.cumsum(mean[np.sort(level_R)]) / np.arange(1, len(chosen_R) + 1)

@@ -60,7 +60,7 @@ def control_verdicts(
     blind: Sequence[Verdict] | None,
     seed: int,
 ) -> dict[str, list[Verdict]]:
-    """Every control's verdicts on the test pairs, by name: never from the trained judge's own, nor a test label.
+    """Every control's verdicts on the test pairs, by name. None reads a test label.
 
     `base`: the untrained judge's, on the test and on the validation pairs; `blind`: the trained judge's without the
     request. Left out: "blind" where it is None, "calibrated base" without a valid validation verdict.
@@ -71,7 +71,7 @@ def control_verdicts(
         # Consistent 0, order-averaged exactly one half.
         "always A": [Verdict(row.id, row.subset, row.group, pair, 1.0, 1.0) for row, pair in test_pairs],
         # About 50 % on both readings, and no skill.
-        "consistent coin": _preferring(test_pairs, coin),
+        "consistent coin": preferring(test_pairs, coin),
         "longer answer": _by_score(test_pairs, lambda row, answer: float(len(answer))),
         "overlap with the request": _by_score(test_pairs, _overlap),
         "surface classifier": _by_score(test_pairs, lambda row, answer: surface(answer)),
@@ -86,14 +86,14 @@ def control_verdicts(
     return controls
 
 
-def _preferring(pairs: Sequence[Pair], leads: Sequence[float]) -> list[Verdict]:
+def preferring(pairs: Sequence[Pair], leads: Sequence[float]) -> list[Verdict]:
     """Verdicts of a judge that ignores the place: by how much it prefers each pair's chosen answer."""
     given = zip(pairs, leads, strict=True)
     return [Verdict(row.id, row.subset, row.group, pair, lead, -lead) for (row, pair), lead in given]
 
 
 def _by_score(pairs: Sequence[Pair], score: Callable[[Row, str], float]) -> list[Verdict]:
-    return _preferring(pairs, [score(row, row.chosen[i]) - score(row, row.rejected[j]) for row, (i, j) in pairs])
+    return preferring(pairs, [score(row, row.chosen[i]) - score(row, row.rejected[j]) for row, (i, j) in pairs])
 
 
 def _overlap(row: Row, answer: str) -> float:
@@ -198,16 +198,15 @@ def conclude(
     Better = higher order-averaged accuracy and p_holm < alpha. Holm's correction runs over the controls' averaged
     tests, each with the larger of p and p_clustered; one in the wrong direction enters as 1.
     """
-    compared = {name: compare(trained, verdicts, seed) for name, verdicts in controls.items()}
-    entries = {
-        name: Control(
+    entries = {}
+    for name, verdicts in controls.items():
+        compared = compare(trained, verdicts, seed)
+        entries[name] = Control(
             accuracy=float(consistent_scores(verdicts).mean()),
             averaged_accuracy=float(averaged_scores(verdicts).mean()),
-            averaged=compared[name]["averaged"],
-            consistent=compared[name]["consistent"],
+            averaged=compared["averaged"],
+            consistent=compared["consistent"],
         )
-        for name, verdicts in controls.items()
-    }
     tests = [entry["averaged"] for entry in entries.values()]
     p_values = [max(test["p"], test["p_clustered"]) if test["difference"] > 0 else 1.0 for test in tests]
     for test, p_holm in zip(tests, holm(p_values), strict=True):

@@ -64,11 +64,11 @@ class Answer:
 
     text: str
     finish: str  # "stop", "length" (cut at endpoint.max_tokens), "content_filter", ...
-    tokens: tuple[tuple[str, dict[str, float]], ...]  # each with log p (nats) of the likeliest in its place
-    prompt_tokens: int
-    completion_tokens: int
-    model: str  # as the endpoint names what it ran
-    time_s: float
+    tokens: tuple[tuple[str, dict[str, float]], ...] = ()  # each with log p (nats) of the likeliest in its place
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    model: str = ""  # as the endpoint names what it ran
+    time_s: float = 0.0
     ids: tuple[int, ...] = ()  # the tokens of a local model's, its end included
 
 
@@ -209,6 +209,7 @@ def kept_answers(path: Path) -> Iterator[tuple[dict[str, Answer], Callable[[str,
             except OSError as error:
                 error.filename = str(path)  # write() does not say where the disk is full
                 raise
+            kept[key] = answer
 
         yield kept, keep
 
@@ -373,7 +374,7 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job, worker: in
             f"endpoint.url={config.url}: {fault}; check the address (most end in /v1) and that a server runs there, or "
             "raise endpoint.max_retries"
         )
-    return Answer(fault, "error", (), 0, 0, "", 0.0)
+    return Answer(fault, "error")
 
 
 async def _post(client: "AsyncOpenAI", request: Request, timeout_s: float) -> tuple[int, Headers, str]:
@@ -427,10 +428,10 @@ def read_answer(text: str, time_s: float) -> Answer:
         content or str(message.get("refusal") or ""),
         str(choice["finish_reason"]),
         tuple(tokens),
-        int(usage["prompt_tokens"]),
-        int(usage["completion_tokens"]),
-        str(said["model"]),
-        time_s,
+        prompt_tokens=int(usage["prompt_tokens"]),
+        completion_tokens=int(usage["completion_tokens"]),
+        model=str(said["model"]),
+        time_s=time_s,
     )
 
 

@@ -16,9 +16,8 @@ from torch import Tensor
 from dpo.config import Config
 from dpo.inputs import Inputs, judge_settings
 from dpo.judge.calibration import Floats
-from dpo.judge.controls import conclude, control_verdicts
-from dpo.judge.protocols import read_verdicts as verdicts_of
-from dpo.judge.protocols import replies_of
+from dpo.judge.controls import conclude, preferring
+from dpo.judge.protocols import replies_of, verdicts_of
 from dpo.judge.statistics import Verdict, compare, compare_subsets, summarise, verdict_record
 from dpo.logprobs import Score, TreeLogps
 from dpo.losses import pair_losses, reads, reward_metrics
@@ -53,12 +52,9 @@ OF_ANSWERS = ("rewards", "likelihood", "base likelihood")
 
 def prefer(rows: Sequence[Row], trees: Sequence[Tree], values: Sequence[Tensor]) -> list[Verdict]:
     """Verdicts by what the answers are worth, a tree a row and a value a completion; they have no order."""
-    found = []
-    for row, tree, value_S in zip(rows, trees, values, strict=True):
-        for pair, of in zip(pairs_of(row, len(tree.pairs)), tree.pairs, strict=True):
-            lead = float(value_S[of.winner] - value_S[of.loser])
-            found.append(Verdict(row.id, row.subset, row.group, pair, lead, -lead))
-    return found
+    pairs = [(row, pair) for row, tree in zip(rows, trees, strict=True) for pair in pairs_of(row, len(tree.pairs))]
+    of_pairs = ((pair, value_S) for tree, value_S in zip(trees, values, strict=True) for pair in tree.pairs)
+    return preferring(pairs, [float(value_S[pair.winner] - value_S[pair.loser]) for pair, value_S in of_pairs])
 
 
 def _likelihoods(scored: Sequence[TreeLogps], mean: bool) -> list[Tensor]:
@@ -113,21 +109,12 @@ def evaluation(
     return {f"eval/{name}": value for name, value in {**means(sums), **figures}.items()}
 
 
-def control_judges(
-    inputs: Inputs, config: Config, judged: Mapping[str, Sequence[Verdict]], base_validation: Sequence[Verdict]
-) -> dict[str, list[Verdict]]:
-    """The controls' verdicts on the test rows, which are `judged`; without validation rows, without calibrated base."""
-    test_pairs = [(row, pair) for row in inputs.splits.test for pair in pairs_of(row, config.judge.pairs_per_row)]
-    base, blind = judged["base"], judged.get("blind")
-    return control_verdicts(inputs.splits.train, test_pairs, base, base_validation, blind, config.seed)
-
-
 def judge_results(
     config: Config, judged: Mapping[str, Sequence[Verdict]], controls: Mapping[str, Sequence[Verdict]]
 ) -> dict[str, object]:
     """results.json's `judge`: the judges "base" and "trained", their comparison, and the controls.
 
-    `judged` holds verdicts on the test rows by judge: those two, and "blind" and OF_ANSWERS where they are wanted.
+    `judged` holds verdicts on the test rows by judge: those two, and "blind", "sighted" and OF_ANSWERS where wanted.
     """
     seed, base, trained = config.seed, judged["base"], judged["trained"]
     return {

@@ -188,13 +188,12 @@ QUESTIONS: dict[str, Callable[[Row, Pairs, int], list[tuple[str, ...]]]] = {
 }
 """judge.protocol -> from a row, its pairs that are judged and the seed of the slots, the answers of each question."""
 
-ASKED: dict[str, Callable[[Row], bool]] = {
-    "compare": lambda row: True,
-    "choose": lambda row: not TIES_ID.fullmatch(row.id),
-    "rate": lambda row: True,
-    "ties": lambda row: bool(TIES_ID.fullmatch(row.id)),
-}
-"""judge.protocol -> which rows it asks of: RewardBench 2 asks no best of four where several answers are right."""
+
+def asks(protocol: str, row: Row) -> bool:
+    """Whether it asks of the row: RewardBench 2 asks no best of four where several answers are right."""
+    of_ties = bool(TIES_ID.fullmatch(row.id))
+    return {"choose": not of_ties, "ties": of_ties}.get(protocol, True)
+
 
 COMPARE, RATE, TIES = (read_template("", protocol) for protocol in ("compare", "rate", "ties"))
 

@@ -111,7 +111,7 @@ PROTOCOLS = {
 """judge.protocol -> how it is read."""
 
 
-def read_verdicts(rows: Sequence[Row], replies: Sequence[Floats], settings: TreeSettings) -> list[Verdict]:
+def verdicts_of(rows: Sequence[Row], replies: Sequence[Floats], settings: TreeSettings) -> list[Verdict]:
     """The verdicts on the first settings.pairs_per_row pairs (0: all) of each row."""
     read = PROTOCOLS[settings.protocol].verdicts
     return [

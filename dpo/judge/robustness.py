@@ -43,7 +43,7 @@ def successes(
     needs no more than the clean verdicts. `seen`: the families that training saw, None where that is not known.
     """
     losing = {(verdict.id, verdict.pair): verdict for verdict in clean if verdict.first > verdict.second}
-    if not losing or not rows_under:
+    if not losing:
         return []
     ids = {verdict.id for verdict in losing.values()}
     known = seen or ()

@@ -23,6 +23,7 @@ from dpo.judge.calibration import (
     agreement,
     agreement_interval,
     brier,
+    confidence,
     expected_calibration_error,
     selective_accuracy,
 )
@@ -267,17 +268,14 @@ def student_p(values: Sequence[float], least: float = 0.0) -> float:
 
 def reliability(verdicts: Sequence[Verdict], bins: int = 5) -> list[Bin]:
     """Accuracy by confidence, the sigmoid of the order-averaged log-odds; bins of one width, those empty left out."""
-    first_R, second_R = log_odds(verdicts)
-    said_R = ~np.isnan(first_R - second_R)
-    score_R, confidence_R = averaged_scores(verdicts), 1 / (1 + np.exp(-np.abs(first_R - second_R) / 2))
-    bin_R = np.where(said_R, np.minimum(bins - 1, (confidence_R - 0.5) * 2 * bins), -1)
+    confidence_R, score_R = confidence(chosen_probabilities(verdicts))
+    bin_R = np.minimum(((confidence_R - 0.5) * 2 * bins).astype(int), bins - 1)
     found = []
-    for number in range(bins):
-        in_R = (bin_R >= number) & (bin_R < number + 1)
+    for number in np.unique(bin_R):
+        in_R = bin_R == number
         n, right = int(in_R.sum()), float(score_R[in_R].sum())
-        if n:
-            interval = list(wilson_interval(right, n))
-            found.append(Bin(n=n, confidence=float(confidence_R[in_R].mean()), accuracy=right / n, interval=interval))
+        interval = list(wilson_interval(right, n))
+        found.append(Bin(n=n, confidence=float(confidence_R[in_R].mean()), accuracy=right / n, interval=interval))
     return found
 
 
@@ -377,48 +375,46 @@ def minimum_detectable_difference(differences: Values, groups: Sequence[str]) ->
 
 
 def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
-    n = len(verdicts)
-    first_R, second_R = log_odds(verdicts)
-    outcome_R, score_R = outcomes(verdicts), averaged_scores(verdicts)
-    wins, losses, ties, invalid = (int((outcome_R == name).sum()) for name in ("win", "loss", "tie", "invalid"))
-    decided, groups = wins + losses, [verdict.group for verdict in verdicts]
-    decided_R, half_R = (
-        np.isin(outcome_R, ["win", "loss"]),
-        np.select([outcome_R == "win", outcome_R == "tie"], [1, 0.5]),
-    )
-    of_decided = (outcome_R[decided_R] == "win").astype(float), np.asarray(groups)[decided_R].tolist()
+    groups, outcome_R = [verdict.group for verdict in verdicts], outcomes(verdicts)
+    win_R, decided_R = consistent_scores(verdicts), np.isin(outcome_R, ["win", "loss"])
     chosen_R = chosen_probabilities(verdicts if odds else [])
-    curve_R = selective_accuracy(chosen_R)
-    surest = [float(curve_R[-(-len(curve_R) * tenth // 10) - 1]) for tenth in range(1, 11) if len(curve_R)]
-    intervals = {
-        "position_consistency": share_interval(decided_R.astype(float), groups, seed),
-        "raw_a_rate": share_interval(says_a_scores(verdicts), groups, seed),
-    }
+    curve_R, label_R = selective_accuracy(chosen_R), np.full(len(verdicts), "win")
+
+    def share(score_R: Floats, groups: Sequence[str] = groups) -> tuple[float, list[float]]:
+        return float(score_R.mean()), share_interval(score_R, groups, seed)
+
+    accuracy, accuracy_interval = share(win_R)
+    averaged_accuracy, averaged_interval = share(averaged_scores(verdicts))
+    tie_half_accuracy, tie_half_interval = share(win_R + (outcome_R == "tie") / 2)
+    decided = share(win_R[decided_R], np.array(groups)[decided_R].tolist()) if decided_R.any() else None
+    intervals: dict[str, list[float]] = {}
+    position_consistency, intervals["position_consistency"] = share(decided_R.astype(float))
+    raw_a_rate, intervals["raw_a_rate"] = share(says_a_scores(verdicts))
     if len(chosen_R):
-        valid = np.asarray(groups)[outcome_R != "invalid"].tolist()
+        valid = np.array(groups)[outcome_R != "invalid"].tolist()
         intervals["brier"] = list(cluster_interval((1 - chosen_R) ** 2, valid, seed))
-    if kappa := agreement_interval(outcome_R, np.full(n, "win"), groups, seed):
+    if kappa := agreement_interval(outcome_R, label_R, groups, seed):
         intervals["kappa"] = kappa
     return Summary(
-        n=n,
-        wins=wins,
-        losses=losses,
-        ties=ties,
-        invalid=invalid,
-        accuracy=wins / n,
-        accuracy_interval=share_interval(consistent_scores(verdicts), groups, seed),
-        averaged_accuracy=float(score_R.mean()),
-        averaged_interval=share_interval(score_R, groups, seed),
-        position_consistency=decided / n,
-        raw_a_rate=float((first_R > 0).sum() + (second_R > 0).sum()) / (2 * n),
-        tie_half_accuracy=(wins + ties / 2) / n,
-        tie_half_interval=share_interval(half_R, groups, seed),
-        decided_accuracy=wins / decided if decided else None,
-        decided_interval=share_interval(*of_decided, seed) if decided else None,
-        kappa=agreement(outcome_R, np.full(n, "win")),
+        n=len(verdicts),
+        wins=int((outcome_R == "win").sum()),
+        losses=int((outcome_R == "loss").sum()),
+        ties=int((outcome_R == "tie").sum()),
+        invalid=int((outcome_R == "invalid").sum()),
+        accuracy=accuracy,
+        accuracy_interval=accuracy_interval,
+        averaged_accuracy=averaged_accuracy,
+        averaged_interval=averaged_interval,
+        position_consistency=position_consistency,
+        raw_a_rate=raw_a_rate,
+        tie_half_accuracy=tie_half_accuracy,
+        tie_half_interval=tie_half_interval,
+        decided_accuracy=decided[0] if decided else None,
+        decided_interval=decided[1] if decided else None,
+        kappa=agreement(outcome_R, label_R),
         brier=brier(chosen_R) if len(chosen_R) else None,
         calibration_error=expected_calibration_error(chosen_R) if len(chosen_R) else None,
-        selective_accuracy=surest,
+        selective_accuracy=[float(curve_R[math.ceil(len(curve_R) * k / 10) - 1]) for k in range(1, 11) if len(curve_R)],
         intervals=intervals,
     )
 
@@ -426,7 +422,8 @@ def _figures(verdicts: Sequence[Verdict], seed: int, odds: bool) -> Summary:
 def summarise(verdicts: Sequence[Verdict], seed: int = 0, *, odds: bool = True) -> Summary:
     """One judge's figures over all pairs (at least one) and by subset; the seed is the bootstrap's.
 
-    `odds`: whether its log-odds are those of a pair, and not leads over three others or differences of ratings.
+    `odds`: whether its log-odds are those of a pair, and not leads over three others, or differences of ratings or of
+    log-probs; where all are 1, 0 or -1, letters alone, they are not.
     """
     assert verdicts, "a summary is of at least one verdict"
     sides = np.abs(log_odds(verdicts))
@@ -472,7 +469,7 @@ def compare_subsets(verdicts_a: Sequence[Verdict], verdicts_b: Sequence[Verdict]
     tests = {}
     for name in sorted({verdict.subset for verdict in verdicts_a}):
         a, b = ([verdict for verdict in one if verdict.subset == name] for one in (verdicts_a, verdicts_b))
-        tests[name] = compare(a, b, seed)["averaged"]
+        tests[name] = _paired_test(averaged_scores(a), averaged_scores(b), [verdict.group for verdict in a], seed)
     for test, p_holm in zip(tests.values(), holm([max(t["p"], t["p_clustered"]) for t in tests.values()]), strict=True):
         test["p_holm"] = p_holm
     return tests

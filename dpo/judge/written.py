@@ -71,7 +71,6 @@ def written(pen: Pen, trees: Sequence[Tree]) -> Iterator[list[Answer]]:
                 for key, answer in zip(chain(*keys), chain(*_write(pen, batch)), strict=True):
                     if key not in kept:
                         keep(key, answer)
-                        kept[key] = answer
             bar.update(len(batch))
             yield from ([kept[key] for key in of_tree] for of_tree in keys)
 
@@ -128,7 +127,7 @@ def _answer(one: Generation, tokenizer: Tokenizer, letters: dict[int, str]) -> A
         if end > begin
     ]
     finish = "length" if one.stop is None else "stop"
-    return Answer(text, finish, tuple(tokens), 0, len(ids), "", 0.0, tuple(one.tokens))
+    return Answer(text, finish, tuple(tokens), completion_tokens=len(ids), ids=tuple(one.tokens))
 
 
 def _closing(pen: Pen) -> tuple[Ids, Ids]:
