@@ -25,6 +25,8 @@ class AdamW:
     def step(self, lr: float) -> None:
         """Move every parameter that has a gradient at the rate `lr`, and drop the gradients."""
         moving = {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
+        if not moving:
+            return
         for parameter in moving:
             if not self.state[parameter]:
                 step = torch.zeros((), device=parameter.device)
@@ -32,22 +34,11 @@ class AdamW:
                 self.state[parameter] |= {"step": step, **moments}
         states = [self.state[parameter] for parameter in moving]
         steps, means, squares = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
-        if moving:
-            torch._foreach_add_(steps, 1)
-            torch._fused_adamw_(
-                list(moving),
-                list(moving.values()),
-                means,
-                squares,
-                [],
-                steps,
-                lr=lr,
-                beta1=self.config.beta1,
-                beta2=self.config.beta2,
-                eps=self.config.eps,
-                weight_decay=self.config.weight_decay,
-                amsgrad=False,
-                maximize=False,
-            )
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            list(moving), list(moving.values()), means, squares, [], steps, amsgrad=False, maximize=False, lr=lr,
+            beta1=self.config.beta1, beta2=self.config.beta2, eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+        )  # fmt: skip
         for parameter in moving:
             parameter.grad = None

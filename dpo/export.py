@@ -99,14 +99,17 @@ def merge(source: Path, out: Path, *, base: str = "", dtype: torch.dtype = torch
         weight.add_(signs * (weight.to(dtype) - weight))
     allowed = NOISE * gap(fixed_logits(model), unrounded)
     save_folder(out, merged, folder, dtype=dtype)
-    found = Checked(gap(fixed_logits(published(out)), truth), allowed, trained)
-    if not found.written <= allowed:
+    try:
+        found = Checked(gap(fixed_logits(published(out)), truth), allowed, trained)
+        if not found.written <= allowed:
+            raise UserError(
+                f"{out}: the merged model's logits differ by {found.written:.3g} from the unmerged ones, more than the "
+                f"{allowed:.3g} allowed; it was removed. Try --dtype fp32; if that fails too, report it"
+            )
+    except BaseException:  # Ctrl-C too: what is not checked does not stay
         shutil.rmtree(out)
-        raise UserError(
-            f"{out}: the merged model's logits differ by {found.written:.3g} from the unmerged ones, more than the "
-            f"{allowed:.3g} allowed; it was removed. Try --dtype fp32; if that fails too, report it"
-        )
-    told = [source / "export" / "model" / name for name in ("README.md", SEEN)]  # a run's, or of an adapter alone:
+        raise
+    told = [source / "export" / "model" / name for name in ("README.md", SEEN)]  # a run's card and attacks
     for path in (path for path in (*told, source / SEEN) if path.is_file()):
         shutil.copyfile(path, out / path.name)
     return found

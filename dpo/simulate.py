@@ -31,8 +31,8 @@ from dpo.distributed import Ranks, shard
 from dpo.packing import Pack
 from dpo.policy import empty_policy
 from kernels.backend import RATES, choose
-from kernels.linear_logprobs import CHUNKED_TOKENS, SAVED_PROBS_BYTES
-from kernels.linear_paths import FUSED_CHUNK_BYTES
+from kernels.linear_logprobs import CHUNKED_TOKENS
+from kernels.linear_paths import SAVED_PROBS_BYTES, fused_rows
 from kernels.roofline import GPUS, modelled_ms, steps
 from models.attention import Span
 from models.config import ModelConfig
@@ -259,14 +259,15 @@ def stand_in_attention(keys: float, meter: Meter) -> Attend:
 
 def head_cost(R: int, V: int, D: int, width: int, chunk: int, trained: bool, gpu: str, path: str) -> Cost:  # noqa: N803
     """linear_logprobs of R rows by a path: J in fp32, probabilities that a trained head keeps, its chunk's logits."""
-    rows = {"torch": chunk, "chunked": CHUNKED_TOKENS, "fused": max(FUSED_CHUNK_BYTES // (width * V) // 128 * 128, 128)}
+    rows = {"torch": chunk, "chunked": CHUNKED_TOKENS, "fused": fused_rows(width * V)}
     exact = max(width, 4)
     # Bytes of a logit: fp32 ones in their place; fp32 ones beside probabilities, and the last chunk's; those alone.
     each = {"torch": exact, "chunked": 4 + 2 * width, "fused": 2 * width}[path]
     work = rows[path] * V * each
     kept = R * V * width if trained and R * V * width <= SAVED_PROBS_BYTES else 0
     product = 2 * R * V * D
-    ms = modelled_ms(gpu, "chunked" if path == "torch" else path, steps("chunked", gpu, R, D, V, trained))
+    timed = "chunked" if path == "torch" else path
+    ms = modelled_ms(gpu, timed, steps(timed, gpu, R, D, V, trained))
     shares = (2 / 3, 1 / 3) if trained else (1, 0)
     time_s = (ms * shares[0] / 1e3, ms * shares[1] / 1e3)
     weight_grad = trained * (V * D * exact * (1 if kept else 2) + (0 if kept else work))
@@ -363,7 +364,7 @@ def try_pack(
 ) -> Trial:
     """What a pack takes, beside the state, of a GPU of `world`; `path` is linear_logprobs' ("": auto's)."""
     period, count = _period(shape), len(shape.layers)
-    path = path or choose(GPUS[gpu].arch, len(pack.rows_R), shape.hidden, shape.vocab)
+    path = path or choose(GPUS[gpu].arch, shape.hidden)
     sizes = [min(n, count) for n in (period + 1, 2 * period + 1)]
     one, two = (_run(shape, layers, config, dtype, world, pack, gpu, path) for layers in sizes)
     further = (count - sizes[1]) / max(sizes[1] - sizes[0], 1)

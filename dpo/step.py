@@ -133,7 +133,7 @@ def in_one_kernel(config: Config, trees: Sequence[Tree], device: torch.device, d
     plain = LossConfig(**{key: value for key, value in loss if key in read}) == loss
     if not plain or loss.name not in KERNEL_LOSSES:
         return False
-    if resolve(config.kernels.backend, device, dtype, 0, 1, 1) == "torch":
+    if resolve(config.kernels.backend, device, dtype) == "torch":
         return False
     return all(pair.margin == 0 and pair.soft_label == 1 for tree in trees for pair in tree.pairs)
 

@@ -87,11 +87,10 @@ def training_references(inputs: Inputs, config: Config, score: Score, ranks: Ran
 
 def used_kernels(policy: Decoder, inputs: Inputs, config: Config, ranks: Ranks) -> dict[str, dict[str, str]]:
     """results.json's `kernels`: the path that each public kernel takes in this run, and the tiles of its kernels."""
-    shape = (config.pack.head_chunk, policy.config.hidden, policy.config.vocab)
     backend, exact = config.kernels.backend, torch.promote_types(inputs.dtype, torch.float32)
     pairs = in_one_kernel(config, inputs.train_trees, ranks.device, exact)
     return {
-        "linear_logprobs": describe(backend, ranks.device, inputs.dtype, *shape, trainable=not config.lora.rank),
+        "linear_logprobs": describe(backend, ranks.device, inputs.dtype, policy.config.hidden, not config.lora.rank),
         "preference_loss": describe_pairs(backend if pairs else "torch", ranks.device, exact),
     }
 

@@ -1,6 +1,6 @@
 """FSDP2 measured on CPU ranks: what it costs one rank, what each of several holds, how they load a folder.
 
-    python experiments/bench_fsdp.py [--gib 2] [--runs 5] [--parts overhead memory load]
+    python -m experiments.bench_fsdp [--gib 2] [--runs 5] [--parts overhead memory load]
 
 overhead: a training step of one rank whose parameters are cut against the plain model's, in turn, medians.
 memory: bytes of parameters, gradients and moments on the fullest of 2 and of 4 ranks, against 1/N of the whole.
@@ -146,7 +146,8 @@ def main(arguments: Sequence[str]) -> int:
             layers = {"num_hidden_layers": max(1, round(1024 * asked.gib / LAYER_MIB))}
             write_tiny_model(folder, family="qwen3", changes=LARGE | layers if part == "load" else WIDE, sharded=True)
             for world in WORLDS[part]:
-                launch = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone", __file__]
+                launch = ["-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
+                launch += ["-m", "experiments.bench_fsdp"]
                 options = ["--parts", part, "--runs", str(asked.runs), "--folder", str(folder)]
                 threads = str(max(1, (os.cpu_count() or 1) // world))
                 environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}

@@ -1,17 +1,17 @@
 """Decoding speed of SmolLM2-135M against transformers' generate with its own cache, in turn, in one process.
 
-    python experiments/bench_generate.py [--dtype fp32 bf16] [--rounds 5] [--new-tokens 64]
+    python -m experiments.bench_generate [--dtype fp32 bf16] [--rounds 5] [--new-tokens 64]
 
 Three works, greedy, that end at no token: one prompt; 16 judge prompts that share a request (8 pairs of answers, both
 orders); 16 that share no more than a pair's two orders do (8 requests). transformers pads the 16 on the left and runs
 them as one batch. Decode tokens/s is of the time beyond that of one token; the whole call's has the prompts' forward
-too. Both must write the same tokens in fp32. Nothing else may run meanwhile. Read next: models/generate.py.
+too. The share of equal tokens is told: in fp32 it should be all. Nothing else may run meanwhile.
+Read next: models/generate.py.
 """
 
 import argparse
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,15 @@ from pathlib import Path
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from dpo.config import Config
+from dpo.inputs import DTYPES, cache_folder
+from dpo.judge.prompts import COMPARE, judge_messages
+from kernels.bench import timed_s
+from models.decoder import load_decoder
+from models.generate import Prompt, generate
+from models.gguf_import import resolve_model_path
+from models.tokenizer import Tokenizer, load_tokenizer
 
-from dpo.judge.prompts import COMPARE, judge_messages  # noqa: E402  (the project need not be installed)
-from kernels.bench import timed_s  # noqa: E402
-from models.decoder import load_decoder  # noqa: E402
-from models.generate import Prompt, generate  # noqa: E402
-from models.gguf_import import resolve_model_path  # noqa: E402
-from models.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight")
 REQUEST = " ".join(
     f"{number} pages of a long letter tell of the weather, the harvest, the roads, and who came to the house that "
@@ -115,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     asked = parser.parse_args()
-    folder = resolve_model_path(asked.model, Path(os.environ.get("DPO_CACHE", "~/.cache/dpo-judges")).expanduser())
+    folder = resolve_model_path(asked.model, cache_folder(Config(exp="bench")))
     for dtype in asked.dtype:
         print(
             f"{dtype}, {torch.get_num_threads()} threads, medians of {asked.rounds} in turn, {asked.new_tokens} tokens "

@@ -1,9 +1,9 @@
 """Judging speed: a local judge's verdicts against transformers', and what asking an endpoint costs.
 
-    python experiments/bench_judge.py [--rows 300] [--rounds 3] [--packs 1024 1472 2176 4096] [--batches 1 2 4 8 16]
-    python experiments/bench_judge.py --client [--rows 1000]
+    python -m experiments.bench_judge [--rows 300] [--rounds 3] [--packs 1024 1472 2176 4096] [--batches 1 2 4 8 16]
+    python -m experiments.bench_judge --client [--rows 1000]
 
-Verdicts: rows of about 500 tokens in each order (a request of 90, two answers of 160, the judge's words), SmolLM2-135M,
+Verdicts: rows of 428 tokens in each order (a request of 85 words, two answers of 145, the judge's words), SmolLM2-135M,
 a judgment being one order of one row; tokens are made beforehand on both sides. transformers runs the orders sorted by
 length, in padded batches with logits_to_keep=1; of both sides the fastest size, found on the first rows, is raced over
 all of them, in turn. Client: python -m dpo.judge against a server on the loopback that answers at once; then 5 % of its
@@ -13,7 +13,6 @@ Read next: dpo/judge/local.py, dpo/judge/endpoint.py.
 
 import argparse
 import json
-import os
 import random
 import signal
 import statistics
@@ -28,25 +27,23 @@ from pathlib import Path
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from dpo.config import Config, PackConfig
+from dpo.distributed import Ranks
+from dpo.inputs import DTYPES, cache_folder, judge_settings
+from dpo.judge.local import replies
+from dpo.judge.prompts import COMPARE, judge_messages
+from dpo.logprobs import score_trees
+from dpo.rows import Row, write_rows
+from dpo.tokens import token_trees
+from kernels.bench import timed_s
+from models.decoder import load_decoder
+from models.gguf_import import resolve_model_path
+from models.tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
 from judge_server import Reply, Script, completion, fault, serving  # type: ignore[import-not-found]  # noqa: E402
 
-from dpo.config import Config, PackConfig  # noqa: E402  (the project need not be installed)
-from dpo.distributed import Ranks  # noqa: E402
-from dpo.inputs import judge_settings  # noqa: E402
-from dpo.judge.local import replies  # noqa: E402
-from dpo.judge.prompts import COMPARE, judge_messages  # noqa: E402
-from dpo.logprobs import score_trees  # noqa: E402
-from dpo.rows import Row, write_rows  # noqa: E402
-from dpo.tokens import token_trees  # noqa: E402
-from kernels.bench import timed_s  # noqa: E402
-from models.decoder import load_decoder  # noqa: E402
-from models.gguf_import import resolve_model_path  # noqa: E402
-from models.tokenizer import load_tokenizer  # noqa: E402
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORDS = (
     "a the of and to in letter weather harvest road house year page guest winter storm bread torn long short old new "
     "one two three came went said wrote found lost made kept under over before after while since because but so"
@@ -151,6 +148,11 @@ def faulty() -> Script:
     return lambda body, before: draw.choice(faults) if draw.random() < 0.05 else instant(body, before)
 
 
+def kept_keys(home: Path) -> list[str]:
+    """Of every answer that a run in `home` has kept."""
+    return [json.loads(line)["key"] for path in home.glob("cache/answers/*.jsonl") for line in path.open("rb")]
+
+
 def client(rows: int) -> int:
     """Prints what each of the three runs did; 1 where an answer was lost, doubled or asked for again, else 0."""
     wrong = 0
@@ -159,11 +161,6 @@ def client(rows: int) -> int:
         write_rows(data, made_rows(rows))
         for name, script in (("instant", instant), ("5 % faults", faulty()), ("killed", instant)):
             home = Path(scratch) / name.replace(" ", "_")
-            kept_file = home / "cache" / "answers"
-
-            def kept(folder: Path = kept_file) -> list[str]:
-                return [json.loads(line)["key"] for path in folder.glob("*.jsonl") for line in path.open("rb")]
-
             with serving(script) as served:
                 settings = [f"data.path={data}", f"run.root={home}", f"run.cache={home / 'cache'}"]
                 settings += [f"endpoint.url={served.url}", "endpoint.model=judge-1"]
@@ -174,12 +171,13 @@ def client(rows: int) -> int:
                         time.sleep(0.01)
                     begun.send_signal(signal.SIGKILL)
                     begun.wait()
-                found, before = len(kept()), served.asked.total()
+                found, before = len(kept_keys(home)), served.asked.total()
                 subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
                 asked = served.asked.total() - before
             results = json.loads((home / "judge" / "latest" / "results.json").read_text())
             usage, judged = results["endpoint"], results["judge"]["judge-1"]
-            sound = len(kept()) == len(set(kept())) == 2 * rows and judged["invalid"] == 0
+            kept = kept_keys(home)
+            sound = len(kept) == len(set(kept)) == 2 * rows and judged["invalid"] == 0
             sound = sound and asked == 2 * rows - found + usage["failed_tries"] and usage["found"] == found
             wrong += not sound
             print(
@@ -209,7 +207,7 @@ def main() -> int:
     )
     print("| dtype | tokens | ours (pack) | transformers (batch) | ratio | largest difference of log-odds |")
     print("|---|" + "---:|" * 5)
-    cache = Path(os.environ.get("DPO_CACHE", "~/.cache/dpo-judges")).expanduser()
+    cache = cache_folder(Config(exp="bench"))
     for dtype in asked.dtype:
         print(race(asked, DTYPES[dtype], cache), flush=True)
     return 0

@@ -3,7 +3,7 @@
 A trunk of gpt-oss's true widths (hidden and ffn 2,880, 64 heads on 8, head width 64), random weights, LoRA r8 on
 attention: forward and backward of one full pack. In turn, medians; nothing else may run.
 
-    python experiments/bench_moe.py [--layers 4] [--experts 8] [--tokens 2048] [--dtype fp32] [--runs 3]
+    python -m experiments.bench_moe [--layers 4] [--experts 8] [--tokens 2048] [--dtype fp32] [--runs 3]
 """
 
 import argparse
@@ -17,16 +17,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpo.inputs import set_up_cpu
+from dpo.inputs import DTYPES, set_up_cpu
 from kernels import dequantise
 from models.attention import Layout
 from models.decoder import Decoder, attend_trees
 from models.families import FAMILIES
 from models.lora import Adapter, add_lora
 from models.published import PUBLISHED
-from models.routing import Routing
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GPT_OSS = {
     **PUBLISHED["gpt-oss-20b"],
     "vocab_size": 512,  # the head is not part of what is compared
@@ -63,8 +61,8 @@ def build(asked: argparse.Namespace) -> dict[str, Decoder]:
 
 def expert_bytes(model: nn.Module) -> int:
     """Resident bytes of the experts' two projections."""
-    weights = (p for name, p in model.named_parameters() if ".experts." in name and not name.endswith("_bias"))
-    return sum(p.numel() * p.itemsize for p in weights)
+    named = model.named_parameters()
+    return sum(p.nbytes for name, p in named if ".experts." in name and not name.endswith("_bias"))
 
 
 def step(model: Decoder, tokens_T: torch.Tensor) -> tuple[float, float]:
@@ -72,7 +70,7 @@ def step(model: Decoder, tokens_T: torch.Tensor) -> tuple[float, float]:
     begin = time.perf_counter()
     positions_T = torch.arange(len(tokens_T))
     attend = attend_trees(Layout(0, ((len(tokens_T), ()),)))
-    loss = model.hidden(tokens_T, positions_T, attend, Routing(len(tokens_T))).float().square().mean()
+    loss = model.hidden(tokens_T, positions_T, attend).float().square().mean()
     loss.backward()
     return time.perf_counter() - begin, float(loss.detach())
 

@@ -1,7 +1,7 @@
 """What a row costs: a 2-layer model of width 64 on 1k, 10k and 100k rows, and the time to the first step.
 
-    python experiments/bench_rows.py [--rows 1000 10000 100000] [--runs 1]
-    python experiments/bench_rows.py --start-up [--runs 3]      # exp=quickstart, all that can be cached being cached
+    python -m experiments.bench_rows [--rows 1000 10000 100000] [--runs 1]
+    python -m experiments.bench_rows --start-up [--runs 3]      # exp=quickstart, all that can be cached being cached
 
 Each run is the whole command in a process of its own. Pairs/s is of the training alone; the peak is the process's
 resident memory. Start-up: from the process's start to the end of its first step, and to its beginning. Nothing else may
@@ -99,7 +99,6 @@ def main() -> None:
                 runs.setdefault(f"{rows:,}", []).append(run_rows(rows))
     table = f"{os.cpu_count()} cores, medians of {asked.runs} run(s)\n\n"
     table += table_of("start-up" if asked.start_up else "rows", runs)
-    (ROOT / "experiments" / "bench").mkdir(exist_ok=True)
     (ROOT / "experiments" / "bench" / ("start_up.md" if asked.start_up else "rows.md")).write_text(table)
     print(table)
 

@@ -1,6 +1,6 @@
 """One training step: the share of the machine's matrix rate that it reaches, and where its time goes.
 
-    python experiments/bench_step.py exp=quickstart [key=value ...]        # STEPS=5 ROUNDS=3 in the environment
+    python -m experiments.bench_step exp=quickstart [key=value ...]        # STEPS=5 ROUNDS=3 in the environment
 
 FLOP are counted by hand, of what is needed alone: a token of the packs that is no padding, a pair of tokens of which
 one sees the other, a scored token times the vocabulary. Forward 2 a weight and token, backward 2 for the input's
@@ -15,25 +15,21 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from dpo import step  # noqa: E402  (the project need not be installed)
-from dpo.adamw import AdamW  # noqa: E402
-from dpo.config import Config  # noqa: E402
-from dpo.distributed import clip_gradients, join_ranks  # noqa: E402
-from dpo.inputs import Inputs, pick_device, read_inputs, set_up_cpu  # noqa: E402
-from dpo.packing import Pack, pack_share  # noqa: E402
-from dpo.policy import load_policy  # noqa: E402
-from dpo.settings import load_config  # noqa: E402
-from kernels.bench import capability, in_turn_s, timed_s  # noqa: E402
-from models.decoder import Decoder  # noqa: E402
-from models.parts import Linear  # noqa: E402
+from dpo import step
+from dpo.adamw import AdamW
+from dpo.config import Config
+from dpo.distributed import clip_gradients, join_ranks
+from dpo.inputs import Inputs, read_inputs, set_up_cpu
+from dpo.packing import Pack, pack_share
+from dpo.policy import load_policy
+from dpo.settings import load_config
+from kernels.bench import capability, in_turn_s, timed_s
+from models.decoder import Decoder
+from models.parts import Linear
 
 PARTS = {  # what a profiled event, or one around it, is called; the first that fits
     "head": ("LinearLogprobs",),
@@ -111,7 +107,8 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
             trees = [inputs.train_trees[i] for i in members]
             zeros = [torch.zeros(len(tree.completions), dtype=torch.float64) for tree in trees]
             step.accumulate_gradients(policy, trees, zeros, config, ranks)
-            clip_gradients(parameters, config.train.clip_norm, ranks)
+            with record_function("part: clip"):
+                clip_gradients(parameters, config.train.clip_norm, ranks)
             with record_function("part: optimizer"):
                 optimizer.step(1e-9)
 
@@ -125,7 +122,6 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
     share = sum(flop.values()) / time_s / rate
     step.pair_losses, step.pair_logps = labelled("loss", step.pair_losses), labelled("loss", step.pair_logps)  # type: ignore[assignment]
     step.reward_metrics = labelled("loss", step.reward_metrics)  # type: ignore[assignment]
-    globals()["clip_gradients"] = labelled("clip", clip_gradients)
     parts = time_by_part(lambda: run(plan[1:]))
     profiled_s = sum(map(sum, parts.values()))
     useful = sum(pack.layout.tokens for pack in packs) / (len(packs) * config.pack.tokens)
@@ -150,7 +146,7 @@ def bench(config: Config, inputs: Inputs, steps: int, rounds: int) -> str:
 def main() -> None:
     set_up_cpu()
     config = load_config(sys.argv[1:])
-    inputs = read_inputs(config, pick_device(config))
+    inputs = read_inputs(config, "cpu")
     print(bench(config, inputs, int(os.environ.get("STEPS", "5")), int(os.environ.get("ROUNDS", "3"))))
 
 

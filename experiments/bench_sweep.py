@@ -1,6 +1,6 @@
 """What a sweep shares: 12 arms, losses by betas on the same rows, against the same 12 trainings run apart.
 
-    python experiments/bench_sweep.py [--rows 240] [--jobs 1]
+    python -m experiments.bench_sweep [--rows 240] [--jobs 1]
 
 Each is the whole command, one after the other; nothing else may run meanwhile. `--jobs` is the sweep's, as many arms at
 a time; those run apart are one at a time, with all cores. The sweep begins with an empty cache,

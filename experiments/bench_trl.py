@@ -21,15 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from dpo.inputs import cache_folder, pick_dtype
+from dpo.log import cpu_name
+from dpo.settings import load_config
+from experiments.bench_step import matrix_rate
+from kernels.bench import capability
+from models.gguf_import import resolve_model_path
 
-from dpo.inputs import cache_folder, pick_dtype  # noqa: E402  (the project need not be installed)
-from dpo.log import cpu_name  # noqa: E402
-from dpo.settings import load_config  # noqa: E402
-from experiments.bench_step import matrix_rate  # noqa: E402
-from kernels.bench import capability  # noqa: E402
-from models.gguf_import import resolve_model_path  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 HELD_OUT = {"id": "held-out", "subset": "all", "prompt": "Name the colour of grass.", "rejected": ["A fish."]}
 COLUMNS = ("pairs_per_s", "train_s", "setup_and_reference_s", "peak_rss_mib", "step0_loss", "step0_margin")
@@ -153,9 +152,9 @@ def race(name: str, asked: argparse.Namespace, model: Path) -> str:
         rates.append(matrix_rate(dtype))
         step = [
             subprocess.run(
-                [sys.executable, str(ROOT / "experiments" / "bench_step.py"), *our_options(work, folder / "rows.jsonl")]
+                [sys.executable, "-m", "experiments.bench_step", *our_options(work, folder / "rows.jsonl")]
                 + [f"lora.rank={rank}"],
-                check=True, capture_output=True, text=True,
+                check=True, cwd=ROOT, capture_output=True, text=True,
             ).stdout
             for rank in ((0, 16) if asked.step else ())
         ]  # fmt: skip
@@ -181,7 +180,6 @@ def main() -> None:
     model = resolve_model_path("smollm2-135m-instruct", cache_folder(load_config(["exp=responses"])))
     for name in asked.works:
         page = race(name, asked, model)
-        (ROOT / "experiments" / "bench").mkdir(exist_ok=True)
         (ROOT / "experiments" / "bench" / f"trl_{name}.md").write_text(page)
         print(page)
 

@@ -1,6 +1,6 @@
 """What log-probs rounded to bf16, as most trainers round them, do to a pair's margin: question i of questions.toml.
 
-    python experiments/bf16_margins.py exp=q_i_rank judge.split=test [model.adapter=RUN/export/adapter] [key=value ...]
+    python -m experiments.bf16_margins exp=q_i_rank judge.split=test [model.adapter=RUN/export/adapter] [key=value ...]
 
 Scores the held-out rows by kernels.backend=torch (fp32-grade log-probs) and by kernels.backend=bf16, same weights and
 same hidden states: as verdicts of one token, and as whole answers. The margin is log p(winner) - log p(loser), with
@@ -11,21 +11,18 @@ Read next: kernels/linear_logprobs.py.
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project need not be installed
-
-from dpo.config import Config, KernelsConfig  # noqa: E402
-from dpo.distributed import join_ranks  # noqa: E402
-from dpo.inputs import Inputs, answer_settings, judge_settings, read_inputs, set_up_cpu  # noqa: E402
-from dpo.logprobs import score_trees  # noqa: E402
-from dpo.policy import load_policy, load_reference, with_adapter  # noqa: E402
-from dpo.settings import load_config  # noqa: E402
-from dpo.tokens import token_trees  # noqa: E402
-from dpo.trees import Tree  # noqa: E402
+from dpo.config import Config, KernelsConfig
+from dpo.distributed import join_ranks
+from dpo.inputs import Inputs, answer_settings, judge_settings, read_inputs, set_up_cpu
+from dpo.logprobs import score_trees
+from dpo.policy import load_policy, load_reference, with_adapter
+from dpo.settings import load_config
+from dpo.tokens import token_trees
+from dpo.trees import Tree
 
 
 def margins(trees: Sequence[Tree], inputs: Inputs, config: Config, backend: str) -> np.ndarray:

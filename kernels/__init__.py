@@ -1,4 +1,4 @@
-"""Kernels of log-probs and packed weights: reference, Triton kernels, autograd function, public function of each.
+"""Kernels of log-probs, losses and packed weights: each with reference, Triton kernels, autograd and public function.
 
 Read next: kernels/linear_logprobs.py, kernels/linear_paths.py, kernels/triton_parts.py, kernels/linear_triton.py.
 """

@@ -98,32 +98,16 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def seconds(arch: str, path: str, T: int, D: int, V: int, trainable: bool) -> float:
-    """The model behind `choose`: matrix products at the assumed rate, and the row kernels' passes over the logits.
+def choose(arch: str, D: int) -> str:
+    """The faster of chunked and fused at the assumed rates, whatever T and V: both take time in proportion to TV.
 
-    A product is 2TVD FLOP; there are two, three with a trained head. The chunked path's row kernels read fp32 logits
-    twice and write bf16 probabilities, 10 bytes a logit that no product hides; the fused path's hides in its own.
+    Either makes three products of 2TVD FLOP: the head counts as one that trains, since a reference, which never does,
+    is computed as its policy is. The chunked path's row kernels read fp32 logits twice and write bf16 probabilities, 10
+    bytes a logit that no product hides.
     """
     rates = RATES[arch]
-    flop = (6 if trainable else 4) * T * V * D
-    if path == "fused":
-        return flop / (rates.fused_tflops * 1e12)
-    return flop / (rates.vendor_tflops * 1e12) + 10 * T * V / (rates.memory_tbps * 1e12)
-
-
-def _fused_fits(arch: str) -> bool:
-    return {"linear_forward", "linear_hidden_grad", "linear_weight_grad"} <= TILES.get(arch, {}).keys()
-
-
-def choose(arch: str, T: int, D: int, V: int) -> str:
-    """The path of backend "auto": torch on an arch not in RATES, else the faster of chunked and fused by `seconds`.
-
-    The head counts as one that trains: a reference, which never does, is computed as its policy is.
-    """
-    if arch not in RATES:
-        return "torch"
-    paths = ["chunked"] + ["fused"] * _fused_fits(arch)
-    return min(paths, key=lambda path: seconds(arch, path, T, D, V, trainable=True))
+    fused, chunked = 6 * D / rates.fused_tflops, 6 * D / rates.vendor_tflops + 10 / rates.memory_tbps
+    return "fused" if fused < chunked else "chunked"
 
 
 @cache
@@ -131,12 +115,12 @@ def _say(line: str) -> None:
     log.warning(line)
 
 
-def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int) -> str:
+def resolve(backend: str, device: torch.device, dtype: torch.dtype, D: int = 0) -> str:
     """The path of linear_logprobs: "torch", "chunked" or "fused"; the same for a frozen head and one that trains.
 
-    "triton" is the fused kernels, or the row kernel between library products where a fused one has no tile (fp32 too);
-    ValueError says what is missing. "auto" on a GPU that Triton cannot serve says so once, and why. "bf16" is the torch
-    path to all but the log-probs.
+    Other kernels ask only whether it is "torch". "triton" is the fused kernels, or in fp32 the row kernel between
+    library products; ValueError says what is missing. "auto" on a GPU that Triton cannot serve says so once, and why.
+    "bf16" is the torch path to all but the log-probs.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(map(repr, BACKENDS))}")
@@ -147,23 +131,21 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype, T: int, D: i
     if backend == "triton":
         if missing is not None:
             raise ValueError(f"backend='triton' cannot be had: {missing}")
-        return "fused" if tiled and _fused_fits(arch) else "chunked"
+        return "fused" if tiled else "chunked"
     if missing is not None:
         _say(f"kernels: the torch path is used, because {missing}")
         return "torch"
-    return choose(arch, T, D, V) if tiled else "chunked"
+    return choose(arch, D) if tiled else "chunked"
 
 
-def describe(
-    backend: str, device: torch.device, dtype: torch.dtype, T: int, D: int, V: int, trainable: bool
-) -> dict[str, str]:
+def describe(backend: str, device: torch.device, dtype: torch.dtype, D: int, trainable: bool) -> dict[str, str]:
     """What `resolve` picks, for a run's record: the path, why it is torch's, or the tile of each kernel in use."""
-    path, arch = resolve(backend, device, dtype, T, D, V), arch_of(device)
+    path, arch = resolve(backend, device, dtype, D), arch_of(device)
     said = {"asked": backend, "path": path, "arch": arch}
-    if backend == "bf16":
-        return said | {"path": "bf16", "why": "asked for"}
+    if backend in ("torch", "bf16"):
+        return said | {"path": backend, "why": "asked for"}
     if path == "torch":
-        return said | {"why": why_not_triton(device, dtype) or "asked for" if backend != "torch" else "asked for"}
+        return said | {"why": why_not_triton(device, dtype) or "on a CPU auto takes torch"}
     kernels = ["row_forward", "row_backward"] if path == "chunked" else ["linear_forward", "linear_hidden_grad"]
     kernels.append("combine_parts")
     if trainable:
@@ -173,7 +155,7 @@ def describe(
 
 def describe_pairs(backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The same of preference_loss, for losses that it has."""
-    path, arch = resolve(backend, device, dtype, 0, 1, 1), arch_of(device)
+    path, arch = resolve(backend, device, dtype), arch_of(device)
     said = {"asked": backend, "path": "torch" if path == "torch" else "fused", "arch": arch}
     return said | ({} if path == "torch" else _tiles(arch, ["pair_forward", "pair_backward"]))
 

@@ -10,8 +10,8 @@ With a = h W^T + b, z = softcap(a) / temperature and p = softmax(z), log p_y = z
 
 so for any upstream g_T the hidden gradient is g * J, one multiply, and a frozen head costs two matrix products in all.
 A trained head adds one (its probabilities kept, within SAVED_PROBS_BYTES) or two (recomputed beyond it).
-On the torch path every product has the fixed shape of a whole chunk, the last one padded, and the fused kernels sum in
-one fixed order: a row's bits do not depend on its neighbours.
+On the torch path every product of the forward pass has the fixed shape of a whole chunk, the last one padded, and the
+fused kernels sum in one fixed order: a row's bits do not depend on its neighbours.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,6 @@ from torch.autograd.function import once_differentiable
 from kernels import backend as backends
 from kernels.linear_paths import Gather, Options, Scores, run_chunks, run_fused, weight_grad_chunks, weight_grad_fused
 
-SAVED_PROBS_BYTES = 512 * 2**20  # probabilities kept from forward to backward when the head trains; beyond: recomputed
 CHUNKED_TOKENS = 2048  # rows to a product of the chunked path, padded to it: it reads the weight once a chunk
 IGNORE_INDEX = -100
 
@@ -146,10 +145,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 jacobian_TD[rows] = target_CD.sub_(others_CD)
             jacobian_TD = _summed(jacobian_TD, gather)
         ctx.o, ctx.gather, ctx.hidden_dtype = o, gather, hidden_TD.dtype
-        ctx.kept_widths = [len(kept) for kept in run.kept]
-        kept = [tensor for kept in run.kept for tensor in kept]
         inputs = (hidden_TD if needs_weight else None, weight_VD, bias_V, targets_T)
-        ctx.save_for_backward(jacobian_TD, logp_T, slope_T, factor_T, *inputs, *kept)
+        ctx.save_for_backward(jacobian_TD, logp_T, slope_T, factor_T, *inputs, *run.kept)
         ctx.set_materialize_grads(False)
         if scores.entropy_T is not None:
             ctx.mark_non_differentiable(scores.entropy_T)
@@ -161,7 +158,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx, grad_T: Tensor | None, grad_lse_T: Tensor | None, grad_entropy_T: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         o: Options = ctx.o
-        jacobian_TD, logp_T, slope_T, factor_T, hidden_TD, weight_VD, bias_V, targets_T, *flat = ctx.saved_tensors
+        jacobian_TD, logp_T, slope_T, factor_T, hidden_TD, weight_VD, bias_V, targets_T, *kept = ctx.saved_tensors
         if grad_T is None and grad_lse_T is None:
             return (None,) * 7
         grad_T = torch.zeros_like(logp_T) if grad_T is None else grad_T
@@ -174,8 +171,6 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_hidden_TD += grad_lse_T[:, None] * target_TD
             grad_hidden_TD = grad_hidden_TD.to(ctx.hidden_dtype)
         if ctx.needs_input_grad[1]:
-            each = iter(flat)
-            kept = [tuple(next(each) for _ in range(width)) for width in ctx.kept_widths]
             scaled_T = total_T if factor_T is None else total_T * factor_T
             scaled_TD = (scaled_T[:, None] * hidden_TD).to(hidden_TD.dtype)
             weight_grad = weight_grad_fused if o.path == "fused" else weight_grad_chunks
@@ -271,7 +266,7 @@ def linear_logprobs(
         asked_T = targets_T.where(scored_T, IGNORE_INDEX)
         rounded_T = reference_linear_logprobs(hidden_TD, weight_VD, asked_T, bias, temperature, softcap, torch.bfloat16)
         return rounded_T.to(torch.promote_types(hidden_TD.dtype, torch.float32))
-    path = backends.resolve(backend, hidden_TD.device, hidden_TD.dtype, T, hidden_TD.shape[1], V)
+    path = backends.resolve(backend, hidden_TD.device, hidden_TD.dtype, hidden_TD.shape[1])
     local_T = (targets_T - vocab_start).where(scored_T & ~outside_T, -1)
     if path != "torch":
         from kernels.linear_triton import dense_rows
@@ -281,7 +276,7 @@ def linear_logprobs(
     chunk = max(chunk_tokens, CHUNKED_TOKENS) if path == "chunked" else chunk_tokens
     gather = None if vocab_group is None else _gather_of(vocab_group)
     arch = backends.arch_of(hidden_TD.device)
-    options = Options(temperature, softcap, chunk, path, arch, return_entropy, SAVED_PROBS_BYTES)
+    options = Options(temperature, softcap, chunk, path, arch, return_entropy)
     logp_T, lse_T, entropy_T = _LinearLogprobs.apply(hidden_TD, weight_VD, bias, local_T, scored_T, options, gather)
     logp_T = logp_T.where(scored_T, 0.0)
     if not (return_lse or return_entropy):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 HALF = (torch.bfloat16, torch.float16)
 BLOCK = 512  # words (or rows) of a weight in fp32 at a time, on CPUs; larger ones leave holes in the heap
 LN2 = 0.6931471805599453
+SAVED_PROBS_BYTES = 2**29  # probabilities kept from forward to backward when the head trains; beyond: recomputed
 FUSED_CHUNK_BYTES = 2**29  # scaled exponentials of one chunk of rows of the fused kernels: what may be kept of them
 
 Gather = Callable[[Tensor], Sequence[Tensor]]
@@ -41,7 +42,6 @@ class Options(NamedTuple):
     path: str
     arch: str
     entropy: bool
-    saved_bytes: int  # of probabilities kept for the weight's gradient
 
 
 # --- logits and softmax of a chunk, in torch ----------------------------------------------------------------------
@@ -112,12 +112,12 @@ class Scores(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a path gives back: sum_{v != y} c_v p_v W_v times scale_T [T, D], and per kept chunk what dW needs."""
+    """What a path gives back: sum_{v != y} c_v p_v W_v times scale_T [T, D], and what dW needs, chunk after chunk."""
 
     scores: Scores
     others_TD: Tensor
     scale_T: Tensor | None
-    kept: list[tuple[Tensor, ...]]
+    kept: list[Tensor]  # the probabilities, or (fused) the three of a Kept for each chunk
 
 
 def _widens(like: Tensor) -> bool:
@@ -236,7 +236,7 @@ def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
     """The torch and chunked paths, for the gradients (hidden, weight): every product has the shape of a whole chunk."""
     hidden_TD, weight_VD, bias_V, targets_T = inputs
     (T, D), V = hidden_TD.shape, len(weight_VD)
-    keep = needs[1] and T * V * hidden_TD.element_size() <= o.saved_bytes
+    keep = needs[1] and T * V * hidden_TD.element_size() <= SAVED_PROBS_BYTES
     others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=_exact(hidden_TD.dtype))
     probs_TV = hidden_TD.new_empty((T, V) if keep else (0, V))
     place_CV = _place(hidden_TD, V, o)
@@ -251,7 +251,7 @@ def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
             others_TD[rows] = _product(probs_CV, weight_VD)[:n]
         if keep:
             probs_TV[rows] = probs_CV[:n]
-    return Run(_concatenated(scores, hidden_TD, o.entropy), others_TD, None, [(probs_TV,)] if keep else [])
+    return Run(_concatenated(scores, hidden_TD, o.entropy), others_TD, None, [probs_TV] if keep else [])
 
 
 def run_fused(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
@@ -261,9 +261,10 @@ def run_fused(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
     hidden_TD, weight_VD, bias_V, targets_T = inputs
     (T, D), row_bytes = hidden_TD.shape, len(weight_VD) * hidden_TD.element_size()
     others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=torch.float32)
-    scores, scales, kept = [], [hidden_TD.new_empty(0, dtype=torch.float32)], []
+    kept: list[Tensor] = []
+    scores, scales = [], [hidden_TD.new_empty(0, dtype=torch.float32)]
     for rows in _fused_chunks(T, row_bytes):
-        keep = needs[1] and rows.stop * row_bytes <= o.saved_bytes
+        keep = needs[1] and rows.stop * row_bytes <= SAVED_PROBS_BYTES
         hidden_CD, targets_C, e_too = hidden_TD[rows], targets_T[rows], needs[0] or keep
         softmax, chunk = linear_triton.forward(
             hidden_CD, weight_VD, bias_V, targets_C, o.temperature, o.softcap, o.entropy, e_too, o.arch
@@ -271,22 +272,27 @@ def run_fused(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
         if chunk is not None and needs[0]:
             linear_triton.hidden_grad(chunk, weight_VD, others_TD[rows], o.arch)
         if chunk is not None and keep:
-            kept.append(tuple(chunk))
+            kept.extend(chunk)
         scores.append(scores_of(softmax))
         scales.append(softmax.s_T.reciprocal().where(softmax.s_T > 0, 0).float())
     return Run(_concatenated(scores, hidden_TD, o.entropy), others_TD, torch.cat(scales), kept)
 
 
+def fused_rows(row_bytes: int) -> int:
+    """Rows to a chunk of the fused path, whose scaled exponentials take `row_bytes` a row."""
+    return max(FUSED_CHUNK_BYTES // row_bytes // 128 * 128, 128)
+
+
 def _fused_chunks(T: int, row_bytes: int) -> list[slice]:
-    chunk = max(FUSED_CHUNK_BYTES // row_bytes // 128 * 128, 128)
+    chunk = fused_rows(row_bytes)
     return [slice(start, min(start + chunk, T)) for start in range(0, T, chunk)]
 
 
-def weight_grad_chunks(scaled_TD: Tensor, inputs: Inputs, kept: list[tuple[Tensor, ...]], o: Options) -> Tensor:
+def weight_grad_chunks(scaled_TD: Tensor, inputs: Inputs, kept: list[Tensor], o: Options) -> Tensor:
     """-sum_t c_v p_tv scaled_t over the words but the targets, [V, D] in the exact dtype: torch and chunked paths."""
     hidden_TD, weight_VD, bias_V, targets_T = inputs
     if kept:
-        return _product(kept[0][0].T, scaled_TD).to(_exact(hidden_TD.dtype)).neg_()
+        return _product(kept[0].T, scaled_TD).to(_exact(hidden_TD.dtype)).neg_()
     grad_VD = torch.zeros_like(weight_VD, dtype=_exact(hidden_TD.dtype))
     place_CV = _place(hidden_TD, len(weight_VD), o)
     chunks = (x.split(o.chunk) for x in (hidden_TD, scaled_TD, targets_T))
@@ -296,15 +302,15 @@ def weight_grad_chunks(scaled_TD: Tensor, inputs: Inputs, kept: list[tuple[Tenso
     return grad_VD
 
 
-def weight_grad_fused(scaled_TD: Tensor, inputs: Inputs, kept: list[tuple[Tensor, ...]], o: Options) -> Tensor:
+def weight_grad_fused(scaled_TD: Tensor, inputs: Inputs, kept: list[Tensor], o: Options) -> Tensor:
     """The same by the fused kernels; chunks beyond those kept are computed again, to the same bits."""
     from kernels import linear_triton
 
     hidden_TD, weight_VD, bias_V, targets_T = inputs
     grad_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
     for i, rows in enumerate(_fused_chunks(len(hidden_TD), len(weight_VD) * hidden_TD.element_size())):
-        if i < len(kept):
-            chunk = linear_triton.Kept(*kept[i])
+        if 3 * i < len(kept):
+            chunk = linear_triton.Kept(*kept[3 * i : 3 * i + 3])
         else:
             hidden_CD, targets_C = hidden_TD[rows], targets_T[rows]
             again = linear_triton.forward(

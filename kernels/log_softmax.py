@@ -133,7 +133,7 @@ def selective_log_softmax(
     scored_T = index_T != IGNORE_INDEX
     if bool((wrong_T := scored_T & ((index_T < 0) | (index_T >= V))).any()):
         raise IndexError(f"the indices {index_T[wrong_T][:5].tolist()} lie outside [0, {V})")
-    by_torch = backends.resolve(backend, device, logits_TV.dtype, T, 1, V) == "torch"
+    by_torch = backends.resolve(backend, device, logits_TV.dtype) == "torch"
     index_T = index_T.where(scored_T, -1)
     if not by_torch:
         index_T = index_T.int()

@@ -106,7 +106,7 @@ def dequantise(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat
     """
     assert blocks.dtype == scales.dtype == torch.uint8, "blocks and scales are bytes"
     assert blocks.shape == (*scales.shape, 16), f"blocks {list(blocks.shape)} and scales {list(scales.shape)}"
-    if backends.resolve(backend, blocks.device, dtype, 0, 1, 1) == "torch":
+    if backends.resolve(backend, blocks.device, dtype) == "torch":
         return _in_torch(blocks, scales, dtype)
     from kernels import mxfp4_triton
 

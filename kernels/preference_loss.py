@@ -162,7 +162,7 @@ def preference_loss(
     B, interleaved = (len(cu_seqlens) - 1) // 2, pairing == "interleaved"
     path = "torch"
     if isinstance(loss, str):
-        path = backends.resolve(backend, policy_T.device, policy_T.dtype, len(policy_T), 1, 1)
+        path = backends.resolve(backend, policy_T.device, policy_T.dtype)
     reference = reference_T if reference_S is None else reference_S[:, None]
     if path == "torch" or B == 0:
         result = reference_preference_loss(

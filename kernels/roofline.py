@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.backend import RATES, choose
-from kernels.linear_logprobs import CHUNKED_TOKENS, SAVED_PROBS_BYTES
-from kernels.linear_paths import FUSED_CHUNK_BYTES
+from kernels.linear_logprobs import CHUNKED_TOKENS
+from kernels.linear_paths import SAVED_PROBS_BYTES, fused_rows
 from kernels.tiles import TILES, Tile
 
 
@@ -65,42 +65,43 @@ class Traffic:
     groups: dict[int, list[np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
 
-def _tiles(n: int, size: int) -> int:
+def ceil_div(n: int, size: int) -> int:
+    """Tiles of `size` that cover `n`."""
     return -(-n // size)
 
 
 def forward_traffic(T: int, D: int, V: int, tile: Tile, width: int, keep: bool) -> Traffic:
     """linear_forward: a group reads W once, and its rows of X."""
-    tiles_t, tiles_v = _tiles(T, tile["BT"]), _tiles(V, tile["BV"])
+    tiles_t, tiles_v = ceil_div(T, tile["BT"]), ceil_div(V, tile["BV"])
     x, w, y = T * D * width, V * D * width, 4 * T
     return Traffic(
         loaded=x * tiles_v + w * tiles_t + y * tiles_v,
         stored=8 * T * tiles_v + 4 * T + keep * T * V * width,
-        distinct=x + w * _tiles(tiles_t, tile["GROUP"]) + y,
-        flop=2 * tiles_t * tile["BT"] * tiles_v * tile["BV"] * _tiles(D, tile["BD"]) * tile["BD"],
+        distinct=x + w * ceil_div(tiles_t, tile["GROUP"]) + y,
+        flop=2 * tiles_t * tile["BT"] * tiles_v * tile["BV"] * ceil_div(D, tile["BD"]) * tile["BD"],
     )
 
 
 def hidden_grad_traffic(T: int, D: int, V: int, tile: Tile, width: int, BV: int, group: int) -> Traffic:
     """linear_hidden_grad: `group` tiles of rows run together and read W once; e passes once."""
-    tiles_t, tiles_n, steps = _tiles(T, tile["BT"]), _tiles(D, tile["BN"]), _tiles(V, tile["BK"])
+    tiles_t, tiles_n, steps = ceil_div(T, tile["BT"]), ceil_div(D, tile["BN"]), ceil_div(V, tile["BK"])
     e, w = T * V * width, V * D * width
     return Traffic(
         loaded=e * tiles_n + w * tiles_t + 4 * T * tiles_n * (1 + steps),
         stored=4 * T * D,
-        distinct=e + w * _tiles(tiles_t, group) + 4 * T * (1 + _tiles(V, BV)),
+        distinct=e + w * ceil_div(tiles_t, group) + 4 * T * (1 + ceil_div(V, BV)),
         flop=2 * tiles_t * tile["BT"] * tiles_n * tile["BN"] * steps * tile["BK"],
     )
 
 
 def weight_grad_traffic(T: int, D: int, V: int, tile: Tile, width: int, add: bool, BV: int, group: int) -> Traffic:
     """linear_weight_grad: `group` tiles of words run together and read the scaled rows once; e passes once."""
-    tiles_v, tiles_n, steps = _tiles(V, tile["BM"]), _tiles(D, tile["BN"]), _tiles(T, tile["BK"])
-    e, g, groups = T * V * width, T * D * width, _tiles(tiles_v, group)
+    tiles_v, tiles_n, steps = ceil_div(V, tile["BM"]), ceil_div(D, tile["BN"]), ceil_div(T, tile["BK"])
+    e, g, groups = T * V * width, T * D * width, ceil_div(tiles_v, group)
     return Traffic(
         loaded=e * tiles_n + g * tiles_v + 8 * T * tiles_v * tiles_n + add * 4 * V * D,
         stored=4 * V * D,
-        distinct=e + g * groups + 4 * T * (groups + _tiles(V, BV)) + add * 4 * V * D,
+        distinct=e + g * groups + 4 * T * (groups + ceil_div(V, BV)) + add * 4 * V * D,
         flop=2 * tiles_v * tile["BM"] * tiles_n * tile["BN"] * steps * tile["BK"],
     )
 
@@ -112,7 +113,7 @@ def combine_traffic(T: int, parts: int) -> Traffic:
 
 def row_forward_traffic(T: int, V: int, tile: Tile, width: int, span: int) -> Traffic:
     """row_forward: the logits once, the target's a second time."""
-    parts = _tiles(V, tile["BV"] * span)
+    parts = ceil_div(V, tile["BV"] * span)
     return Traffic(
         loaded=T * V * width + 4 * T * parts + T * width, stored=8 * T * parts + 4 * T, distinct=T * V * width + 4 * T
     )
@@ -120,7 +121,7 @@ def row_forward_traffic(T: int, V: int, tile: Tile, width: int, span: int) -> Tr
 
 def row_backward_traffic(T: int, V: int, tile: Tile, width: int, out_width: int, span: int) -> Traffic:
     """row_backward: the logits once, the probabilities once; four numbers a row and span."""
-    parts = _tiles(V, tile["BV"] * span)
+    parts = ceil_div(V, tile["BV"] * span)
     return Traffic(T * V * width + 16 * T * parts, T * V * out_width, T * V * width + 16 * T)
 
 
@@ -194,44 +195,52 @@ def _step(kernel: str, traffic: Traffic) -> Step:
     return Step(kernel, traffic.flop, traffic.distinct + traffic.stored, traffic.loaded + traffic.stored)
 
 
-def _library(rows: int, columns: int, depth: int, out_width: int) -> Step:
-    """The vendor's product of bf16 matrices: each read once, the result stored once; its tiles are its own affair."""
-    moved = 2 * (rows + columns) * depth + out_width * rows * columns
+def _library(rows: int, columns: int, depth: int) -> Step:
+    """The vendor's product of bf16 matrices, each read once, stored once in fp32; its tiles are its own affair."""
+    moved = 2 * (rows + columns) * depth + 4 * rows * columns
     return Step("library product", 2 * rows * columns * depth, moved, moved)
 
 
 def steps(path: str, gpu: str, T: int, D: int, V: int, trained: bool) -> list[Step]:
     """What forward and backward launch in bf16, chunk by chunk, as kernels/linear_paths.py does."""
-    from kernels import row_triton
-
-    tiles, processors = TILES[GPUS[gpu].arch], GPUS[gpu].processors
-    taken: list[Step] = []
-    again = trained and 2 * T * V > SAVED_PROBS_BYTES  # the chunked path keeps all probabilities or none
-    rows = max(FUSED_CHUNK_BYTES // (2 * V) // 128 * 128, 128) if path == "fused" else CHUNKED_TOKENS
-    for start in range(0, T, rows):
-        C = min(rows, T - start) if path == "fused" else rows
-        if path == "fused":
-            forward, hidden, weight = (tiles[f"linear_{name}"] for name in ("forward", "hidden_grad", "weight_grad"))
-            made = [_step("linear_forward", forward_traffic(C, D, V, forward, 2, True))]
-            made.append(_step("combine_parts", combine_traffic(C, _tiles(V, forward["BV"]))))
-            wave = max(processors // _tiles(D, hidden["BN"]), 1)
-            taken += made
-            taken.append(_step("linear_hidden_grad", hidden_grad_traffic(C, D, V, hidden, 2, forward["BV"], wave)))
-            if trained:
-                wave = max(processors // _tiles(D, weight["BN"]), 1)
-                traffic = weight_grad_traffic(C, D, V, weight, 2, start > 0, forward["BV"], wave)
-                taken += made * (2 * V * (start + C) > SAVED_PROBS_BYTES) + [_step("linear_weight_grad", traffic)]
-        else:
-            made = [
-                _library(C, V, D, 4),
-                _step("row_forward", row_forward_traffic(C, V, tiles["row_forward"], 4, row_triton.SPAN_BLOCKS)),
-                _step("row_backward", row_backward_traffic(C, V, tiles["row_backward"], 4, 2, row_triton.SPAN_BLOCKS)),
-            ]
-            dw = [_library(V, D, C, 4), Step("torch: dW -= product", 0, 12 * V * D, 12 * V * D)] if again else []
-            taken += [*made, _library(C, D, V, 4), *made * again, *dw]
-    if trained and path == "chunked" and not again:
-        taken.append(_library(V, D, T, 4))
+    taken = (_fused_steps if path == "fused" else _chunked_steps)(GPUS[gpu], T, D, V, trained)
     return [*taken, Step("torch: J and g J", 0, 26 * T * D, 26 * T * D)]
+
+
+def _fused_steps(gpu: Gpu, T: int, D: int, V: int, trained: bool) -> list[Step]:
+    forward, hidden, weight = (TILES[gpu.arch][f"linear_{name}"] for name in ("forward", "hidden_grad", "weight_grad"))
+    hidden_wave, weight_wave = (max(gpu.processors // ceil_div(D, tile["BN"]), 1) for tile in (hidden, weight))
+    rows = fused_rows(2 * V)
+    taken: list[Step] = []
+    for start in range(0, T, rows):
+        C = min(rows, T - start)
+        made = [
+            _step("linear_forward", forward_traffic(C, D, V, forward, 2, True)),
+            _step("combine_parts", combine_traffic(C, ceil_div(V, forward["BV"]))),
+        ]
+        traffic = hidden_grad_traffic(C, D, V, hidden, 2, forward["BV"], hidden_wave)
+        taken += [*made, _step("linear_hidden_grad", traffic)]
+        if trained:
+            traffic = weight_grad_traffic(C, D, V, weight, 2, start > 0, forward["BV"], weight_wave)
+            taken += made * (2 * V * (start + C) > SAVED_PROBS_BYTES) + [_step("linear_weight_grad", traffic)]
+    return taken
+
+
+def _chunked_steps(gpu: Gpu, T: int, D: int, V: int, trained: bool) -> list[Step]:
+    from kernels.row_triton import SPAN_BLOCKS
+
+    C, tiles = CHUNKED_TOKENS, TILES[gpu.arch]  # the last chunk is padded: all are alike
+    made = [
+        _library(C, V, D),
+        _step("row_forward", row_forward_traffic(C, V, tiles["row_forward"], 4, SPAN_BLOCKS)),
+        _step("row_backward", row_backward_traffic(C, V, tiles["row_backward"], 4, 2, SPAN_BLOCKS)),
+    ]
+    chunk, chunks = [*made, _library(C, D, V)], ceil_div(T, C)
+    if not trained:
+        return chunk * chunks
+    if 2 * T * V <= SAVED_PROBS_BYTES:  # all probabilities are kept, or none
+        return [*chunk * chunks, _library(V, D, T)]
+    return [*chunk, *made, _library(V, D, C), Step("torch: dW -= product", 0, 12 * V * D, 12 * V * D)] * chunks
 
 
 def modelled_ms(gpu: str, path: str, taken: Sequence[Step]) -> float:
@@ -259,11 +268,11 @@ def count_and_model(T: int, D: int, V: int) -> dict[str, tuple[Traffic, Traffic]
 
     arch, tiles = "interpret", TILES["interpret"]
     forward, hidden, weight = (tiles[f"linear_{name}"] for name in ("forward", "hidden_grad", "weight_grad"))
-    parts, span, group = _tiles(V, forward["BV"]), row_triton.SPAN_BLOCKS, 2
+    parts, span, group = ceil_div(V, forward["BV"]), row_triton.SPAN_BLOCKS, 2
     sizes = {
         "linear_forward": forward["GROUP"] * parts,
-        "linear_hidden_grad": group * _tiles(D, hidden["BN"]),
-        "linear_weight_grad": group * _tiles(D, weight["BN"]),
+        "linear_hidden_grad": group * ceil_div(D, hidden["BN"]),
+        "linear_weight_grad": group * ceil_div(D, weight["BN"]),
     }
     random = torch.Generator().manual_seed(0)
     hidden_TD, weight_VD = (torch.randn(rows, D, generator=random) for rows in (T, V))
@@ -318,7 +327,7 @@ def modelled_report() -> list[str]:
         for head, (D, V) in HEADS.items():
             for trained in (False, True):
                 ms = {p: modelled_ms(gpu, p, steps(p, gpu, ROWS, D, V, trained)) for p in ("chunked", "fused")}
-                auto, floor = choose(arch, ROWS, D, V), floor_ms(gpu, 2 + trained, ROWS, D, V)
+                auto, floor = choose(arch, D), floor_ms(gpu, 2 + trained, ROWS, D, V)
                 times = "".join(f"{value:8.1f}{'*' if path == auto else ' '}" for path, value in ms.items())
                 case = f"  {gpu:<8}{told:<34}{head:<9}{'yes' if trained else 'no':<9}"
                 lines.append(f"{case}{floor:7.1f} {times}{ms[auto] / floor:9.2f}")
@@ -360,10 +369,10 @@ def published_report() -> list[str]:
     figures = tomllib.loads(Path(__file__).with_name("roofline.toml").read_text(encoding="utf-8"))["published"]
     for gpu, T, D, V, what, theirs, whose in figures:
         arch, trained = GPUS[gpu].arch, what == "trained"
-        path = choose(arch, T, D, V)
+        path = choose(arch, D)
         taken = steps(path, gpu, T, D, V, trained)
         if what == "forward":  # of the chunked path: one product and one row pass
-            taken = [_library(T, V, D, 4), *(step for step in taken if step.kernel == "row_forward")]
+            taken = [_library(T, V, D), *(step for step in taken if step.kernel == "row_forward")]
         shape = f"T{T} D{D} V{V}"
         modelled = f"ours, modelled {modelled_ms(gpu, path, taken):7.1f}"
         lines.append(f"  {gpu:<6}{shape:<22}{what:<9}{theirs:8.2f} {whose:<38}{modelled}")

@@ -2,7 +2,8 @@
 
 Letters: `T` rows, `V` vocabulary, `P` spans of a row. Read next: kernels/log_softmax.py, kernels/linear_logprobs.py.
 
-A program takes SPAN logits of one row, whatever the number of rows: a row's bits do not depend on how many there are.
+A program takes SPAN_BLOCKS blocks of one row's logits, whatever the number of rows: a row's bits do not depend on how
+many there are.
 """
 
 import torch

@@ -4,7 +4,7 @@
 
 The launchers themselves run, on meta tensors, against a driver that names a GPU and launches nothing: what is compiled
 is what training would launch, specialisation and tile included. Machine code is read with the disassemblers in
-Triton's own wheel. One tile per kernel and target; with --all, every alternative in kernels/tiles.py too.
+Triton's own wheel. One launch of every kernel and target; with --all, with every option and dtype too.
 
 Exit status 1 where a shipped tile spills or uses an atomic, or where, against kernels/baseline.json, a kernel
   - has fewer resident warps (registers or shared memory grew so far that occupancy falls),

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from kernels import dequantise
 from models.errors import UserError
 from models.families import FAMILIES, llama4, read_model_config
-from models.files import atomic_folder, atomic_write_text, file_digest, read_json_object, write_json
+from models.files import atomic_folder, file_digest, read_json_object, write_json
 from models.layouts import IGNORED, Layout, Piece, plain
 from models.sharded import Part, own_part
 
@@ -108,11 +108,11 @@ def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor], layout: L
     if any(faults.values()):
         named = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
         raise UserError(f"{folder}: the weights do not fit the model's config.json; {named}")
-    return sum(
-        _read(piece, stored, part)
-        for part, its_pieces in ((own_part(parameter), pieces[name]) for name, parameter in parameters.items())
-        for piece in its_pieces
-    )
+    read = 0
+    for name, parameter in parameters.items():
+        part = own_part(parameter)
+        read += sum(_read(piece, stored, part) for piece in pieces[name])
+    return read
 
 
 def _read(piece: Piece, stored: Mapping[str, Stored], part: Part) -> int:
@@ -165,7 +165,7 @@ def _digest(path: Path, memo: Path | None) -> str:
         known[key] = file_digest(path)
         # A file this young could change again within one tick of its clock and look the same: hash it again next time.
         if memo and time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
-            atomic_write_text(memo, json.dumps(known, indent=1))
+            write_json(memo, known)
     return str(known[key])
 
 

@@ -37,8 +37,6 @@ class Groups(NamedTuple):
 
     def together(self, x_SGRZ: Tensor) -> Tensor:
         """[P * G, width * R, Z]."""
-        if self.width == 1:
-            return x_SGRZ.flatten(0, 1)
         S, G, R, Z = x_SGRZ.shape  # noqa: N806
         if self.stretches * self.width != S:
             x_SGRZ = x_SGRZ.new_zeros(self.stretches * self.width, G, R, Z).index_copy_(0, self.place_S, x_SGRZ)
@@ -47,8 +45,6 @@ class Groups(NamedTuple):
 
     def apart(self, x: Tensor) -> Tensor:
         """[S, G, R, Z] of a [P * G, width * R, Z]."""
-        if self.width == 1:
-            return x.view(self.stretches, -1, *x.shape[1:])
         R, Z = x.shape[1] // self.width, x.shape[2]  # noqa: N806
         x_SGRZ = x.view(self.stretches, -1, self.width, R, Z).transpose(1, 2).flatten(0, 1)
         return x_SGRZ if len(x_SGRZ) == len(self.place_S) else x_SGRZ[self.place_S]

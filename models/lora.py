@@ -50,10 +50,15 @@ class Adapter:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def adapts(self, name: str) -> bool:
-        """Whether a target is the name of this layer, or of these experts' parameter."""
-        experts = _of_experts(name)
-        named = any(f".{name}".endswith(f".{target}") for target in self.targets if _of_experts(target) == experts)
-        return named or (ALL_LINEAR in self.targets and not experts)
+        """Whether a target means this layer, or these experts' parameter."""
+        return any(_means(target, name) for target in self.targets)
+
+
+def _means(target: str, name: str) -> bool:
+    experts = _of_experts(name)
+    if target == ALL_LINEAR:
+        return not experts
+    return _of_experts(target) == experts and f".{name}".endswith(f".{target}")
 
 
 def _of_experts(name: str) -> bool:
@@ -119,7 +124,7 @@ def add_lora(model: Decoder, adapter: Adapter, *, seed: int) -> None:
     linears, experts = _linears(model), _experts(model)
     kinds = sorted({_kind(name) for name in [*linears, *experts]})
     for target in adapter.targets:
-        named = [name for name in [*linears, *experts] if Adapter(1, 1, (target,)).adapts(name)]
+        named = [name for name in [*linears, *experts] if _means(target, name)]
         if target != ALL_LINEAR and not named:
             near = difflib.get_close_matches(target, [ALL_LINEAR, *kinds], 1, 0.4)
             raise UserError(

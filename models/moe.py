@@ -3,7 +3,7 @@
 Letters: `T` tokens, `D` model width, `F` ffn width of an expert, `E` experts, `K` experts per token, `M` rows: a token
 and one of its experts, sorted by expert.
 
-Experts keep their weights as [E, out, in] whatever the files' layout (models/checkpoint.py turns them), or packed as
+Experts keep their weights as [E, out, in] whatever the files' layout (models/layouts.py has the turns), or packed as
 published, in MXFP4. Routers choose in fp32. Dropless: every token is answered by all the experts it chose. On the CPU
 an expert takes its rows in blocks of ROWS, the last one filled up, so that a token's bits do not depend on how many
 others chose the same. Read next: models/routing.py, kernels/mxfp4.py, models/families/gpt_oss.py.

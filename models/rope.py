@@ -14,13 +14,9 @@ from models.config import ModelConfig, RopeScaling, Yarn
 def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
     """Long wavelengths divided by the factor, short ones kept, a smooth passage between the two bounds."""
     wavelength = 2 * math.pi / frequency
-    longest = scaling.original_max_position / scaling.low_freq_factor
-    shortest = scaling.original_max_position / scaling.high_freq_factor
     band = max(scaling.high_freq_factor - scaling.low_freq_factor, 1e-9)  # the passage may be empty
-    share = (scaling.original_max_position / wavelength - scaling.low_freq_factor) / band
-    between = (1 - share) * frequency / scaling.factor + share * frequency
-    scaled = torch.where(wavelength > longest, frequency / scaling.factor, frequency)
-    return torch.where((wavelength <= longest) & (wavelength >= shortest), between, scaled)
+    kept = ((scaling.original_max_position / wavelength - scaling.low_freq_factor) / band).clamp(0, 1)
+    return (1 - kept) * frequency / scaling.factor + kept * frequency
 
 
 def _yarn(frequency: Tensor, scaling: Yarn, theta: float) -> Tensor:
@@ -39,7 +35,7 @@ def _yarn(frequency: Tensor, scaling: Yarn, theta: float) -> Tensor:
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str) -> Tensor:
-    """theta^(-2i/H), fp32 [H/2] (fp64 math on the host), stretched as the config asks."""
+    """theta^(-2i/H), fp32 [H/2] (made on the host, in fp32), stretched as the config asks."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
     if isinstance(config.rope_scaling, RopeScaling):

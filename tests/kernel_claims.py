@@ -298,16 +298,16 @@ def chunks_of_rows_and_recomputing_change_no_bits(k: ModuleType) -> None:
 
     whole, frozen = run(), run(w_trains=False)
     assert torch.equal(whole[0], frozen[0]) and torch.equal(whole[1], frozen[1])
-    real_chunk, real_saved = k.linear_paths.FUSED_CHUNK_BYTES, k.linear_logprobs_module.SAVED_PROBS_BYTES
+    real_chunk, real_saved = k.linear_paths.FUSED_CHUNK_BYTES, k.linear_paths.SAVED_PROBS_BYTES
     try:
         k.linear_paths.FUSED_CHUNK_BYTES = 0  # chunks of 128 rows: two here
         kept = run()
-        k.linear_logprobs_module.SAVED_PROBS_BYTES = 0
+        k.linear_paths.SAVED_PROBS_BYTES = 0
         recomputed = run()
-        k.linear_logprobs_module.SAVED_PROBS_BYTES = 128 * V * 4
+        k.linear_paths.SAVED_PROBS_BYTES = 128 * V * 4
         half_kept = run()
     finally:
-        k.linear_paths.FUSED_CHUNK_BYTES, k.linear_logprobs_module.SAVED_PROBS_BYTES = real_chunk, real_saved
+        k.linear_paths.FUSED_CHUNK_BYTES, k.linear_paths.SAVED_PROBS_BYTES = real_chunk, real_saved
     for other in (kept, recomputed, half_kept):
         assert torch.equal(other[0], whole[0]) and torch.equal(other[1], whole[1])
         assert torch.equal(other[2], kept[2])

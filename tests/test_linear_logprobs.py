@@ -58,7 +58,7 @@ def test_error_is_at_most_twice_that_of_plain_torch_in_fp32(T, D, V, chunk, dtyp
 
 @pytest.mark.parametrize("saved_bytes", [0, 2**30])
 def test_gradcheck_in_fp64_with_kept_and_with_recomputed_probabilities(monkeypatch, saved_bytes):
-    monkeypatch.setattr(module, "SAVED_PROBS_BYTES", saved_bytes)
+    monkeypatch.setattr("kernels.linear_paths.SAVED_PROBS_BYTES", saved_bytes)
     hidden, weight, targets = make(7, 5, 11, torch.float64)
     targets[3] = IGNORE_INDEX
     hidden.requires_grad_()

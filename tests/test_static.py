@@ -156,4 +156,4 @@ def test_the_table_has_a_line_a_row():
 def test_fp32_never_reaches_the_fused_kernels_on_a_gpu_where_their_tiles_would_spill(monkeypatch, arch):
     monkeypatch.setattr(backend, "arch_of", lambda device: arch)
     for dtype, path in ((torch.float32, "chunked"), (torch.bfloat16, "fused")):
-        assert backend.resolve("triton", torch.device("cuda"), dtype, 64, 64, 64) == path
+        assert backend.resolve("triton", torch.device("cuda"), dtype, 64) == path

@@ -24,31 +24,31 @@ from models.moe import MoE, chosen_of_softmax, swiglu
 from models.parts import MLP, Attention, Context, Layer, RMSNorm
 
 
-def _count_full_layers(fields: Fields, path: Path) -> int:
-    """The number of layers, none of which may have a window: no published Qwen turns them on."""
+def _refuse_windows(fields: Fields, path: Path) -> None:
+    """No published Qwen turns them on."""
     supported(fields, "use_sliding_window", path, False)
     count = positive(fields, "num_hidden_layers", path, int)
     layer_types(fields, path, ["full_attention"] * count, ("full_attention",))
-    return count
 
 
 def read_qwen2(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen2ForCausalLM (Qwen2.5): q, k and v have a bias, whatever the file says."""
-    _count_full_layers(fields, path)
+    _refuse_windows(fields, path)
     fields = {**fields, "attention_bias": None}
     return decoder_config(architecture, fields, path, qkv_bias=True, defaults={"num_key_value_heads": 32})
 
 
 def read_qwen3(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen3ForCausalLM."""
-    _count_full_layers(fields, path)
+    _refuse_windows(fields, path)
     defaults = {"head_dim": 128, "num_key_value_heads": 32}
     return decoder_config(architecture, fields, path, qk_norm=True, defaults=defaults)
 
 
 def read_qwen3_moe(architecture: str, fields: Fields, path: Path) -> ModelConfig:
     """Qwen3MoeForCausalLM: a layer is sparse where decoder_sparse_step and mlp_only_layers say so."""
-    count = _count_full_layers(fields, path)
+    _refuse_windows(fields, path)
+    count = positive(fields, "num_hidden_layers", path, int)
     step = positive(fields, "decoder_sparse_step", path, int, 1)
     dense = layer_numbers(fields, "mlp_only_layers", path, count)
     layers = tuple(LayerKind(sparse=i not in dense and (i + 1) % step == 0) for i in range(count))
