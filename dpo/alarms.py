@@ -8,7 +8,6 @@ import math
 import statistics
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,45 +88,38 @@ def _difference(lines: Sequence[Line], config: Config) -> float | None:
 
 
 _TEXTS = tomllib.loads(Path(__file__).with_name("alarms.toml").read_text(encoding="utf-8"))
-ALARMS = {
-    "both_rewards_fall": Kind(_falling, 2 * WINDOW, True, **_TEXTS["both_rewards_fall"]),
-    "far_from_reference": Kind(_divergence, WINDOW, True, **_TEXTS["far_from_reference"]),
-    "accuracy_at_chance": Kind(_chance, 2 * WINDOW, True, **_TEXTS["accuracy_at_chance"]),
-    "gradient_spike": Kind(_spike, WINDOW + 1, False, **_TEXTS["gradient_spike"]),
-    "always_clipped": Kind(_clipped, WINDOW, False, **_TEXTS["always_clipped"]),
-    "without_gradient": Kind(_without_gradient, 1, False, **_TEXTS["without_gradient"]),
-    "reference_drift": Kind(_difference, 1, False, **_TEXTS["reference_drift"]),
+_SIGNS = {
+    "both_rewards_fall": (_falling, 2 * WINDOW, True),
+    "far_from_reference": (_divergence, WINDOW, True),
+    "accuracy_at_chance": (_chance, 2 * WINDOW, True),
+    "gradient_spike": (_spike, WINDOW + 1, False),
+    "always_clipped": (_clipped, WINDOW, False),
+    "without_gradient": (_without_gradient, 1, False),
+    "reference_drift": (_difference, 1, False),
 }
+ALARMS = {name: Kind(*sign, **_TEXTS[name]) for name, sign in _SIGNS.items()}
 
 
-def signs(lines: Sequence[Line], config: Config) -> dict[str, float]:
-    """The alarms that show after the last of `lines`: a run's training lines, all or the first and last WINDOW."""
-    rewards = reads(config.loss, "reference")
-    asked = {k: kind for k, kind in ALARMS.items() if len(lines) >= kind.least and (rewards or not kind.rewards)}
-    found = {name: kind.sign(lines, config) for name, kind in asked.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-@dataclass
 class Watch:
     """Which alarms a run has raised; `kept` are the lines that a resumed run's metrics.jsonl already has."""
 
-    config: Config
-    kept: Sequence[Line] = ()
-    _training: list[Line] = field(init=False)
-    _raised: set[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._training = [line for line in self.kept if "loss" in line]
-        self._raised = {alarm["name"] for alarm in alarms_of(self.kept)}
+    def __init__(self, config: Config, kept: Sequence[Line] = ()) -> None:
+        self.config = config
+        self.lines = [line for line in kept if "loss" in line]  # of training: all, or the first and last WINDOW
+        self.raised = {alarm["name"] for alarm in alarms_of(kept)}
 
     def after(self, step: int, metrics: Line) -> list[Alarm]:
         """The alarms that show for the first time after this training step."""
-        self._training.append({"step": step, **metrics})
-        del self._training[WINDOW:-WINDOW]
-        fresh = {k: value for k, value in signs(self._training, self.config).items() if k not in self._raised}
-        self._raised |= fresh.keys()
-        return [_alarm(name, step, value) for name, value in fresh.items()]
+        self.lines.append({"step": step, **metrics})
+        del self.lines[WINDOW:-WINDOW]
+        rewards = reads(self.config.loss, "reference")
+        fresh = []
+        for name, kind in ALARMS.items():
+            if name not in self.raised and len(self.lines) >= kind.least and (rewards or not kind.rewards):
+                value = kind.sign(self.lines, self.config)
+                fresh += [] if value is None else [_alarm(name, step, value)]
+        self.raised |= {alarm["name"] for alarm in fresh}
+        return fresh
 
 
 def alarms_of(metrics: Sequence[Line], parameters: Sequence[str] = ()) -> list[Alarm]:

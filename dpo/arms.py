@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from dpo.config import Config, config_dict
-from dpo.inputs import Inputs, pick_device, read_inputs
+from dpo.inputs import Inputs, fingerprints, pick_device, read_inputs
 from dpo.log import source_digest
 from dpo.losses import check_loss
 from dpo.results import Results
@@ -21,7 +21,6 @@ from dpo.rows import columns_of
 from dpo.runs import MAY_DIFFER, flat, home_of, resumed_folder
 from dpo.settings import Arm
 from dpo.sweep_report import Kept, KeptArm
-from models.checkpoint import weights_fingerprint
 from models.errors import UserError
 from models.files import read_json_object
 
@@ -131,11 +130,8 @@ def read_by(run: Path) -> dict[str, object]:
 
 def digests_of(inputs: Inputs, config: Config) -> Read:
     """Those of all that these inputs are of."""
-    adapter = Path(config.model.adapter) if config.model.adapter and not config.reference.path else None
     trees = f"{inputs.train_trees.digest} {inputs.validation_trees.digest}"
-    memo = inputs.cache / "fingerprints.json"
-    weights = weights_fingerprint(inputs.reference_folder, memo, adapter)
-    return Read(trees, str(inputs.splits.report["test_sha256"]), weights)
+    return Read(trees, str(inputs.splits.report["test_sha256"]), fingerprints(inputs, config)[1])
 
 
 # --- may they go on? --------------------------------------------------------------------------------------------------

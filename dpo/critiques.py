@@ -90,7 +90,7 @@ def _tree(name: str, asked: Tree, branch: int, sides: Sides, values: PairValues,
         asked.prompt + asked.branches[branch],
         tuple(ids[:-1] for ids in every),
         tuple(Completion(place, 0, ids) for place, ids in enumerate(every)),
-        tuple(Pair(*pair, weight * values.weight, values.margin, values.soft_label) for pair in places),
+        tuple(Pair(*pair, *values.weighed(weight)) for pair in places),
         asked.prefix,
     )
 

@@ -6,6 +6,7 @@ Read next: dpo/train.py. Launch: `torchrun --nproc-per-node=N -m dpo.train exp=.
 import math
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,7 +77,8 @@ def watch_ranks(ranks: Ranks, hang_s: float) -> None:
     if ranks.world > 1:
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        watch(dist.PrefixStore(f"watch {restarts}", client), ranks.rank, ranks.world, hang_s)
+        store = dist.PrefixStore(f"watch {restarts}", client)
+        threading.Thread(target=watch, args=(store, ranks.rank, ranks.world, hang_s), daemon=True).start()
 
 
 def leave_ranks(ranks: Ranks) -> None:

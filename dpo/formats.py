@@ -166,13 +166,6 @@ def _row(record: Record, name: str, where: str, prompt: object, chosen: list[Ans
     return {"id": where, "subset": name} | kept | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _unless(reason: str | None, row: Record, dropped: Counter[str]) -> Record | None:
-    if reason is None:
-        return row
-    dropped[reason] += 1
-    return None
-
-
 def _rb2(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
     """Both rows of a Ties question (ref:N, tied:N) are one group: they share N's wrong answers."""
     for key, count in (("chosen", "num_correct"), ("rejected", "num_incorrect")):
@@ -256,8 +249,7 @@ def _binarized(record: Record, name: str, where: str, dropped: Counter[str]) -> 
     prompt, chosen, rejected = _pair(record, name, where)
     if better < worse:
         raise UserError(f"{where}: {keys[0]} is below {keys[1]}: {better} < {worse}; exchange the answers")
-    reason = "identical answers" if plain(chosen) == plain(rejected) else "equal scores" if better == worse else None
-    return _unless(reason, _row(record, name, where, prompt, [chosen], [rejected]), dropped)
+    return _best(record, name, where, prompt, [(better, chosen), (worse, rejected)], dropped)
 
 
 def _hh(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:
@@ -292,10 +284,12 @@ def _best(
     chosen = [text for score, text in scored if score == best]
     below = [text for score, text in scored if score < best]
     rejected = [text for text in below if plain(text) not in map(plain, chosen)]
-    if rejected and len(rejected) < len(below):
+    if not rejected:
+        dropped["identical answers" if below else "equal scores"] += 1
+        return None
+    if len(rejected) < len(below):
         dropped["an answer that repeats a better one"] += len(below) - len(rejected)
-    reason = None if rejected else "identical answers" if below else "equal scores"
-    return _unless(reason, _row(record, name, where, prompt, chosen, rejected), dropped)
+    return _row(record, name, where, prompt, chosen, rejected)
 
 
 def _ranked(record: Record, name: str, where: str, dropped: Counter[str]) -> Record | None:

@@ -19,15 +19,11 @@ LOOKS = 50  # at the main thread, within the limit
 
 
 def watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float) -> None:
-    """From now on this process ends when its main thread, or another rank's, stands still for `limit_s`.
+    """In a thread of its own: end this process when its main thread, or another rank's, stands still for `limit_s`.
 
     A line on stderr then names the ranks for which the others wait. Without the store, torchrun's, it ends at once; no
     one else uses this client of it, whose calls wait for each other.
     """
-    threading.Thread(target=_watch, args=(store, rank, world, limit_s), daemon=True).start()
-
-
-def _watch(store: dist.PrefixStore, rank: int, world: int, limit_s: float) -> None:
     look_s = min(2.0, limit_s / LOOKS)
     stood, still_s = _stack(), 0.0  # looks are counted, not the clock: who was stopped may go on
     try:

@@ -21,12 +21,13 @@ from dpo.config import Config
 from dpo.judge.attacks import attack_share, attacked_rows, read_seen
 from dpo.judge.prompts import asks, columns, judge_messages, read_template
 from dpo.losses import check_loss
-from dpo.rows import Rows, columns_of, formats_of, keep_rows, read_rows, rows_digest
+from dpo.rows import Rows, columns_of, keep_rows, read_rows, rows_digest
 from dpo.shards import ENDINGS
 from dpo.split import Splits, split_rows
 from dpo.tokens import Trees, token_trees
 from dpo.trees import TreeSettings
 from kernels.backend import why_not_triton
+from models.checkpoint import weights_fingerprint
 from models.errors import UserError
 from models.families import read_model_config
 from models.gguf_import import resolve_model_path
@@ -52,6 +53,14 @@ class Inputs:
     validation_trees: Trees  # under the objective, for loss and margins
     attacked: dict[str, Rows]  # by each of judge.attacks, the test rows that fit
     attacks_seen: list[str] | None  # families that training saw, this run's and those before it; None: not known
+
+
+def fingerprints(inputs: Inputs, config: Config) -> tuple[str, str]:
+    """Of the weights that the policy starts as, and of the reference's."""
+    memo = inputs.cache / "fingerprints.json"
+    adapter = Path(config.model.adapter) if config.model.adapter else None
+    policy = weights_fingerprint(inputs.model_folder, memo, adapter)
+    return policy, weights_fingerprint(inputs.reference_folder, memo) if config.reference.path else policy
 
 
 def set_up_cpu() -> None:
@@ -104,8 +113,9 @@ def data_rows(config: Config, dropped: Counter[str]) -> tuple[Rows, list[str]]:
     path = config.data.path
     plain = [ending for ending in ENDINGS if ending != ".json"]  # which may say other things
     place = fetch_data(path, "data.path", plain) if is_hub_id(path, ENDINGS) else Path(path)
-    rows = read_rows(place, config.data.format, dropped, cache_folder(config))
-    return rows, formats_of(place) if config.data.format == "auto" else [config.data.format]
+    formats: set[str] = set()
+    rows = read_rows(place, config.data.format, dropped, cache_folder(config), formats)
+    return rows, sorted(formats)
 
 
 def load_splits(config: Config, *, judging: bool = False) -> Splits:
@@ -121,21 +131,18 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         rows = keep_rows((replace(row, split="test") for row in rows), cache_folder(config))
         splits = split_rows(rows, split="group", seed=seed, validation_fraction=0, test_fraction=1)
     else:
-        none = data.path == "checkable" and not config.checkable.validation_rows
-        validation = 0.0 if none else data.validation_fraction
+        unvalidated = data.path == "checkable" and not config.checkable.validation_rows
+        validation = 0.0 if unvalidated else data.validation_fraction
         fractions = {"validation_fraction": validation, "test_fraction": data.test_fraction}
         splits = split_rows(rows, split=data.split, seed=seed, **fractions)
     to_judge = splits.test
     if judging:  # after the split: which rows are held out does not hang on which are asked
         to_judge = to_judge.take(place for place, row in enumerate(to_judge) if asks(judge.protocol, row))
-        if not to_judge:
+        if splits.test and not to_judge:
             raise UserError(f"judge.protocol={judge.protocol}: no row is one to ask; Ties rows are ref:N, tied:N")
-    train, test = sample(splits.train, data.rows, seed), sample(to_judge, judge.rows, seed)
-    for key, most, none in (("data.rows", data.rows, not train), ("judge.rows", judge.rows, not test)):
-        if most and none and not (judging and key == "data.rows"):
-            raise UserError(
-                f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all"
-            )
+    none = rows.take([])
+    train = none if judging else sample(splits.train, data.rows, seed, "data.rows")
+    test = sample(to_judge, judge.rows, seed, "judge.rows")
     more: dict[str, object] = {"dropped": dict(sorted(dropped.items())), "test_sha256": rows_digest(test)}
     more["formats"] = formats
     if judging and "rmbench" in formats and judge.protocol == "compare" and judge.pairs_per_row:
@@ -148,12 +155,14 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         raise UserError(f"data.path={data.path}: {other}: RM-Bench's score needs rows of 3 chosen and 3 rejected")
     if data.attack_share and not judging:
         train, more["attacked"] = attack_share(train, data.attack_share, data.attacks, seed, cache_folder(config))
-    splits = replace(splits, train=train, test=test, report=splits.report | more)
-    return replace(splits, train=rows.take([]), validation=rows.take([])) if judging else splits
+    return Splits(train, none if judging else splits.validation, test, splits.report | more)
 
 
-def sample(rows: Rows, most: int, seed: int) -> Rows:
-    """At most `most` rows (0: all), in their old order: whole groups drawn with the seed, as long as they fit."""
+def sample(rows: Rows, most: int, seed: int, key: str = "") -> Rows:
+    """At most `most` rows (0: all), in their old order: whole groups drawn with the seed, as long as they fit.
+
+    UserError, which names `key`, where none fits.
+    """
     if not most or most >= len(rows):
         return rows
     sizes = Counter(row.group for row in rows)
@@ -165,6 +174,8 @@ def sample(rows: Rows, most: int, seed: int) -> Rows:
         if sizes[group] <= room:
             taken.add(group)
             room -= sizes[group]
+    if not taken:
+        raise UserError(f"{key}={most}: whole groups of rows are drawn, and each has more rows; raise it, or 0 = all")
     return rows.take(place for place, row in enumerate(rows) if row.group in taken)
 
 
@@ -202,19 +213,19 @@ def _reference_folder(config: Config, cache: Path, tokenizer: Tokenizer) -> Path
 
 def tree_settings(config: Config) -> TreeSettings:
     """What the objective's trees of the training rows depend on: of critiques, those of the verdicts alone."""
-    data = config.data
+    data, judge = config.data, config.judge
     return TreeSettings(
-        "responses" if config.objective == "responses" else "verdicts",
-        data.pairs_per_row,
-        config.train.pair_weight,
-        config.pack.tokens,
-        data.max_tokens,
-        data.too_long,
-        config.judge.sighted,
-        config.judge.protocol,
-        read_template(config.judge.template, config.judge.protocol),
-        config.judge.reference_answer,
-        config.seed if config.judge.protocol == "choose" or data.orders == "one" else 0,
+        objective="responses" if config.objective == "responses" else "verdicts",
+        pairs_per_row=data.pairs_per_row,
+        pair_weight=config.train.pair_weight,
+        pack_tokens=config.pack.tokens,
+        max_tokens=data.max_tokens,
+        too_long=data.too_long,
+        sighted=judge.sighted,
+        protocol=judge.protocol,
+        template=read_template(judge.template, judge.protocol),
+        reference_answer=judge.reference_answer,
+        seed=config.seed if judge.protocol == "choose" or data.orders == "one" else 0,
         one_order=data.orders == "one",
     )
 
@@ -287,7 +298,8 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     cache = cache_folder(config)
     check_place("run.root", Path(config.run.root))
     check_place("run.cache", cache)
-    check_place("reference.store", Path(config.reference.store))
+    if config.reference.store:
+        check_place("reference.store", Path(config.reference.store))
     if config.judge.protocol != "compare" and not judging:
         raise UserError(
             f"judge.protocol={config.judge.protocol}: is for python -m dpo.judge; a training has compare only"

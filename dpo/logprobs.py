@@ -35,10 +35,14 @@ def pack_logps(model: Decoder, pack: Pack, head_chunk: int, routing: Routing | N
     return model(tokens_T, positions_T, pack.layout, rows_R, targets_R, head_chunk, routing)
 
 
-def completion_sums(logp_R: Tensor, completion_R: Tensor, completions: int) -> Tensor:
-    """Sum of log p per completion [S], in fp64, in token order: the same bits from the same tokens."""
-    sums_S = torch.zeros(completions, dtype=torch.float64, device=logp_R.device)
-    return sums_S.index_add(0, completion_R.to(logp_R.device), logp_R.double())
+def completion_sums(logp_R: Tensor, completion_R: Tensor, completions: int, sides_2B: Tensor | None = None) -> Tensor:
+    """Sum of log p per completion [S], in fp64, in token order: the same bits from the same tokens.
+
+    With `sides_2B` their tail_sums follow [S + 2B].
+    """
+    zeros_S = torch.zeros(completions, dtype=torch.float64, device=logp_R.device)
+    sums_S = zeros_S.index_add(0, completion_R.to(logp_R.device), logp_R.double())
+    return sums_S if sides_2B is None else torch.cat([sums_S, tail_sums(logp_R, completion_R, sides_2B, completions)])
 
 
 def tail_sums(logp_R: Tensor, completion_R: Tensor, sides_2B: Tensor, completions: int) -> Tensor:
@@ -64,11 +68,8 @@ def batch_logps(model: Decoder, batch: Batch, head_chunk: int, routings: Sequenc
 
 def batch_sums(logp_R: Tensor, batch: Batch, *, tails: bool = False) -> Tensor:
     """Sum of log p per completion of a batch [S], with `tails` those of its pairs behind them [S + 2B]."""
-    sums_S = completion_sums(logp_R, batch.completion_R, len(batch.completions))
-    if not tails:
-        return sums_S
-    sides_2B = torch.cat([batch.winner_B, batch.loser_B])
-    return torch.cat([sums_S, tail_sums(logp_R, batch.completion_R, sides_2B, len(batch.completions))])
+    sides_2B = torch.cat([batch.winner_B, batch.loser_B]) if tails else None
+    return completion_sums(logp_R, batch.completion_R, len(batch.completions), sides_2B)
 
 
 @torch.no_grad()

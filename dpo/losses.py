@@ -1,7 +1,7 @@
 """Preference losses: pure functions of the sums of dpo/pairs.py, one dict, each with its equation and paper.
 
 Letters: `B` pairs. Read next: dpo/packing.py. To add one: write the function, name it in LOSSES and in the rows of
-READ_BY whose setting it reads (CONTRIBUTING.md).
+READ_BY whose setting it reads; "reference" and "ld_alpha" list those that do not (CONTRIBUTING.md).
 
 A loss returns one value a pair; the caller weighs and averages over the pairs of the whole optimizer step, so that no
 split into micro-batches or ranks can change a gradient. In the equations r_w and r_l are the log-ratios to the
@@ -57,8 +57,8 @@ The order alpha is TRL's: 1 less the table's, where 0 is the reverse KL and 1 th
 
 def _scores(logps: PairLogps, config: LossConfig) -> tuple[Tensor, Tensor]:
     """s_w and s_l: the log-ratios, seen through the divergence."""
-    shape = DIVERGENCES[config.divergence]
-    return tuple(shape(ratio_B, config.divergence_alpha) for ratio_B in (logps.chosen_ratio_B, logps.rejected_ratio_B))  # type: ignore[return-value]
+    shape, alpha = DIVERGENCES[config.divergence], config.divergence_alpha
+    return shape(logps.chosen_ratio_B, alpha), shape(logps.rejected_ratio_B, alpha)
 
 
 def _gap(logps: PairLogps, config: LossConfig) -> Tensor:
@@ -363,6 +363,6 @@ def reward_metrics(logps: PairLogps, losses_B: Tensor, weight_B: Tensor, beta: f
         "rewards/accuracies": (margin_B > 0).double() + 0.5 * (margin_B == 0).double(),
         "logps/chosen": logps.chosen_B,
         "logps/rejected": logps.rejected_B,
-        "weight": weight_B / weight_B,
+        "weight": torch.ones_like(weight_B),
     }
     return {name: float((column_B.detach() * weight_B).sum()) for name, column_B in columns.items()}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.logprobs import TreeLogps, completion_sums, tail_sums
+from dpo.logprobs import TreeLogps, completion_sums
 from dpo.packing import Batch
 from dpo.trees import Pair, Tree
 
@@ -53,11 +53,8 @@ def reference_sums(logps: TreeLogps, tailed: Sequence[Pair] = ()) -> Tensor:
     logp_R = torch.cat([torch.from_numpy(value) for value in logps])
     # numpy's: torch's repeat_interleave wakes all threads, milliseconds a tree.
     completion_R = torch.from_numpy(np.repeat(np.arange(len(logps)), [len(value) for value in logps]))
-    sums_S = completion_sums(logp_R, completion_R, len(logps))
-    if not tailed:
-        return sums_S
-    sides_2B = torch.tensor([(pair.winner, pair.loser) for pair in tailed]).T.flatten()
-    return torch.cat([sums_S, tail_sums(logp_R, completion_R, sides_2B, len(logps))])
+    sides_2B = torch.tensor([(pair.winner, pair.loser) for pair in tailed]).T.flatten() if tailed else None
+    return completion_sums(logp_R, completion_R, len(logps), sides_2B)
 
 
 def tree_sums(logps: TreeLogps, tree: Tree, config: LossConfig) -> Tensor:

@@ -177,7 +177,7 @@ def keeps_routes(config: Config, policy: ModelConfig, reference: ModelConfig) ->
             f"moe.routes = replay: the experts of model.path={config.model.path} are not those of "
             f"reference.path={config.reference.path}; leave one of the keys out"
         )
-    return policy.experts is not None and alike and config.moe.routes != "off"
+    return any(layer.sparse for layer in policy.layers) and alike and config.moe.routes != "off"
 
 
 def routes_of(config: Config, policy: ModelConfig, folder: Path | None) -> Routes | None:

@@ -13,7 +13,6 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +45,10 @@ class PairValues(NamedTuple):
     weight: float = 1.0  # how much the pair counts in the loss's mean
     margin: float = 0.0  # by how much the chosen answer's reward is to lead, reward units (beta * nats)
     soft_label: float = 1.0  # probability that the chosen answer is the better one
+
+    def weighed(self, share: float) -> "PairValues":
+        """The same of a pair that counts for so much of its row."""
+        return self._replace(weight=share * self.weight)
 
 
 ALLOWED: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -125,13 +128,15 @@ def rows_digest(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row]:
+def iterate_rows(path: Path, format: str, dropped: Counter[str], formats: set[str] | None = None) -> Iterator[Row]:
     """The rows of a file or a folder of files (dpo/shards.py), one by one, in order; other keys are ignored.
 
-    `format`: a name in dpo/formats.py, or "auto": the one of each file's first row. What its format marks as no
-    preference is left out and counted in `dropped` by reason. A UserError names file and line of the first bad row.
+    `format`: a name in dpo/formats.py, or "auto": the one of each file's first row; `formats` takes those met. What a
+    format marks as no preference is left out and counted in `dropped` by reason. A UserError names file and line of the
+    first bad row.
     """
     ids: set[str] = set()
+    formats = set() if formats is None else formats
     try:
         for records in read_records(path):
             first: tuple[str, str] | None = None
@@ -141,6 +146,7 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
                 if format == "auto":
                     first = _format_of(record, where, first)
                 name = first[0] if first else format
+                formats.add(name)
                 ours = FORMATS[name].convert(record, name, where, dropped)
                 if ours is None:
                     continue
@@ -159,14 +165,12 @@ def iterate_rows(path: Path, format: str, dropped: Counter[str]) -> Iterator[Row
         raise UserError(f"data.path={path}: there are no rows{left}")
 
 
-def formats_of(path: Path) -> list[str]:
-    """The formats of a file, or of those in a folder, each by its first row (iterate_rows' "auto")."""
-    firsts = (islice(records, 1) for records in read_records(path))
-    return sorted({_format_of(_record(raw, where), where, None)[0] for first in firsts for where, raw in first})
-
-
 def read_rows(
-    path: Path, format: str = "auto", dropped: Counter[str] | None = None, folder: Path | None = None
+    path: Path,
+    format: str = "auto",
+    dropped: Counter[str] | None = None,
+    folder: Path | None = None,
+    formats: set[str] | None = None,
 ) -> Rows:
     """All rows of `iterate_rows`, kept in `folder` (keep_rows).
 
@@ -175,7 +179,7 @@ def read_rows(
     `weight`, `margin` and `soft_label` absent or null; the last three are a number for all pairs or a list of one each,
     chosen-major.
     """
-    return keep_rows(iterate_rows(path, format, Counter() if dropped is None else dropped), folder)
+    return keep_rows(iterate_rows(path, format, Counter() if dropped is None else dropped, formats), folder)
 
 
 def keep_rows(rows: Iterable[Row], folder: Path | None = None) -> Rows:

@@ -87,7 +87,7 @@ def _changed(folder: Path, config: Config) -> tuple[list[str], list[str]]:
     A key that the run knew nothing of counts as its default then.
     """
     begun, now = flat(read_json_object(folder / "config.json")), flat(config_dict(config))
-    before = flat(config_dict(type(config)(exp=config.exp))) | begun
+    before = flat(config_dict(Config(exp=config.exp))) | begun
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != "run.resume"]
     told = {key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in keys}
     return [told[key] for key in keys if key not in MAY_DIFFER], [told[key] for key in keys if key in MAY_DIFFER]

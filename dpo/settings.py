@@ -259,7 +259,7 @@ def _folder_name(texts: dict[str, str]) -> str:
 
 def _checked(settings: Settings) -> Config:
     config = _validate(settings)
-    for fault in _check_together(config, settings):
+    if fault := next(_check_together(config, settings), ""):
         raise UserError(fault)
     return config
 
@@ -435,13 +435,12 @@ def _check_together(config: Config, settings: Settings) -> Iterator[str]:
             f"{said('loss.swap_consistency')}: compares a verdict with its twin in the other order, and "
             f"{said('objective')} has no twins; set objective=verdicts, or loss.swap_consistency=0"
         )
-    lengths = ["loss.ld_alpha"] * (config.loss.ld_alpha != 1) + ["loss.name"] * (
-        "rdpo" in (config.loss.name, *config.loss.mix)
-    )
-    if lengths and config.objective == "verdicts":
+    mixed = any(text.partition(":")[0] == "rdpo" for text in config.loss.mix)
+    of_lengths = {"ld_alpha": config.loss.ld_alpha != 1, "name": config.loss.name == "rdpo", "mix": mixed}
+    if config.objective == "verdicts" and (key := next((key for key, on in of_lengths.items() if on), "")):
         yield (
-            f"{said(lengths[0])}: is about answers of unlike length, and a verdict has one; set objective=responses, "
-            "or leave it out"
+            f"{said(f'loss.{key}')}: is about answers of unlike length, and a verdict has one; set "
+            "objective=responses, or leave it out"
         )
     if config.data.orders == "one" and (config.objective != "verdicts" or config.loss.swap_consistency):
         yield (
@@ -463,6 +462,8 @@ def _check_together(config: Config, settings: Settings) -> Iterator[str]:
             yield f"{said(f'lora.{name}')}: there is no adapter, for {said('lora.rank')}; e.g. lora.rank=16"
     if config.train.num_cycles != 0.5 and config.train.schedule != "cosine":
         yield f"{said('train.num_cycles')}: {said('train.schedule')} has no waves; set train.schedule=cosine"
+    if config.train.patience and config.train.select == "last":
+        yield f"{said('train.patience')}: {said('train.select')} finds none better; set train.select=accuracy or loss"
     train = config.train.model_dump()
     for count, every in (("n_evals", "eval_every_steps"), ("n_checkpoints", "checkpoint_every_steps")):
         if train[count] and train[every]:

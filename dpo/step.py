@@ -1,6 +1,6 @@
 """One optimizer step: which rows it takes, at what rate, and the gradient of its loss, exact in pairs.
 
-Letters: `B` pairs. Read next: dpo/losses.py, dpo/packing.py.
+Letters: `B` pairs, `S` completions, `R` scored tokens. Read next: dpo/losses.py, dpo/packing.py.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.config import Config, LossConfig, TrainConfig
-from dpo.distributed import Ranks, total
+from dpo.distributed import Ranks, own_share, total
 from dpo.logprobs import batch_logps, batch_sums
 from dpo.losses import pair_losses, reads, reward_metrics
 from dpo.packing import Batch, pack_share
@@ -89,21 +89,21 @@ def accumulate_gradients(
 ) -> dict[str, float]:
     """Backward through every pair of one optimizer step: the gradient is the mean over all ranks' pairs, exactly.
 
-    `references` holds the sums of each tree (of reference_sums; with the tails of its pairs where ld_alpha is not 1);
+    `references` holds the sums of each tree (of dpo.pairs.tree_sums), those of other ranks' trees too;
     `one_kernel`, of in_one_kernel for all trees of the run, takes the pairs' losses from kernels.preference_loss;
     `routes` of a mixture of experts counts them, and lends the reference's. Each pair bears its batch's moe.aux_loss.
-    Returns sums over all pairs for the log, `weight` to divide them by, and `difference`: this rank's largest
-    |policy - reference| of a completion, nats (NaN if any is).
+    Returns sums over all ranks' pairs for the log, `weight` to divide them by, `tokens` that were run, and
+    `difference`: this rank's largest |policy - reference| of a completion, nats (NaN if any is).
     """
     weight = sum(pair.weight for tree in trees for pair in tree.pairs)
-    mine = range(ranks.rank, len(trees), ranks.world)
-    sums = {"tokens": float(sum(trees[i].tokens for i in mine))}
+    own_references = own_share(references, ranks)  # as pack_share deals the trees
+    sums = {"tokens": float(sum(tree.tokens for tree in own_share(trees, ranks)))}
     differences = [torch.zeros(1, dtype=torch.float64)]
     for batch in pack_share(trees, config.pack.tokens, ranks.rank, ranks.world):
         routings = None if routes is None else routes.of(batch.packs, ranks)
         logp_R = batch_logps(policy, batch, config.pack.head_chunk, routings or ())
         scored = batch_sums(logp_R, batch, tails=config.loss.ld_alpha != 1).cpu()
-        reference = batch_references([references[i] for i in mine], batch)
+        reference = batch_references(own_references, batch)
         differences.append((scored.detach() - reference).abs())
         reference = reference * reads(config.loss, "reference")
         logps = pair_logps(scored, reference, batch)
@@ -127,15 +127,14 @@ KERNEL_LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo_sum": "ipo"}
 
 
 def in_one_kernel(config: Config, trees: Sequence[Tree], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton is in use here and kernels.preference_loss has all of the configured loss."""
+    """Whether Triton is in use here, in log-probs of this `dtype`, and kernels.preference_loss has all of the loss."""
     loss = config.loss
-    read = ("name", "beta", "label_smoothing", "reference_free")
-    plain = LossConfig(**{key: value for key, value in loss if key in read}) == loss
-    if not plain or loss.name not in KERNEL_LOSSES:
-        return False
-    if resolve(config.kernels.backend, device, dtype) == "torch":
-        return False
-    return all(pair.margin == 0 and pair.soft_label == 1 for tree in trees for pair in tree.pairs)
+    return (
+        loss.name in KERNEL_LOSSES
+        and loss == LossConfig(**loss.model_dump(include={"name", "beta", "label_smoothing", "reference_free"}))
+        and resolve(config.kernels.backend, device, dtype) != "torch"
+        and all(pair.margin == 0 and pair.soft_label == 1 for tree in trees for pair in tree.pairs)
+    )
 
 
 def kernel_losses(logp_R: Tensor, reference_S: Tensor, batch: Batch, config: Config) -> Tensor:

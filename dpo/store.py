@@ -11,6 +11,7 @@ No dimension letters. Read next: dpo/reference.py, which asks.
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import time
 import uuid
@@ -210,17 +211,17 @@ def main(arguments: Sequence[str]) -> int:
     """The command; its exit status: 1 where verify finds a bad part, else exit_code's."""
     parser = argparse.ArgumentParser(prog="python -m dpo.reference", description="Look after the stored log-probs.")
     parser.add_argument("command", choices=COMMANDS, help="list the folders, check every value, or tidy up")
-    parser.add_argument("store", nargs="?", default="", help="its folder, or run.cache=FOLDER; else that of the cache")
+    parser.add_argument("store", nargs="?", default="", help="[reference.store=]FOLDER or run.cache=FOLDER")
     parser.add_argument("--older-than", type=float, metavar="DAYS", help="prune folders that no run used for so long")
     parser.add_argument("--keep-bytes", type=int, metavar="N", help="prune what was used longest ago, down to N bytes")
     parser.add_argument("--dry-run", action="store_true", help="say what prune would remove, and remove nothing")
     asked = parser.parse_args(arguments)
     if asked.command != "prune" and (asked.older_than is not None or asked.keep_bytes is not None or asked.dry_run):
         parser.error(f"{asked.command} removes nothing: --older-than, --keep-bytes and --dry-run are prune's")
-    cache = Path(asked.store.removeprefix("run.cache=")) if asked.store.startswith("run.cache=") else None
-    root = Path(asked.store.removeprefix("reference.store="))
-    if cache or not asked.store:
-        root = (cache or cache_folder(Config(exp="store"))) / "reference"
+    given = os.path.expanduser(asked.store.removeprefix("run.cache=").removeprefix("reference.store="))
+    root = Path(given) if given else cache_folder(Config(exp="store"))
+    if not given or asked.store.startswith("run.cache="):
+        root /= "reference"
 
     def command() -> int:
         if not root.is_dir():

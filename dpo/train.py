@@ -21,7 +21,7 @@ from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
 from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks, watch_ranks
-from dpo.inputs import Inputs, answer_settings, pick_device, read_inputs, scores_answers, set_up_cpu
+from dpo.inputs import Inputs, answer_settings, fingerprints, pick_device, read_inputs, scores_answers, set_up_cpu
 from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
 from dpo.judge.controls import control_verdicts
@@ -58,7 +58,6 @@ from dpo.store import open_store
 from dpo.tokens import token_trees
 from dpo.trees import Tree, TreeSettings
 from kernels.backend import describe, describe_pairs
-from models.checkpoint import weights_fingerprint
 from models.decoder import Decoder
 from models.errors import UserError, exit_code
 from models.files import write_json
@@ -113,11 +112,7 @@ def run(config: Config) -> Path:
     watch_ranks(ranks, config.run.hang_s)
     with stage("model", times):
         policy = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
-        memo = inputs.cache / "fingerprints.json"
-        adapter = Path(config.model.adapter) if config.model.adapter else None
-        fingerprint = weights_fingerprint(inputs.model_folder, memo, adapter)
-        other = bool(config.reference.path)
-        reference_fingerprint = weights_fingerprint(inputs.reference_folder, memo) if other else fingerprint
+        weights = fingerprints(inputs, config)
     folder = resumed or broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
     if ranks.first:
         parts = {"training": inputs.splits.train, "validation": inputs.splits.validation, "test": inputs.splits.test}
@@ -126,7 +121,7 @@ def run(config: Config) -> Path:
         without = sum(report["dropped"].values()) + sum(report.get("too_long", {}).values())
         print(f"run: {folder} ({rows} rows{f'; {without:,} left out' if without else ''})", flush=True)
     with sole_process(folder) if ranks.first else nullcontext():
-        train_and_judge(config, inputs, policy, (fingerprint, reference_fingerprint), ranks, folder, times)
+        train_and_judge(config, inputs, policy, weights, ranks, folder, times)
     leave_ranks(ranks)
     return folder
 
@@ -135,13 +130,13 @@ def train_and_judge(
     config: Config,
     inputs: Inputs,
     policy: Decoder,
-    fingerprints: tuple[str, str],
+    weights: tuple[str, str],
     ranks: Ranks,
     folder: Path,
     times: dict[str, float],
 ) -> None:
-    """All that is written into the run folder; `fingerprints` of the policy's weights and the reference's."""
-    fingerprint, reference_fingerprint = fingerprints
+    """All that is written into the run folder; `weights`: fingerprints of the policy's first ones, the reference's."""
+    fingerprint, reference_fingerprint = weights
     same = reference_fingerprint == fingerprint
     usage = Usage()
     root = Path(config.reference.store) if config.reference.store else inputs.cache / "reference"
@@ -188,13 +183,14 @@ def train_and_judge(
         reference = policy if same else load_reference(config, inputs.reference_folder, inputs.dtype, ranks)
         score = stored(reference, reference_fingerprint, "reference")
         kept = None
-        if config.objective != "critiques" and keeps_routes(config, policy.config, reference.config):
-            kept = open_store(root, reference_fingerprint, tag_of(reference) | {"values": "routes"})
-        training_score = stored(reference, reference_fingerprint, "reference", kept)
-        if config.objective != "critiques":
-            train_references = training_references(inputs, config, training_score, ranks)
-        if kept is not None:
-            store_missing(kept, inputs.train_trees, live(reference, "reference's routes", kept), ranks)
+        if config.objective != "critiques":  # whose rounds have references of their own
+            if keeps_routes(config, policy.config, reference.config):
+                kept = open_store(root, reference_fingerprint, tag_of(reference) | {"values": "routes"})
+            score_training = stored(reference, reference_fingerprint, "reference", kept)
+            train_references = training_references(inputs, config, score_training, ranks)
+            del score_training
+            if kept is not None:
+                store_missing(kept, inputs.train_trees, live(reference, "reference's routes", kept), ranks)
         validation = inputs.validation_trees
         validated = zip(score(validation), validation, strict=True)
         validation_references = [tree_sums(*one, config.loss) for one in validated]
@@ -202,7 +198,7 @@ def train_and_judge(
         settings = answer_settings(config)
         answers = token_trees(test, inputs.tokenizer, settings, inputs.cache) if scores_answers(config) else []
         base_answers = score(answers if rewards else [])
-        del reference, score, training_score
+        del reference, score
 
     with stage("judge base", times):
         base = reply(stored(policy, fingerprint, "judging base"), fingerprint)

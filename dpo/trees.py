@@ -1,6 +1,6 @@
 """Preference trees: one prompt, its branches, the completions scored on them, and the pairs among those.
 
-Letters: `P` prompt tokens, `L` tokens of a branch, `B` pairs. Read next: dpo/packing.py.
+Letters: `L` labels of a judge's template. Read next: dpo/packing.py.
 
 The prompt is run once and every branch once, however many pairs they are in. A completion is scored, not run: its first
 token is scored at the last row of what precedes it, and its last token is never an input. So a verdict costs no token
@@ -125,9 +125,7 @@ def response_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings) -> Tre
         tuple(tokens[:-1] for tokens in scored),
         tuple(Completion(branch, 0, tokens) for branch, tokens in enumerate(scored)),
         tuple(
-            Pair(place[row.chosen[i]], place[row.rejected[j]], weight * of.weight, of.margin, of.soft_label)
-            for i, j in pairs
-            for of in [values_of(row, i, j)]
+            Pair(place[row.chosen[i]], place[row.rejected[j]], *values_of(row, i, j).weighed(weight)) for i, j in pairs
         ),
     )
 
@@ -192,8 +190,7 @@ def verdict_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings, prefix:
         tuple(branch + tail for branch in branches),
         tuple(Completion(b, len(branch), label) for b, branch in enumerate(branches) for label in labels),
         tuple(
-            Pair(2 * b + b % 2, 2 * b + 1 - b % 2, weight * of_pair.weight, of_pair.margin, of_pair.soft_label, b ^ 1)
-            for b, of_pair in enumerate(values)
+            Pair(2 * b + b % 2, 2 * b + 1 - b % 2, *of_pair.weighed(weight), b ^ 1) for b, of_pair in enumerate(values)
         ),
         len(prefix) if len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix else 0,
     )

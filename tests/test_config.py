@@ -185,6 +185,18 @@ def test_a_swap_penalty_without_twins_says_what_to_do(folder: Path) -> None:
     assert load_config(["exp=base", "loss.swap_consistency=0.1"]).loss.swap_consistency == 0.1
 
 
+@pytest.mark.parametrize("given", ["loss.ld_alpha=0.5", "loss.name=rdpo", "loss.mix=rdpo:0.5"])
+def test_what_is_about_lengths_is_not_for_verdicts_which_have_one(folder: Path, given: str) -> None:
+    key = given.partition("=")[0]
+    assert re.search(rf"{key} = .*\(command line\): is about answers of unlike length", message_of("exp=base", given))
+    assert load_config(["exp=base", given, "objective=responses"])
+
+
+def test_patience_needs_something_that_can_be_better(folder: Path) -> None:
+    message = message_of("exp=base", "train.patience=2", "train.select=last")
+    assert 'train.patience = 2 (command line): train.select = "last" (command line) finds none better' in message
+
+
 def test_a_mix_of_losses_is_a_list_on_the_command_line_and_in_a_file(folder: Path) -> None:
     write(folder, "mixed", '[loss]\nmix = ["sft:0.1", "ipo:2"]\n')
     from_file, typed = load_config(["exp=mixed"]), load_config(["exp=base", "loss.mix=sft:0.1,ipo:2"])

@@ -26,9 +26,9 @@ _TRIES = 1000  # draws for one group before we say that the banks are exhausted
 def make_rows(config: CheckableConfig, seed: int) -> list[Row]:
     """Make the rows of all three splits; equal arguments give equal rows on every machine.
 
-    Sizes are rounded up to whole groups of 4 and to equally many groups a subset; 0 leaves a split out. More rows of a
-    split are the same rows (both knobs at 0) and then others. Two knobs act on the training split alone, within each
-    subset, rounded to a whole:
+    Sizes are rounded up to whole groups of 4 and to equally many groups a subset; 0 leaves validation out. More rows
+    of a split are the same rows (both knobs at 0) and then others. Two knobs act on the training split alone, within
+    each subset, rounded to a whole:
 
     label_noise: fraction of rows whose chosen and rejected are swapped, whole couples (rejected_per_row=1) or whole
         groups (3) at a time, so that groups stay closed.
@@ -46,9 +46,10 @@ def make_rows(config: CheckableConfig, seed: int) -> list[Row]:
     rows: list[Row] = []
     for split, size in sizes.items():
         if 0 < size < least:
+            zero = "0 or " * (split == "validation")
             raise UserError(
-                f"checkable.{split}_rows = {size}: must be 0 or at least {least}, one group of {GROUP} rows for "
-                f"each of the {len(subsets)} subsets; raise it or name fewer in checkable.subsets"
+                f"checkable.{split}_rows = {size}: must be {zero}at least {least}, one group "
+                f"of {GROUP} rows for each of the {len(subsets)} subsets; raise it or name fewer in checkable.subsets"
             )
         for name in subsets:
             rows += _subset_rows(name, split, -(-size // least), config, seed)

@@ -21,6 +21,7 @@ from dpo.inputs import (
     answer_settings,
     cache_folder,
     check_place,
+    fingerprints,
     judge_settings,
     load_splits,
     pick_device,
@@ -48,7 +49,6 @@ from dpo.runs import new_folder
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
 from dpo.trees import Tree, TreeSettings
-from models.checkpoint import weights_fingerprint
 from models.errors import UserError, exit_code
 from models.files import atomic_write_text, write_json
 
@@ -94,8 +94,7 @@ def by_model(config: Config, settings: TreeSettings, ranks: Ranks) -> Judged:
         trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
         if config.judge.critique == "off":
             return replies(trees, score_trees(model, trees, config.pack, ranks, "judging")), []
-        adapter = Path(config.model.adapter) if config.model.adapter else None
-        weights = weights_fingerprint(inputs.model_folder, inputs.cache / "fingerprints.json", adapter)
+        weights, _ = fingerprints(inputs, config)
         pen = Pen(model, weights, inputs, settings, config, greedy=config.judge.critique == "greedy")
         return written_replies(pen, trees, most_invalid)
 
