@@ -248,6 +248,9 @@ def test_all_rows_are_judged_or_those_that_a_training_would_judge(data: Path) ->
     assert {row.id for row in whole.test} == {row.id for row in read_rows(data)} and whole.train == ()
     test = load_splits(load_config(["exp=verdicts", f"data.path={data}", "judge.split=test"]), judging=True)
     assert test.test == trained.test and test.train == test.validation == ()
+    none = ["exp=verdicts", f"data.path={data}", "data.test_fraction=0", "judge.rows=4"]
+    for given in (none, [*none, "judge.split=test"]):  # whoever reads these says that there are no test rows
+        assert load_splits(load_config(given), judging=len(given) > len(none)).test == ()
 
 
 @pytest.mark.parametrize("protocol", ["choose", "ties"])

@@ -67,6 +67,18 @@ def test_a_merge_that_is_wrong_is_refused_and_removed(runs, capsys, monkeypatch)
     assert "allowed" in capsys.readouterr().err and not (folder / "merged").exists()
 
 
+def test_a_merge_that_is_stopped_before_its_check_is_removed(runs, monkeypatch):  # noqa: F811
+    folder, read = trained(runs), export.load_decoder
+
+    def stopped(of, **dtypes):
+        if of == folder / "merged":
+            raise KeyboardInterrupt
+        return read(of, **dtypes)
+
+    monkeypatch.setattr(export, "load_decoder", stopped)
+    assert export.main([str(folder)]) == 130 and not (folder / "merged").exists()
+
+
 def test_a_users_mistakes_are_named(runs, capsys, tmp_path):  # noqa: F811
     folder = trained(runs)
     (folder / "merged").mkdir()
