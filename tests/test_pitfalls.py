@@ -267,12 +267,13 @@ def test_a_resumed_run_keeps_its_reference_and_refuses_another(runs, capsys):
 
 
 def test_every_loss_trains_by_its_name_and_evaluates(runs):
-    """One run mixes all losses but the first two; none of it asks for more than the plain run's reference values."""
+    """One run mixes all that verdicts can have; none of it asks for more than the plain run's reference values."""
     assert runs.results("loss.label_smoothing=0.1")["reference"]["misses"] > 0
-    mix = ",".join(f"{name}:0.1" for name in LOSSES if name != "sigmoid")
+    mix = ",".join(f"{name}:0.1" for name in LOSSES if name not in ("sigmoid", "rdpo"))
     results = runs.results(f"loss.mix={mix}", "loss.label_smoothing=0.1", "loss.wpo=true", "loss.swap_consistency=0.1")
     assert results["reference"]["misses"] == 0 and math.isfinite(results["step0_loss"])
     lines = [json.loads(line) for line in (latest(runs) / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line.get("loss", 0.0)) and math.isfinite(line.get("eval/loss", 0.0)) for line in lines)
     free = runs.results("loss.name=simpo", "loss.mix=orpo:1,cpo:1,slic:1,sft:1")
     assert free["reference"]["misses"] == 0 and free["step0_max_difference"] == 0
+    assert math.isfinite(runs.results("objective=responses", "loss.name=rdpo")["step0_loss"])  # of answers' lengths
