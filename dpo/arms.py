@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from dpo.config import Config, config_dict
-from dpo.inputs import Inputs, fingerprints, pick_device, read_inputs
+from dpo.inputs import Inputs, pick_device, read_inputs, reference_fingerprint
 from dpo.log import source_digest
 from dpo.losses import check_loss
 from dpo.results import Results
@@ -131,7 +131,7 @@ def read_by(run: Path) -> dict[str, object]:
 def digests_of(inputs: Inputs, config: Config) -> Read:
     """Those of all that these inputs are of."""
     trees = f"{inputs.train_trees.digest} {inputs.validation_trees.digest}"
-    return Read(trees, str(inputs.splits.report["test_sha256"]), fingerprints(inputs, config)[1])
+    return Read(trees, str(inputs.splits.report["test_sha256"]), reference_fingerprint(inputs, config))
 
 
 # --- may they go on? --------------------------------------------------------------------------------------------------

@@ -55,12 +55,17 @@ class Inputs:
     attacks_seen: list[str] | None  # families that training saw, this run's and those before it; None: not known
 
 
-def fingerprints(inputs: Inputs, config: Config) -> tuple[str, str]:
-    """Of the weights that the policy starts as, and of the reference's."""
-    memo = inputs.cache / "fingerprints.json"
+def policy_fingerprint(inputs: Inputs, config: Config) -> str:
+    """Of the weights that the policy starts as, its adapter's too."""
     adapter = Path(config.model.adapter) if config.model.adapter else None
-    policy = weights_fingerprint(inputs.model_folder, memo, adapter)
-    return policy, weights_fingerprint(inputs.reference_folder, memo) if config.reference.path else policy
+    return weights_fingerprint(inputs.model_folder, inputs.cache / "fingerprints.json", adapter)
+
+
+def reference_fingerprint(inputs: Inputs, config: Config) -> str:
+    """Of the reference's weights: the policy's without `reference.path`."""
+    if not config.reference.path:
+        return policy_fingerprint(inputs, config)
+    return weights_fingerprint(inputs.reference_folder, inputs.cache / "fingerprints.json")
 
 
 def set_up_cpu() -> None:
@@ -158,7 +163,7 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
     return Splits(train, none if judging else splits.validation, test, splits.report | more)
 
 
-def sample(rows: Rows, most: int, seed: int, key: str = "") -> Rows:
+def sample(rows: Rows, most: int, seed: int, key: str) -> Rows:
     """At most `most` rows (0: all), in their old order: whole groups drawn with the seed, as long as they fit.
 
     UserError, which names `key`, where none fits.

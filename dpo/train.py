@@ -21,7 +21,16 @@ from dpo.checkpoint import export, trained_digest
 from dpo.config import Config
 from dpo.critiques import train_rounds
 from dpo.distributed import Ranks, broadcast_first, end_process, gather, join_ranks, leave_ranks, watch_ranks
-from dpo.inputs import Inputs, answer_settings, fingerprints, pick_device, read_inputs, scores_answers, set_up_cpu
+from dpo.inputs import (
+    Inputs,
+    answer_settings,
+    pick_device,
+    policy_fingerprint,
+    read_inputs,
+    reference_fingerprint,
+    scores_answers,
+    set_up_cpu,
+)
 from dpo.judge.attacks import write_seen
 from dpo.judge.calibration import Floats
 from dpo.judge.controls import control_verdicts
@@ -112,7 +121,7 @@ def run(config: Config) -> Path:
     watch_ranks(ranks, config.run.hang_s)
     with stage("model", times):
         policy = load_policy(config, inputs.model_folder, inputs.dtype, ranks)
-        weights = fingerprints(inputs, config)
+        weights = policy_fingerprint(inputs, config), reference_fingerprint(inputs, config)
     folder = resumed or broadcast_first(new_folder(config) if ranks.first else Path(), ranks)
     if ranks.first:
         parts = {"training": inputs.splits.train, "validation": inputs.splits.validation, "test": inputs.splits.test}
@@ -136,8 +145,8 @@ def train_and_judge(
     times: dict[str, float],
 ) -> None:
     """All that is written into the run folder; `weights`: fingerprints of the policy's first ones, the reference's."""
-    fingerprint, reference_fingerprint = weights
-    same = reference_fingerprint == fingerprint
+    fingerprint, of_reference = weights
+    same = of_reference == fingerprint
     usage = Usage()
     root = Path(config.reference.store) if config.reference.store else inputs.cache / "reference"
     used = used_kernels(policy, inputs, config, ranks)
@@ -181,12 +190,12 @@ def train_and_judge(
 
     with stage("reference", times):
         reference = policy if same else load_reference(config, inputs.reference_folder, inputs.dtype, ranks)
-        score = stored(reference, reference_fingerprint, "reference")
+        score = stored(reference, of_reference, "reference")
         kept = None
         if config.objective != "critiques":  # whose rounds have references of their own
             if keeps_routes(config, policy.config, reference.config):
-                kept = open_store(root, reference_fingerprint, tag_of(reference) | {"values": "routes"})
-            score_training = stored(reference, reference_fingerprint, "reference", kept)
+                kept = open_store(root, of_reference, tag_of(reference) | {"values": "routes"})
+            score_training = stored(reference, of_reference, "reference", kept)
             train_references = training_references(inputs, config, score_training, ranks)
             del score_training
             if kept is not None:
@@ -227,7 +236,7 @@ def train_and_judge(
                 config,
                 ranks,
                 folder,
-                reference=reference_fingerprint if same else f"{reference_fingerprint} {fingerprint}",
+                reference=of_reference if same else f"{of_reference} {fingerprint}",
                 same_start=same,
                 routes=routes_of(config, policy.config, kept),
             )

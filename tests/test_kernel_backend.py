@@ -43,6 +43,7 @@ def test_every_gpu_of_the_table_has_every_kernel_and_tiles_that_divide(arch):
 
 def test_auto_takes_the_faster_by_the_assumed_rates(monkeypatch):
     assert [backend.choose("sm_90", D) for D in (491, 492)] == ["fused", "chunked"]  # 6D / 420 = 6D / 800 + 10 / 3
+    assert {backend.choose(arch, D) for arch in tiles.ARCHS for D in (2880, 4096, 5120)} == {"chunked"}  # real heads
     # With our products as fast as the library's, the row kernels' passes decide.
     monkeypatch.setitem(backend.RATES, "sm_90", backend.Rates(800, 800, 3.0))
     assert backend.choose("sm_90", 2880) == "fused"

@@ -273,10 +273,12 @@ def test_real_rows_split_like_the_study_leak_and_say_so() -> None:
 @pytest.mark.parametrize("most", [1, 7, 8, 50])
 def test_a_sample_takes_whole_groups_and_as_many_rows_as_fit(most: int) -> None:
     rows = keep_rows(make_row(f"{n}-{i}", group=f"g{n}") for n in range(10) for i in range(4 if n < 7 else 1))
-    taken = sample(rows, most, seed=3)
+    taken = sample(rows, most, seed=3, key="judge.rows")
     groups = {row.group for row in taken}
     assert taken == [row for row in rows if row.group in groups]
     assert len(taken) <= most and all(
         len(taken) + (4 if n < 7 else 1) > most for n in range(10) if f"g{n}" not in groups
     )
-    assert sample(rows, most, seed=3) == taken and sample(rows, 0, seed=3) == rows
+    assert sample(rows, most, seed=3, key="judge.rows") == taken and sample(rows, 0, 3, "judge.rows") == rows
+    with pytest.raises(UserError, match="judge.rows=3: whole groups of rows are drawn"):
+        sample(keep_rows(row for row in rows if row.group == "g0"), 3, seed=3, key="judge.rows")

@@ -21,10 +21,10 @@ from dpo.inputs import (
     answer_settings,
     cache_folder,
     check_place,
-    fingerprints,
     judge_settings,
     load_splits,
     pick_device,
+    policy_fingerprint,
     read_inputs,
     set_up_cpu,
 )
@@ -94,8 +94,14 @@ def by_model(config: Config, settings: TreeSettings, ranks: Ranks) -> Judged:
         trees = token_trees(rows, inputs.tokenizer, settings, inputs.cache)
         if config.judge.critique == "off":
             return replies(trees, score_trees(model, trees, config.pack, ranks, "judging")), []
-        weights, _ = fingerprints(inputs, config)
-        pen = Pen(model, weights, inputs, settings, config, greedy=config.judge.critique == "greedy")
+        pen = Pen(
+            model,
+            policy_fingerprint(inputs, config),
+            inputs,
+            settings,
+            config,
+            greedy=config.judge.critique == "greedy",
+        )
         return written_replies(pen, trees, most_invalid)
 
     name, rows = config.model.adapter or config.model.path, inputs.splits.test
