@@ -23,8 +23,9 @@ from dpo.packing import empty_pack, pack_trees
 from dpo.plan import Cluster, Lengths, Plan, Work, planner, published_name, read_shape, stated_tree, work_of
 from dpo.policy import load_policy
 from dpo.settings import load_config
-from dpo.simulate import LAUNCH_S, Meter, State, Trial, Unit, seen_keys, state_of, try_pack
+from dpo.simulate import LAUNCH_S, Meter, State, Trial, Unit, head_cost, seen_keys, state_of, try_pack
 from dpo.step import accumulate_gradients
+from kernels.backend import choose
 from models.attention import Span
 from models.families import read_model_config
 from models.tiny import write_tiny_model
@@ -214,6 +215,11 @@ def test_nodes_share_what_crosses_between_them():
     # A whole model a node: only gradients cross, an eighth of them a card, there and back, of one of two copies.
     assert moved(8) == ((1400, 0, 0), (2380, 20, 0))
     assert moved(16, offload=True) == ((1500, 100, 100), (2550, 170, 170))
+
+
+def test_a_small_head_takes_the_time_of_the_path_that_auto_picks_for_it():
+    fused, chunked = (head_cost(4096, 49152, 480, 2, 128, False, "H100", path) for path in ("fused", "chunked"))
+    assert choose("sm_90", 480) == "fused" and sum(fused.time_s) < sum(chunked.time_s)
 
 
 @pytest.mark.parametrize("gpus", ["64", "xH100", "0xH100", "12xH100", "8xH900", "8 x H100", "\u00b2xH100"])

@@ -224,3 +224,9 @@ def test_keys_of_experts_are_refused_where_nothing_would_read_them(tmp_path):
     with pytest.raises(UserError, match="model.experts = packed: .*no MXFP4"):
         run(tmp_path, "model.experts=packed", "lora.rank=2")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mixture_whose_layers_are_all_dense_trains_as_a_model_without_experts(tmp_path):
+    write_tiny_model(tmp_path / "model", family="qwen3_moe", changes={"mlp_only_layers": [0, 1]})
+    results, lines = run(tmp_path)
+    assert results["step0_max_difference"] == 0 and not any(key.startswith("moe/") for key in lines[0])

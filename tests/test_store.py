@@ -235,12 +235,14 @@ def folders(store: Path) -> dict[str, Path]:
     return {path.name[0]: path for path in store.iterdir()}
 
 
-def test_stat_lists_each_folder_with_its_parts_values_torn_parts_and_identity(store, capsys):
+def test_stat_lists_each_folder_with_its_parts_values_torn_parts_and_identity(store, capsys, monkeypatch):
     assert main(["stat", f"reference.store={store}"]) == 0
     named = capsys.readouterr().out
     assert main(["stat", str(store)]) == 0
     said = capsys.readouterr().out
-    assert said == named
+    monkeypatch.setenv("HOME", str(store.parent))
+    assert main(["stat", f"reference.store=~/{store.name}"]) == 0
+    assert said == named == capsys.readouterr().out
     torn, whole = (next(line for line in said.splitlines() if line.startswith(letter)).split() for letter in "vw")
     assert torn[1:4] == ["2", "1", "10"] and whole[1:4] == ["3", "0", "30"]
     assert said.index("\nv") < said.index("\nw")  # the one used last first
