@@ -1,6 +1,7 @@
 """Rows and trees stay on disk: what comes back is what was kept, and memory hardly grows with their number."""
 
 import dataclasses
+import gc
 import json
 import tracemalloc
 from multiprocessing.pool import ThreadPool
@@ -66,11 +67,13 @@ def test_a_row_more_costs_less_memory_than_its_text(tmp_path: Path) -> None:
         inputs = read_inputs(
             load_config(["exp=smoke", "objective=responses", "data.validation_fraction=0", *places]), "cpu"
         )
-        held = tracemalloc.get_traced_memory()
+        worst = tracemalloc.get_traced_memory()[1]
+        gc.collect()  # a chat template's rendering leaves cycles, and how many are left is the collector's own affair
+        held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert len(inputs.splits.train) == len(inputs.train_trees) == rows - 1
-        return held
+        return held, worst
 
     traced(10)  # what is made once
     (few, worst_of_few), (many, worst_of_many) = traced(260), traced(660)
-    assert many - few < 400 * 150 and worst_of_many - worst_of_few < 400 * 400
+    assert many - few < 400 * 100 and worst_of_many - worst_of_few < 400 * 400
