@@ -30,7 +30,8 @@ from models.moe import LowRankExperts
 from models.sharded import full_tensor
 
 STATE, SUMS = "state.json", "SHA256SUMS"  # `sha256sum -c` reads the latter
-FILE_BYTES = 2**28  # of a rank's shards about: torch holds one of them a second time while it writes
+FILE_BYTES = 2**26  # of a rank's shards at least, about: torch holds one three times while it writes
+FILES = 64  # of a rank at most, about
 
 
 def trained_parameters(model: Decoder) -> dict[str, torch.nn.Parameter]:
@@ -62,7 +63,8 @@ def save(folder: Path, model: Decoder, state: dict[str, object], ranks: Ranks, o
         moments = optimizer.state[parameter] if optimizer else {}
         tensors |= {f"{name}|{key}": value for key, value in moments.items()}
     ends = list(accumulate(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
-    files = {name: 1 + end // (FILE_BYTES * ranks.world) for name, end in zip(tensors, ends, strict=True)}
+    size = max(FILE_BYTES * ranks.world, ends[-1] // FILES)
+    files = {name: 1 + end // size for name, end in zip(tensors, ends, strict=True)}
     try:
         with atomic_folder(folder) if ranks.first else nullcontext(folder) as temporary, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # that one process is enough

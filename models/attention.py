@@ -12,17 +12,20 @@ nothing else in the pack: that makes alone = packed = shuffled exact. On CUDA it
 mask.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 BLOCK = 128  # tokens of flex_attention's blocks
 PREFIX, PADDING = -1, -2  # in place of a tree's number
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 TreeShape = tuple[int, tuple[int, ...]]  # (prompt tokens after the prefix, tokens of each branch)
 
@@ -58,17 +61,18 @@ def tree_attention(
     """
     if q_TNH.is_cuda:
         return flex_trees(q_TNH, k_TGH, v_TGH, layout, span, sinks_N, _compiled_flex())
-    return _by_branches(q_TNH, k_TGH, v_TGH, layout, span, sinks_N)
+    assert layout.tokens <= len(q_TNH), f"trees of {layout.tokens} tokens in a pack of {len(q_TNH)}"
+    return _ByBranches.apply(q_TNH, k_TGH, v_TGH, layout, span, sinks_N)
 
 
 # --- one SDPA a branch (CPU) ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=128)  # a pack's branches: every layer asks again; one may take a MB
-def _mask(before: int, tokens: int, span: Span, device: torch.device) -> Tensor:
-    """[L, P + L], True where `tokens` after `before` others see. SDPA's `is_causal` is top-left aligned: wrong here."""
+@lru_cache(maxsize=128)  # a pack's branches: every layer asks again; one may take some MB
+def _mask(before: int, tokens: int, span: Span, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[L, P + L], 0 where `tokens` after `before` others see, -inf elsewhere. `is_causal` is top-left aligned."""
     query, key = torch.arange(before, before + tokens, device=device)[:, None], torch.arange(before + tokens).to(device)
-    return reaches(query, key, span)
+    return torch.zeros((), dtype=dtype, device=device).masked_fill(~reaches(query, key, span), -torch.inf)
 
 
 def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
@@ -81,46 +85,95 @@ def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
     return sees
 
 
-def _by_branches(
-    q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span, sinks_N: Tensor | None
-) -> Tensor:
-    sizes = [layout.prefix, *(size for prompt, branches in layout.trees for size in (prompt, *branches))]
-    padding = len(q_TNH) - sum(sizes)
-    assert padding >= 0, f"trees of {sum(sizes)} tokens in a pack of {len(q_TNH)}"
-    # split, not slicing: its backward is one cat, where every slice would make a zero gradient of the whole pack.
-    parts = zip(*(x.transpose(0, 1).split([*sizes, padding], dim=1) for x in (q_TNH, k_TGH, v_TGH)), strict=True)
-    q, prefix_k, prefix_v = next(parts)
-    outputs = [_attend(q, prefix_k, prefix_v, 0, span, sinks_N)] if layout.prefix else []
+def _calls(layout: Layout) -> Iterator[tuple[slice, list[slice]]]:
+    """What sees what: tokens of a pack and, in order, those that they see, themselves last."""
+    before = [slice(0, layout.prefix)] if layout.prefix else []
+    if before:
+        yield before[0], before
+    at = layout.prefix
     for prompt, branches in layout.trees:
-        q, prompt_k, prompt_v = next(parts)
-        if layout.prefix:
-            prompt_k, prompt_v = torch.cat([prefix_k, prompt_k], 1), torch.cat([prefix_v, prompt_v], 1)
-        outputs.append(_attend(q, prompt_k, prompt_v, layout.prefix, span, sinks_N))
-        for branch in branches:
-            q, k, v = next(parts)
-            if branch:
-                k, v = torch.cat([prompt_k, k], 1), torch.cat([prompt_v, v], 1)
-                outputs.append(_attend(q, k, v, layout.prefix + prompt, span, sinks_N))
-    outputs.append(q_TNH.new_zeros(q_TNH.shape[1], padding, q_TNH.shape[2]))
-    return torch.cat(outputs, 1).transpose(0, 1)
+        seen = [*before, slice(at, at + prompt)]
+        for place, size in enumerate((prompt, *branches)):
+            own = slice(at, at + size)
+            if size:
+                yield own, [*seen, own] if place else seen
+            at += size
 
 
-def _attend(q_NLH: Tensor, k_GSH: Tensor, v_GSH: Tensor, before: int, span: Span, sinks_N: Tensor | None) -> Tensor:
-    dtype = q_NLH.dtype
-    if q_NLH.device.type == "cpu":  # its bf16 kernel takes twice as long, forward and back, on branches of a few tokens
-        q_NLH, k_GSH, v_GSH = (x.to(torch.promote_types(dtype, torch.float32)) for x in (q_NLH, k_GSH, v_GSH))
-    causal, width = not before and span == FULL and sinks_N is None, q_NLH.shape[-1]
-    mask = None if causal else _mask(before, q_NLH.shape[1], span, q_NLH.device)
-    if mask is not None and sinks_N is not None:
-        # One more key, of no value, and one more dimension: that key's 1 there meets the query's sink. As a bias the
-        # sinks would need a mask for each head, and its gradient.
-        sink = (sinks_N.to(q_NLH.dtype) * width**0.5)[:, None, None].expand(-1, len(mask), 1)
-        q_NLH, only_sink = torch.cat([q_NLH, sink], -1), F.pad(k_GSH.new_ones(len(k_GSH), 1, 1), (width, 0))
-        k_GSH, v_GSH = torch.cat([F.pad(k_GSH, (0, 1)), only_sink], 1), F.pad(v_GSH, (0, 1, 0, 1))
-        mask = F.pad(mask, (0, 1), value=True)
-    return F.scaled_dot_product_attention(
-        q_NLH[None], k_GSH[None], v_GSH[None], attn_mask=mask, is_causal=causal, scale=width**-0.5, enable_gqa=True
-    )[0, ..., :width].to(dtype)
+class _ByBranches(torch.autograd.Function):
+    """One call of what SDPA calls on the CPU for each prompt and branch, in fp32 (fp64 in fp64).
+
+    That kernel takes twice as long in bf16, forward and back, on branches of a few tokens. Of a pack are kept queries,
+    keys and values as they came, the result and its log-sum-exp. Autograd would keep fp32 copies, a prompt's keys once
+    for each branch, and tensors of ever other sizes, which leave holes in the heap.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span, sinks_N: Tensor | None
+    ) -> Tensor:
+        q, k, v = _widened(q_TNH, k_TGH, v_TGH, sinks_N)
+        out, lse = torch.zeros_like(q), q.new_empty(q.shape[:-1])
+        for own, seen in _calls(layout):
+            keys, values, mask = _seen(k, v, seen, span, sinks_N is not None)
+            out[:, :, own], lse[:, :, own] = FLASH(
+                q[:, :, own], keys, values, 0.0, mask is None, attn_mask=mask, scale=q_TNH.shape[-1] ** -0.5
+            )
+        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, sinks_N, out, lse)
+        ctx.layout, ctx.span = layout, span
+        return out[0, ..., : q_TNH.shape[-1]].transpose(0, 1).to(q_TNH.dtype, memory_format=torch.contiguous_format)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
+        q_TNH, k_TGH, v_TGH, sinks_N, out, lse = ctx.saved_tensors
+        width, extra = q_TNH.shape[-1], int(sinks_N is not None)
+        q, k, v = _widened(q_TNH, k_TGH, v_TGH, sinks_N)
+        grad = F.pad(grad_TNH.transpose(0, 1)[None].to(q.dtype), (0, extra))
+        q_grad, k_grad, v_grad = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for own, seen in _calls(ctx.layout):
+            keys, values, mask = _seen(k, v, seen, ctx.span, bool(extra))
+            q_grad[:, :, own], *grads = FLASH_BACKWARD(
+                grad[:, :, own], q[:, :, own], keys, values, out[:, :, own], lse[:, :, own], 0.0, mask is None,
+                attn_mask=mask, scale=width**-0.5,
+            )  # fmt: skip
+            for total, part in zip((k_grad, v_grad), grads, strict=True):
+                sizes = [place.stop - place.start for place in seen]
+                for place, piece in zip(seen, part[:, :, : sum(sizes)].split(sizes, 2), strict=True):
+                    total[:, :, place] += piece
+        sinks_grad = (q_grad[0, ..., width].sum(1) * width**0.5).to(sinks_N.dtype) if extra else None
+        grads = [x[0, ..., :width].transpose(0, 1).to(q_TNH.dtype) for x in (q_grad, k_grad, v_grad)]
+        return *grads, None, None, sinks_grad
+
+
+def _widened(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, sinks_N: Tensor | None) -> list[Tensor]:
+    """Queries, keys and values as they are multiplied: [1, heads, T, H], in fp32 (fp64 in fp64).
+
+    With sinks there is one more dimension, in which a query has its head's sink and a key nothing: see _seen.
+    """
+    exact = torch.promote_types(q_TNH.dtype, torch.float32)
+    q, k, v = (x.transpose(0, 1)[None].to(exact, memory_format=torch.contiguous_format) for x in (q_TNH, k_TGH, v_TGH))
+    if sinks_N is None:
+        return [q, k, v]
+    sinks = (sinks_N.to(exact) * q_TNH.shape[-1] ** 0.5)[None, :, None, None].expand(*q.shape[:-1], 1)
+    return [torch.cat([q, sinks], -1), F.pad(k, (0, 1)), F.pad(v, (0, 1))]
+
+
+def _seen(k: Tensor, v: Tensor, seen: Sequence[slice], span: Span, sinks: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values of what the tokens of seen[-1] see, and the mask; none if that is all up to themselves.
+
+    A sink is one more key, of no value, whose 1 in the last dimension meets the query's sink. As a bias it would need a
+    mask for each head, and its gradient.
+    """
+    keys, values = (x[:, :, seen[0]] if len(seen) == 1 else torch.cat([x[:, :, s] for s in seen], 2) for x in (k, v))
+    if len(seen) == 1 and span == FULL and not sinks:
+        return keys, values, None
+    tokens = seen[-1].stop - seen[-1].start
+    mask = _mask(keys.shape[2] - tokens, tokens, span, k.device, k.dtype)
+    if sinks:
+        only_sink = F.pad(k.new_ones(*k.shape[:2], 1, 1), (k.shape[-1] - 1, 0))
+        keys, values, mask = torch.cat([keys, only_sink], 2), F.pad(values, (0, 0, 0, 1)), F.pad(mask, (0, 1))
+    return keys, values, mask
 
 
 # --- one block mask a pack (CUDA) -------------------------------------------------------------------------------------

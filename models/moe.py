@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import Packed, rows_linear
+from models import frugal
 from models.config import ExpertsConfig, ModelConfig
 from models.parts import Context
 from models.routing import asked
@@ -53,8 +54,7 @@ def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:
 
 def swiglu(gate_up: Tensor, limit: float) -> Tensor:
     """silu(gate) * up; gate is the first half."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+    return frugal.swiglu(*gate_up.chunk(2, -1))
 
 
 class RouterLogits(nn.Module):

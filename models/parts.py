@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.attention import Span
 from models.config import ModelConfig
+from models.frugal import rms_norm, swiglu
 from models.rope import rotate
 from models.routing import Routing
 
@@ -57,27 +58,23 @@ class Embedding(nn.Module):
         return F.embedding(tokens_T, self.weight)
 
 
-def rms_normal(x: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dimension, in fp32 (fp64 in fp64)."""
-    return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), (x.shape[-1],), eps=eps)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, cast back to x's dtype, then times the weight (Llama's order)."""
+
+    late = False  # the cast, after the weight
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.empty(width, dtype=dtype)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normal(x, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight.to(x.dtype), self.eps, late=self.late)
 
 
 class ExactRMSNorm(RMSNorm):
     """x / rms(x) times the weight, all in fp32, then cast (gpt-oss's and OLMo 2's order)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return (rms_normal(x, self.eps) * self.weight.to(x.dtype)).to(x.dtype)
+    late = True
 
 
 class Attention(nn.Module):
@@ -116,7 +113,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(ffn, hidden, bias, dtype)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class Layer(nn.Module):

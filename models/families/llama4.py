@@ -21,8 +21,9 @@ from models.config import (
     positive,
 )
 from models.errors import UserError
+from models.frugal import rms_norm
 from models.moe import MoE, sigmoid_of_chosen, swiglu
-from models.parts import MLP, Attention, Context, Layer, rms_normal
+from models.parts import MLP, Attention, Context, Layer
 from models.rope import rotate_pairs
 
 
@@ -86,7 +87,8 @@ class Llama4Attention(Attention):
         if self.kind.rotary:
             q_TNH, k_TGH = (rotate_pairs(x, context.cos, context.sin) for x in (q_TNH, k_TGH))
             if self.eps is not None:
-                q_TNH, k_TGH = (rms_normal(x, self.eps).to(x.dtype) for x in (q_TNH, k_TGH))
+                ones_H = q_TNH.new_ones(self.head_dim)  # it has no weights
+                q_TNH, k_TGH = (rms_norm(x, ones_H, self.eps, late=False) for x in (q_TNH, k_TGH))
         elif self.temperature is not None:
             floor, scale = self.temperature
             steps_T = ((context.positions_T.to(context.cos.dtype) + 1) / floor).floor()
