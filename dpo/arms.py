@@ -20,7 +20,7 @@ from dpo.results import Results
 from dpo.rows import columns_of
 from dpo.runs import MAY_DIFFER, flat, home_of, resumed_folder
 from dpo.settings import Arm
-from dpo.sweep_report import Kept, KeptArm
+from dpo.sweep_figures import Kept, KeptArm
 from models.errors import UserError
 from models.files import read_json_object
 

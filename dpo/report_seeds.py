@@ -13,7 +13,7 @@ from dpo.judged import Run
 from dpo.page import Block, Table, Text
 from dpo.report_run import NOTES, percent
 from dpo.runs import flat
-from dpo.sweep_report import over_seeds
+from dpo.sweep_figures import over_seeds
 
 
 class OverSeeds(TypedDict):

@@ -46,7 +46,8 @@ from dpo.results import Results
 from dpo.runs import flat
 from dpo.settings import Arm, Contrast, load_contrast, load_primary, load_question, load_sweep
 from dpo.step import plan_steps
-from dpo.sweep_report import READOUTS, Kept, KeptArm, write_sweep_report
+from dpo.sweep_figures import READOUTS, Kept, KeptArm
+from dpo.sweep_report import write_sweep_report
 from dpo.tokens import Trees
 from models.errors import UserError, exit_code
 from models.files import atomic_write_bytes, read_json_object, write_json
@@ -82,7 +83,7 @@ def dry_run(arms: Sequence[Arm], kept: Mapping[str, KeptArm], jobs: int) -> str:
         steps = plan_steps(of.column("pairs"), arm.config, of.column("row"))
         tokens = sum(sizes[place] for step in steps for place in step)
         if folder := finished_folder(arm):
-            state, took_s = "finished", sum(cast(Results, read_json_object(folder / "results.json"))["time_s"].values())
+            state, took_s = "finished", whole_s(cast(Results, read_json_object(folder / "results.json")))
         elif arm.name in kept:
             state, took_s = "kept", kept[arm.name]["whole_s"]
         else:
@@ -266,7 +267,7 @@ def _record_of(arm: Arm, run: Path) -> KeptArm:
         steps=float(train["steps"]),
         tokens=float(train["tokens"]),
         train_s=float(train["time_s"]),
-        whole_s=sum(results["time_s"].values()),
+        whole_s=whole_s(results),
         reference_computed=results["reference"]["misses"],
     )
     if attacks := results.get("attacks", []):
@@ -274,22 +275,76 @@ def _record_of(arm: Arm, run: Path) -> KeptArm:
     return record
 
 
+def whole_s(results: Results) -> float:
+    """Seconds of all stages; of a resumed run those of its last process, but for training, which counts all of them."""
+    stages = results["time_s"]
+    return sum(stages.values()) - stages["train"] + max(stages["train"], float(results["train"]["time_s"]))
+
+
 def file_of(path: str) -> str:
     """A file's name, told apart from one of the same name elsewhere, without where on this machine it lies."""
     return f"{Path(path).name} {hashlib.sha256(path.encode()).hexdigest()[:8]}"
+
+
+def _refuse_twins(arms: Sequence[Arm]) -> None:
+    """UserError where two arms, which would be compared, have one configuration."""
+    first: dict[str, str] = {}
+    for arm in arms:
+        told = arm.config.model_dump_json(exclude={"run", "log"})
+        if (twin := first.setdefault(told, arm.name)) != arm.name:
+            raise UserError(f"the arms {twin} and {arm.name} are one and the same ({arm.sources}); leave one out")
 
 
 def named_contrast(arms: Sequence[Arm], argv: list[str]) -> Contrast | None:
     """The comparison that the sweep names before; UserError where a side of it will not have its readout."""
     settings = ["base", *dict.fromkeys(arm.setting for arm in arms)]
     contrast = load_contrast(argv, settings, list(READOUTS))
-    if contrast and contrast.readout == "rewards":
-        without = ["base", *(arm.setting for arm in arms if arm.config.judge.rewards == "off")]
-        if side := next((side for side in (contrast.a, contrast.b) if side in without), ""):
-            raise UserError(
-                f'sweep.contrast: readout = "rewards": {side} has none: a base never has, an arm needs judge.rewards'
-            )
+    if contrast is None:
+        return None
+    if contrast.a == contrast.b:
+        raise UserError(f"sweep.contrast: a and b are both {contrast.a}; name two settings")
+    for side in (contrast.a, contrast.b):
+        _check_read(arms, side, contrast.readout, "sweep.contrast: readout")
     return contrast
+
+
+def named_primary(arms: Sequence[Arm], argv: list[str]) -> str:
+    """The readout that the sweep is about; UserError where not every arm will have it."""
+    primary = load_primary(argv, list(READOUTS))
+    if not load_contrast(argv, ["base", *(arm.setting for arm in arms)], list(READOUTS)):
+        for setting in dict.fromkeys(arm.setting for arm in arms):
+            _check_read(arms, setting, primary, "sweep.primary")
+    return primary
+
+
+def _check_read(arms: Sequence[Arm], side: str, readout: str, key: str) -> None:
+    both = len({arm.config.judge.sighted for arm in arms}) > 1
+    of = [arm for arm in arms if side in ("base", arm.setting)]
+    if not all(_has(arm, readout, both=both, base=side == "base") for arm in of):
+        raise UserError(f'{key} = "{readout}": {side} has none: {WHENCE[readout]}')
+
+
+WHENCE = {
+    "rewards": "a base never has, an arm needs judge.rewards",
+    "likelihood": "an arm, and its base, needs judge.rewards",
+    "judged sighted": "a base never has, an arm that judges blind needs judge.sighted_control",
+    "judged blind": "a base never has, an arm that judges sighted needs judge.blind_control",
+}
+"""Which arms have a readout that not all of them have."""
+
+
+def _has(arm: Arm, readout: str, *, both: bool, base: bool) -> bool:
+    """Whether an arm, or its base, is read that way; `both`: arms of the sweep judge sighted, others blind."""
+    judge = arm.config.judge
+    if readout == "likelihood":
+        return judge.rewards != "off"
+    if base and readout in WHENCE:
+        return False
+    if readout == "judged sighted":
+        return (both and judge.sighted) or (not judge.sighted and judge.sighted_control)
+    if readout == "judged blind":
+        return (both and not judge.sighted) or (judge.sighted and judge.blind_control)
+    return readout != "rewards" or judge.rewards != "off"
 
 
 def _told(argv: Sequence[str]) -> list[str]:
@@ -304,6 +359,7 @@ def main(argv: list[str]) -> int:
     def command() -> int:
         mine, given = _own_arguments(argv)
         arms = load_sweep(given)
+        _refuse_twins(arms)
         any_source, jobs = mine["source"] == "any", int(mine["jobs"])
         contrast = named_contrast(arms, given)
         about = Kept(
@@ -311,7 +367,7 @@ def main(argv: list[str]) -> int:
             question=load_question(given),
             command=shlex.join(["python", "-m", "dpo.sweep", *_told(given), f"jobs={jobs}"]),
             contrast=contrast and contrast._asdict(),
-            primary=load_primary(given, list(READOUTS)),
+            primary=named_primary(arms, given),
             planned=len(arms),
             arms=[],
             failed={},
@@ -337,13 +393,16 @@ def main(argv: list[str]) -> int:
 def _own_arguments(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The sweep's own arguments, and those of its arms."""
     mine = {"jobs": "1", "source": "same", "results": "", "--dry-run": ""}
-    given = []
+    given, seen = [], set[str]()
     for argument in argv:
         key, _, value = argument.partition("=")
         if key in mine and (value == "") is not (key == "--dry-run"):
             raise UserError(f"{argument}: --dry-run has no value, jobs=, source= and results= need one")
+        if key in mine and key in seen:
+            raise UserError(f"{argument}: {key} is given twice; leave one out")
         if key in mine:
             mine[key] = value or "yes"
+            seen.add(key)
         else:
             given.append(argument)
     if not mine["jobs"].isdecimal() or int(mine["jobs"]) == 0:

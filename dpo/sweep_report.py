@@ -1,277 +1,46 @@
-"""What a sweep's verdicts say: every setting, every two of them, every axis, and first what was named before.
+"""The page of a sweep: every setting, every two of them, every axis, and first what was named before.
 
     arms.json and a verdicts file an arm, as dpo/sweep.py keeps them -> report.md, report.html, report.json, plots/
 
-It reads nothing else, so `python -m dpo.report FOLDER` makes all of it again. A row is known by its id and where
-it came from: of a file it is one row in all seeds, of checkable rows one in those that made the same. No dimension
-letters.
-Read next: dpo/judge/statistics.py, where intervals and tests come from.
+It reads nothing else, so `python -m dpo.report FOLDER` makes all of it again. No dimension letters.
+Read next: dpo/sweep_figures.py, where the figures come from.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import NotRequired, TypedDict, cast
+from statistics import fmean
 
 import numpy as np
 
 from dpo.judge.controls import CONTROLS
-from dpo.judge.local import read_verdicts
-from dpo.judge.robustness import LOOKS, Success
-from dpo.judge.statistics import (
-    Floats,
-    Verdict,
-    averaged_scores,
-    consistent_scores,
-    holm,
-    mcnemar_exact,
-    paired_interval,
-    rows_by_seeds_bootstrap,
-    says_a_scores,
-    share_interval,
-    sign_flip_p,
-    student_p,
-    widest,
-)
+from dpo.judge.robustness import LOOKS
+from dpo.judge.statistics import Floats
 from dpo.page import Block, Page, Plot, Table, Text, to_html, to_markdown
 from dpo.plots import Axis, Mark, bars, chart, file_text
 from dpo.report_run import NOTES, p_value
+from dpo.sweep_figures import (
+    READOUTS,
+    Difference,
+    Figure,
+    Judged,
+    Kept,
+    Settings,
+    Standing,
+    contrast_of,
+    difference,
+    differences,
+    mean_of,
+    over_seeds,
+    read_kept,
+    slope,
+    standing,
+)
 from models.errors import UserError
-from models.files import atomic_write_text, read_json_object
-
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t of 2, 3, ... 10 seeds; for more seeds the last, which is a little wide."""
-
-
-READOUTS: dict[str, tuple[str, Callable[[Sequence[Verdict]], Floats]]] = {
-    "averaged": ("trained", averaged_scores),
-    "consistent": ("trained", consistent_scores),
-    "rewards": ("rewards", averaged_scores),
-    "likelihood": ("likelihood", averaged_scores),
-    "judged sighted": ("sighted", averaged_scores),
-    "judged blind": ("blind", averaged_scores),
-    "says A": ("trained", says_a_scores),
-}
-"""By name: which of an arm's judges is read, and a pair's score. All but the last are accuracies."""
-
-
-Figure = tuple[float, list[float]]
-"""A mean and its 95 % interval."""
-
-
-class KeptArm(TypedDict):
-    """A finished arm as arms.json has it."""
-
-    setting: str
-    axes: dict[str, object]  # what is its own: by swept key, and "arm", the value
-    seed: int
-    sighted: bool  # judge.sighted
-    verdicts: str  # its file
-    rows: str  # where its rows are from: the file's name, or of checkable rows, a seed's own, a hash of the test rows
-    source: str  # that of the product it ran under
-    config: NotRequired[dict[str, object]]  # its keys that are not the default
-    read: NotRequired[dict[str, object]]  # digests of the rows and weights that it was of
-    ran: NotRequired[dict[str, object]]  # when, on what, from which commit
-    steps: float
-    tokens: float  # that training ran forward
-    train_s: float
-    whole_s: float
-    reference_computed: int  # completions that the reference was run on
-    attacks: NotRequired[list[Success]]
-
-
-class Kept(TypedDict):
-    """arms.json."""
-
-    name: str
-    question: str
-    command: str
-    contrast: dict[str, str] | None
-    primary: NotRequired[str]  # the readout that it is about
-    planned: NotRequired[int]  # arms
-    arms: list[KeptArm]
-    failed: dict[str, int]  # exit codes by arm
-
-
-Judged = dict[str, list[Verdict]]
-"""One run's verdicts, by judge."""
-
-Settings = dict[str, dict[int, Judged]]
-"""By setting and seed."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """All runs of one setting, which differ in their seeds alone."""
-
-    setting: str
-    seeds: list[int]
-    pairs: int  # judged, of all seeds
-    figures: dict[str, Figure]  # by readout
-    averaged_range: list[float]  # the lowest and the highest of its seeds
-    subsets: dict[str, Figure]  # by the readout asked for, where its runs have it
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Setting b less setting a on the pairs of the seeds that both have."""
-
-    a: str
-    b: str
-    readout: str
-    seeds: list[int]
-    pairs: int
-    by_seed: list[float]
-    difference: Figure
-    p: float  # the largest of McNemar's over pairs, sign flips over groups, Student's over seeds
-    p_holm: float = math.nan  # over all differences of the readout
-
-    @property
-    def resolved(self) -> bool:
-        """Whether the interval leaves out 0, and the corrected p is at most .05."""
-        low, high = self.difference[1]
-        return not low <= 0 <= high and self.p_holm <= 0.05
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
-
-
-def student(means: Sequence[float]) -> list[float]:
-    """Student's 95 % interval of the mean of two or more seeds' means."""
-    half = T_975[min(len(means) - 2, len(T_975) - 1)] * stdev(means) / math.sqrt(len(means))
-    return [fmean(means) - half, fmean(means) + half]
-
-
-def mean_of(figures: Sequence[Figure], *, shared: bool = False) -> Figure:
-    """The mean of the seeds' figures, with the wider of Student's interval and of the mean of their own.
-
-    That is narrower than theirs by the root of their number, unless the rows of the seeds are `shared`.
-    """
-    means = [figure[0] for figure in figures]
-    mean, root = fmean(means), 1.0 if shared else math.sqrt(len(figures))
-    below, above = (fmean(abs(ends[side] - of) for of, ends in figures) / root for side in (0, 1))
-    low, high = widest([mean - below, mean + above], *([student(means)] if len(means) > 1 else []))
-    return mean, [max(low, 0.0), min(high, 1.0)]
-
-
-def over_seeds(scores: Sequence[Floats], groups: Sequence[Sequence[str]], *, share: bool) -> Figure:
-    """The mean of the seeds' scores, a score a verdict, with the widest of its 95 % intervals.
-
-    These are: over groups of rows, a group's pairs of all seeds together, share_interval's of a `share`, of differences
-    paired_interval's; with more than one seed that over rows and seeds, and Student's over the means of the seeds.
-    """
-    pooled, names = np.concatenate(scores), [name for of in groups for name in of]
-    intervals = [share_interval(pooled, names, 0) if share else paired_interval(pooled, names, 0)]
-    if len(scores) > 1:
-        start, end = student([float(score.mean()) for score in scores])
-        low = 0.0 if share else -1.0
-        intervals += [[*rows_by_seeds_bootstrap(scores, groups, 0)], [max(low, start), min(1.0, end)]]
-    return float(pooled.mean()), widest(*intervals)
-
-
-def _groups(verdicts: Sequence[Verdict]) -> list[str]:
-    return [verdict.group for verdict in verdicts]
-
-
-def standing(setting: str, by_seed: Mapping[int, Judged], by_subset: str = "averaged") -> Standing:
-    """One setting's figures, by every readout that all its runs have; a readout's also by subset."""
-    figures = {}
-    for readout, (role, score) in READOUTS.items():
-        if all(role in judged for judged in by_seed.values()):
-            of = [judged[role] for judged in by_seed.values()]
-            figures[readout] = over_seeds([*map(score, of)], [*map(_groups, of)], share=True)
-    trained = [judged["trained"] for judged in by_seed.values()]
-    means = [float(averaged_scores(of).mean()) for of in trained]
-    subsets = {}
-    role, score = READOUTS[by_subset]
-    read = [judged.get(role, []) for judged in by_seed.values()] if by_subset in figures else []
-    for name in sorted({verdict.subset for of in read for verdict in of}):
-        parts = [part for of in read if (part := [verdict for verdict in of if verdict.subset == name])]
-        subsets[name] = over_seeds([*map(score, parts)], [*map(_groups, parts)], share=True)
-    return Standing(setting, list(by_seed), sum(map(len, trained)), figures, [min(means), max(means)], subsets)
-
-
-def difference(settings: Settings, a: str, b: str, readout: str) -> Difference | None:
-    """b less a on the same pairs of the same seeds; None without any."""
-    role, score = READOUTS[readout]
-    leads: list[Floats] = []
-    groups: list[list[str]] = []
-    seeds = []
-    for seed in (seed for seed in settings[a] if seed in settings[b]):
-        by_pair, of_b = ({(v.id, v.pair, v.group): v for v in settings[name][seed].get(role, [])} for name in (a, b))
-        one, other = ([of[pair] for pair in by_pair if pair in of_b] for of in (by_pair, of_b))
-        if one:
-            leads.append(score(other) - score(one))
-            groups.append(_groups(one))
-            seeds.append(seed)
-    if not seeds:
-        return None
-    pooled, means = np.concatenate(leads), [float(lead.mean()) for lead in leads]
-    tests = [mcnemar_exact(int((pooled > 0).sum()), int((pooled < 0).sum()))]
-    tests.append(sign_flip_p(pooled, [name for of in groups for name in of], 0))
-    # The spread of few seeds may be small by chance; their rows alone make one, Bonett and Price's pairs among them.
-    variances = [float(np.var([*lead, 1.0, -1.0])) / len(lead) for lead in leads]
-    tests += [student_p(means, math.sqrt(fmean(variances)))] if len(means) > 1 else []
-    return Difference(a, b, readout, seeds, len(pooled), means, over_seeds(leads, groups, share=False), max(tests))
-
-
-def differences(settings: Settings) -> list[Difference]:
-    """Every two settings by every readout, in this order, corrected by Holm within the readout."""
-    found = []
-    for readout in READOUTS:
-        pairs = combinations(settings, 2)
-        of = [one for a, b in pairs if (one := difference(settings, a, b, readout))]
-        corrected = holm([one.p for one in of])
-        found += [replace(one, p_holm=p) for one, p in zip(of, corrected, strict=True)]
-    return found
-
-
-# --- from files -------------------------------------------------------------------------------------------------------
-
-
-def read_kept(folder: Path) -> tuple[Kept, Settings]:
-    """arms.json, and the verdicts by setting and seed; what judged before training is the setting "base".
-
-    UserError for what is missing or damaged. Where the arms' bases differ, each is named by the first of its settings.
-    """
-    kept = cast(Kept, read_json_object(folder / "arms.json"))
-    both = len({arm["sighted"] for arm in kept["arms"]}) > 1
-    bases: Settings = {}
-    settings: Settings = {}
-    for arm in kept["arms"]:
-        judged = {
-            role: [replace(verdict, group=f"{arm['rows']} {verdict.group}") for verdict in of]
-            for role, of in read_verdicts(folder / arm["verdicts"]).items()
-        }
-        if both:
-            judged["sighted" if arm["sighted"] else "blind"] = judged["trained"]
-        settings.setdefault(arm["setting"], {})[arm["seed"]] = judged
-    role_of = {"base": "trained", "base likelihood": "likelihood", "longer answer": "longer answer"}
-    for setting, by_seed in settings.items():
-        own = {seed: {role_of[role]: of[role] for role in role_of if role in of} for seed, of in by_seed.items()}
-        shared = ((of, own.keys() & of.keys()) for of in bases.values())
-        same = next((of for of, seeds in shared if seeds and all(of[seed] == own[seed] for seed in seeds)), None)
-        if same is None:
-            bases[f"base of {setting}"] = own
-        else:
-            same.update(own)
-    if len(bases) == 1:
-        bases = {"base": next(iter(bases.values()))}
-    return kept, bases | settings
-
-
-def contrast_of(kept: Kept, settings: Settings) -> tuple[Difference, float] | None:
-    """The comparison named before, as b less a, and the p of its sign-flip test over seeds; None where it has none."""
-    named = kept["contrast"]
-    if not named or not {named["a"], named["b"]} <= set(settings):
-        return None
-    found = difference(settings, named["b"], named["a"], named["readout"])
-    return (found, sign_flip_p(found.by_seed, [str(seed) for seed in found.seeds], 0)) if found else None
-
+from models.files import atomic_write_text
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
@@ -378,23 +147,35 @@ def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout
             x, names = zip(*sorted(line), strict=True)
             y, whiskers = zip(*(figures[one] for one in names), strict=True)
             marks.append(Mark(name, x, y, tone, "joined", whiskers))
-            if log and len(x) > 2:
-                slopes = _slopes(x, [settings[name] for name in names], readout)
-                if len(slopes) > 1:
-                    told = _percent((fmean(slopes), student(slopes)), "+")
-                    blocks.append(Text("paragraph", f"{name}: {told} points of {readout} a doubling of {axis}."))
+        if log:
+            of_line = {name: {place: settings[one] for place, one in line} for name, line in lines.items()}
+            blocks += _slopes(axis, readout, of_line)
         title = f"{axis}: {readout}"
         svg = chart(title, Axis(axis, log=log, ticks=sorted(places)), Axis(readout, percent=True), marks)
         blocks.insert(0, Plot(axis.replace(".", "-"), title, svg))
     return blocks
 
 
-def _slopes(x: Sequence[float], line: Sequence[Mapping[int, Judged]], readout: str) -> list[float]:
-    """The least-squares slope of the means over log2 x, of each seed that all settings of the line have."""
-    role, score = READOUTS[readout]
-    seeds = [seed for seed in line[0] if all(seed in by_seed for by_seed in line)]
-    means = [[float(score(by_seed[seed][role]).mean()) for by_seed in line] for seed in seeds]
-    return [float(np.polyfit(np.log2(x), of_seed, 1)[0]) for of_seed in means]
+def _slopes(axis: str, readout: str, lines: Mapping[str, Mapping[float, Mapping[int, Judged]]]) -> list[Block]:
+    """The slope of every line from each place on that leaves three, and of every two lines what they differ by."""
+    places = sorted({place for line in lines.values() for place in line})
+    starts = [place for place in places if any(sum(x >= place for x in line) > 2 for line in lines.values())]
+
+    def told(name: str, start: float, less: str = "") -> str:
+        x = [
+            place for place in sorted(lines[name]) if place >= start and place in (lines[less] if less else lines[name])
+        ]
+        of, other = ([lines[line][place] for place in x] if line else [] for line in (name, less))
+        found = slope(x, of, readout, other) if len(x) > 2 else None
+        return _percent(found, "+") if found else ""
+
+    title = f"points of {readout} a doubling of {axis}"
+    rows = [(title, *(f"from {start:g} on" for start in starts))]
+    rows += [(name, *(told(name, start) for start in starts)) for name in lines]
+    rows += [(f"{b} less {a}", *(told(b, start, a) for start in starts)) for a, b in combinations(lines, 2)]
+    if not any(cell for _, *cells in rows[1:] for cell in cells):
+        return []
+    return [Table(title[0].upper() + title[1:], rows), Text("paragraph", NOTES["sweep"]["slopes"])]
 
 
 def _attacks(kept: Kept) -> list[Block]:

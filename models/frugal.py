@@ -33,15 +33,14 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight_D = ctx.saved_tensors
-        normal = x.to(exact(x.dtype))
-        scale = (torch.linalg.vector_norm(normal, dim=-1, keepdim=True).square() / x.shape[-1] + ctx.eps).rsqrt()
-        normal = normal * scale
+        wide = x.to(exact(x.dtype))
+        scale = (wide.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
         weight_grad = None
         if ctx.needs_input_grad[1]:
-            read = normal if ctx.late else normal.to(x.dtype)
-            weight_grad = (grad * read).flatten(0, -2).sum(0).to(weight_D.dtype)
-        through = (grad * weight_D).to(normal.dtype)
-        x_grad = (through - normal * (through * normal).mean(-1, keepdim=True)) * scale
+            normal = wide * scale if ctx.late else (wide * scale).to(x.dtype)
+            weight_grad = (grad * normal).flatten(0, -2).sum(0).to(weight_D.dtype)
+        through = (grad * weight_D).to(wide.dtype)
+        x_grad = through * scale - wide * (scale**3 * (through * wide).mean(-1, keepdim=True))
         return x_grad.to(x.dtype), weight_grad, None, None
 
 

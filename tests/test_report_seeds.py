@@ -11,7 +11,7 @@ from dpo.judge.statistics import Verdict, averaged_scores, compare_subsets, cons
 from dpo.judged import read_run
 from dpo.report import write_report
 from dpo.report_seeds import over_runs
-from dpo.sweep_report import over_seeds
+from dpo.sweep_figures import over_seeds
 
 
 def write_seeds(home: Path) -> tuple[list[Path], list[list[Verdict]]]:

@@ -14,7 +14,7 @@ import pytest
 from dpo import report, sweep
 from dpo.judge.local import read_verdicts
 from dpo.settings import load_config, load_sweep
-from dpo.sweep_report import read_kept
+from dpo.sweep_figures import read_kept
 from experiments.bench_sweep import write_experiments
 from models.errors import UserError
 
@@ -94,12 +94,18 @@ def test_named_arms_are_crossed_with_the_lists_and_keep_their_keys_together(tmp_
         ('[sweep.contrast]\na = "ipo"\nb = "plain"', "", "must have a, b and readout"),
         ('[sweep.contrast]\na = "ipo"\nb = "plane"\nreadout = "averaged"', "", "one of base; plain; ipo"),
         ('[sweep.contrast]\na = "ipo"\nb = "plain"\nreadout = "accuracy"', "", "one of averaged; consistent"),
+        ('[sweep.contrast]\na = "ipo"\nb = "ipo"\nreadout = "averaged"', "", "a and b are both ipo"),
+        ('[sweep.contrast]\na = "ipo"\nb = "base"\nreadout = "judged blind"', "", "a base never has"),
+        ('[sweep.contrast]\na = "ipo"\nb = "plain"\nreadout = "judged sighted"', "", "needs judge.sighted_control"),
+        ('[[sweep.arm]]\nname = "same"', "", "are one and the same"),
+        ("", "sweep.primary=likelihood", "needs judge.rewards"),
+        ("", "jobs=1 jobs=2", "jobs is given twice"),
     ],
 )
 def test_named_arms_and_contrasts_that_cannot_be_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: str, argument: str, expected: str
 ) -> None:
-    given = [*arms_file(tmp_path / "e.toml", lines), f"run.root={tmp_path / 'runs'}", *filter(None, [argument])]
+    given = [*arms_file(tmp_path / "e.toml", lines), f"run.root={tmp_path / 'runs'}", *argument.split()]
     assert sweep.main(given) == 2
     message = capsys.readouterr().err
     assert expected in message and message.count("\n") == 1, message

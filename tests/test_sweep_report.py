@@ -24,15 +24,8 @@ from dpo.judge.statistics import (
     wilson_interval,
 )
 from dpo.report import main
-from dpo.sweep_report import (
-    Judged,
-    difference,
-    mean_of,
-    over_seeds,
-    read_kept,
-    student,
-    write_sweep_report,
-)
+from dpo.sweep_figures import Judged, difference, mean_of, over_seeds, read_kept, slope, student
+from dpo.sweep_report import write_sweep_report
 from models.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,10 +204,28 @@ def test_a_swept_number_has_its_plot_and_the_slope_of_its_means(tmp_path: Path) 
     _, settings = read_kept(tmp_path / "q")
     names = ("few", "many", "most")
     means = [np.mean([averaged_scores(run["trained"]).mean() for run in settings[name].values()]) for name in names]
-    slope = 100 * (means[2] - means[0]) / 4  # of three even steps the ends' alone; 100 to 1,600 are four doublings
-    assert f"averaged: {slope:+.1f} [" in text and "points of averaged a doubling of data.rows." in text
+    told = 100 * (means[2] - means[0]) / 4  # of three even steps the ends' alone; 100 to 1,600 are four doublings
+    assert "| points of averaged a doubling of data.rows | " in text
+    assert re.search(rf"^\| averaged +\| {re.escape(f'{told:+.1f}')} \[", text, flags=re.M)
     assert "plots/data-rows.svg" in text and (tmp_path / "q" / "plots" / "data-rows.svg").is_file()
     assert "plots/settings.svg" in text
+
+
+def line(shares: tuple[float, ...], seeds: int = 3) -> list[dict[int, Judged]]:
+    """Settings along an axis, of so many right pairs of 100 in every seed."""
+    right = [[row < round(100 * share) for row in range(100)] for share in shares]
+    return [{seed: {"trained": judge(of)} for seed in range(seeds)} for of in right]
+
+
+def test_a_slope_is_of_rows_and_seeds_and_two_are_compared() -> None:
+    x = (100.0, 200.0, 400.0, 800.0)
+    straight = slope(x, line((0.5, 0.55, 0.6, 0.65)), "averaged")
+    assert straight and straight[0] == pytest.approx(0.05)
+    assert straight[1][0] < 0.049 and straight[1][1] > 0.051  # seeds that agree do not make it exact
+    found = slope(x, line((0.5, 0.5, 0.6, 0.8)), "averaged", line((0.5, 0.55, 0.6, 0.65)))
+    assert found and found[0] == pytest.approx(np.polyfit(np.log2(x), (0.5, 0.5, 0.6, 0.8), 1)[0] - 0.05)
+    assert slope(x, line((0.5, 0.5, 0.6, 0.8), seeds=1), "averaged") is None
+    assert slope(x, line((0.5, 0.5, 0.6, 0.8)), "rewards") is None
 
 
 def test_judges_of_both_sights_have_a_base_and_a_readout_of_their_own(tmp_path: Path) -> None:
