@@ -112,68 +112,69 @@ class _ByBranches(torch.autograd.Function):
     def forward(
         ctx: Any, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span, sinks_N: Tensor | None
     ) -> Tensor:
-        q, k, v = _widened(q_TNH, k_TGH, v_TGH, sinks_N)
-        out, lse = torch.zeros_like(q), q.new_empty(q.shape[:-1])
+        (tokens, heads, width), extra = q_TNH.shape, int(sinks_N is not None)
+        exact = torch.promote_types(q_TNH.dtype, torch.float32)
+        out, lse = (q_TNH.new_zeros(1, heads, tokens, *own, dtype=exact) for own in ((width + extra,), ()))
         for own, seen in _calls(layout):
-            keys, values, mask = _seen(k, v, seen, span, sinks_N is not None)
-            out[:, :, own], lse[:, :, own] = FLASH(
-                q[:, :, own], keys, values, 0.0, mask is None, attn_mask=mask, scale=q_TNH.shape[-1] ** -0.5
-            )
+            *parts, mask = _parts(q_TNH, k_TGH, v_TGH, sinks_N, own, seen, span)
+            out[:, :, own], lse[:, :, own] = FLASH(*parts, 0.0, mask is None, attn_mask=mask, scale=width**-0.5)
         ctx.save_for_backward(q_TNH, k_TGH, v_TGH, sinks_N, out, lse)
         ctx.layout, ctx.span = layout, span
-        return out[0, ..., : q_TNH.shape[-1]].transpose(0, 1).to(q_TNH.dtype, memory_format=torch.contiguous_format)
+        return out[0, ..., :width].transpose(0, 1).to(q_TNH.dtype, memory_format=torch.contiguous_format)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q_TNH, k_TGH, v_TGH, sinks_N, out, lse = ctx.saved_tensors
         width, extra = q_TNH.shape[-1], int(sinks_N is not None)
-        q, k, v = _widened(q_TNH, k_TGH, v_TGH, sinks_N)
-        grad = F.pad(grad_TNH.transpose(0, 1)[None].to(q.dtype), (0, extra))
-        q_grad, k_grad, v_grad = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        q_grad = torch.zeros_like(out)
+        k_grad, v_grad = (out.new_zeros(1, k_TGH.shape[1], len(k_TGH), width + extra) for _ in "kv")
         for own, seen in _calls(ctx.layout):
-            keys, values, mask = _seen(k, v, seen, ctx.span, bool(extra))
+            *parts, mask = _parts(q_TNH, k_TGH, v_TGH, sinks_N, own, seen, ctx.span)
+            grad = F.pad(_part(grad_TNH, [own], out.dtype), (0, extra))
+            result = out[:, :, own].contiguous(), lse[:, :, own].contiguous()
             q_grad[:, :, own], *grads = FLASH_BACKWARD(
-                grad[:, :, own], q[:, :, own], keys, values, out[:, :, own], lse[:, :, own], 0.0, mask is None,
-                attn_mask=mask, scale=width**-0.5,
-            )  # fmt: skip
-            for total, part in zip((k_grad, v_grad), grads, strict=True):
-                sizes = [place.stop - place.start for place in seen]
-                for place, piece in zip(seen, part[:, :, : sum(sizes)].split(sizes, 2), strict=True):
-                    total[:, :, place] += piece
+                grad, *parts, *result, 0.0, mask is None, attn_mask=mask, scale=width**-0.5
+            )
+            sizes = [place.stop - place.start for place in seen]
+            for total, of_keys in zip((k_grad, v_grad), grads, strict=True):
+                for place, part in zip(seen, of_keys[:, :, : sum(sizes)].split(sizes, 2), strict=True):
+                    total[:, :, place] += part
         sinks_grad = (q_grad[0, ..., width].sum(1) * width**0.5).to(sinks_N.dtype) if extra else None
         grads = [x[0, ..., :width].transpose(0, 1).to(q_TNH.dtype) for x in (q_grad, k_grad, v_grad)]
         return *grads, None, None, sinks_grad
 
 
-def _widened(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, sinks_N: Tensor | None) -> list[Tensor]:
-    """Queries, keys and values as they are multiplied: [1, heads, T, H], in fp32 (fp64 in fp64).
+def _part(x_TNH: Tensor, places: Sequence[slice], dtype: torch.dtype) -> Tensor:
+    """[1, heads, tokens, H] of these places one after the other: a copy, whose layout depends on nothing else."""
+    return torch.cat([x_TNH[place] for place in places]).to(dtype).transpose(0, 1)[None].contiguous()
 
-    With sinks there is one more dimension, in which a query has its head's sink and a key nothing: see _seen.
+
+def _parts(
+    q_TNH: Tensor,
+    k_TGH: Tensor,
+    v_TGH: Tensor,
+    sinks_N: Tensor | None,
+    own: slice,
+    seen: Sequence[slice],
+    span: Span,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries of `own` and keys and values of `seen`, as they are multiplied, and the mask; none where causal says it.
+
+    A sink is one more key, of no value, and one more dimension, in which that key has 1 and each query its head's sink.
+    As a bias it would need a mask for each head, and its gradient.
     """
-    exact = torch.promote_types(q_TNH.dtype, torch.float32)
-    q, k, v = (x.transpose(0, 1)[None].to(exact, memory_format=torch.contiguous_format) for x in (q_TNH, k_TGH, v_TGH))
-    if sinks_N is None:
-        return [q, k, v]
-    sinks = (sinks_N.to(exact) * q_TNH.shape[-1] ** 0.5)[None, :, None, None].expand(*q.shape[:-1], 1)
-    return [torch.cat([q, sinks], -1), F.pad(k, (0, 1)), F.pad(v, (0, 1))]
-
-
-def _seen(k: Tensor, v: Tensor, seen: Sequence[slice], span: Span, sinks: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values of what the tokens of seen[-1] see, and the mask; none if that is all up to themselves.
-
-    A sink is one more key, of no value, whose 1 in the last dimension meets the query's sink. As a bias it would need a
-    mask for each head, and its gradient.
-    """
-    keys, values = (x[:, :, seen[0]] if len(seen) == 1 else torch.cat([x[:, :, s] for s in seen], 2) for x in (k, v))
-    if len(seen) == 1 and span == FULL and not sinks:
-        return keys, values, None
-    tokens = seen[-1].stop - seen[-1].start
-    mask = _mask(keys.shape[2] - tokens, tokens, span, k.device, k.dtype)
-    if sinks:
-        only_sink = F.pad(k.new_ones(*k.shape[:2], 1, 1), (k.shape[-1] - 1, 0))
-        keys, values, mask = torch.cat([keys, only_sink], 2), F.pad(values, (0, 0, 0, 1)), F.pad(mask, (0, 1))
-    return keys, values, mask
+    exact, width = torch.promote_types(q_TNH.dtype, torch.float32), q_TNH.shape[-1]
+    q, k, v = (_part(x, of, exact) for x, of in ((q_TNH, [own]), (k_TGH, seen), (v_TGH, seen)))
+    if len(seen) == 1 and span == FULL and sinks_N is None:
+        return q, k, v, None
+    mask = _mask(k.shape[2] - q.shape[2], q.shape[2], span, k.device, exact)
+    if sinks_N is not None:
+        sinks = (sinks_N.to(exact) * width**0.5)[None, :, None, None].expand(*q.shape[:-1], 1)
+        only_sink = F.pad(k.new_ones(*k.shape[:2], 1, 1), (width, 0))
+        q, k = torch.cat([q, sinks], -1), torch.cat([F.pad(k, (0, 1)), only_sink], 2)
+        v, mask = F.pad(v, (0, 1, 0, 1)), F.pad(mask, (0, 1))
+    return q, k, v, mask
 
 
 # --- one block mask a pack (CUDA) -------------------------------------------------------------------------------------

@@ -98,7 +98,6 @@ def test_named_arms_are_crossed_with_the_lists_and_keep_their_keys_together(tmp_
         ('[sweep.contrast]\na = "ipo"\nb = "base"\nreadout = "judged blind"', "", "a base never has"),
         ('[sweep.contrast]\na = "ipo"\nb = "plain"\nreadout = "judged sighted"', "", "needs judge.sighted_control"),
         ('[[sweep.arm]]\nname = "same"', "", "are one and the same"),
-        ("", "sweep.primary=likelihood", "needs judge.rewards"),
         ("", "jobs=1 jobs=2", "jobs is given twice"),
     ],
 )
@@ -448,6 +447,7 @@ def test_the_primary_readout_is_the_contrasts_or_one_of_those_there_are(
 ) -> None:
     for lines, told in (
         (['primary = "nice"'], "one of averaged; consistent; "),
+        (['primary = "likelihood"'], "needs judge.rewards"),
         (['primary = "consistent"', '[sweep.contrast]\na = "ipo"\nb = "plain"\nreadout = "averaged"'], 'be "averaged"'),
     ):
         given = arms_file(tmp_path / "e.toml")
