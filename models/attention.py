@@ -68,11 +68,11 @@ def tree_attention(
 # --- one SDPA a branch (CPU) ------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=128)  # a pack's branches: every layer asks again; one may take some MB
-def _mask(before: int, tokens: int, span: Span, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[L, P + L], 0 where `tokens` after `before` others see, -inf elsewhere. `is_causal` is top-left aligned."""
+@lru_cache(maxsize=128)  # a pack's branches: every layer asks again; one may take a MB
+def _hidden(before: int, tokens: int, span: Span, device: torch.device) -> Tensor:
+    """[L, P + L], True where `tokens` after `before` others don't see. `is_causal` is top-left aligned: wrong here."""
     query, key = torch.arange(before, before + tokens, device=device)[:, None], torch.arange(before + tokens).to(device)
-    return torch.zeros((), dtype=dtype, device=device).masked_fill(~reaches(query, key, span), -torch.inf)
+    return ~reaches(query, key, span)
 
 
 def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
@@ -168,7 +168,8 @@ def _parts(
     q, k, v = (_part(x, of, exact) for x, of in ((q_TNH, [own]), (k_TGH, seen), (v_TGH, seen)))
     if len(seen) == 1 and span == FULL and sinks_N is None:
         return q, k, v, None
-    mask = _mask(k.shape[2] - q.shape[2], q.shape[2], span, k.device, exact)
+    mask = q.new_zeros(q.shape[2], k.shape[2])
+    mask.masked_fill_(_hidden(k.shape[2] - q.shape[2], q.shape[2], span, k.device), -torch.inf)
     if sinks_N is not None:
         sinks = (sinks_N.to(exact) * width**0.5)[None, :, None, None].expand(*q.shape[:-1], 1)
         only_sink = F.pad(k.new_ones(*k.shape[:2], 1, 1), (width, 0))
