@@ -96,7 +96,7 @@ def dry_run(arms: Sequence[Arm], kept: Mapping[str, KeptArm], jobs: int) -> str:
     told = ""
     if not done and (like := _like(arms[0])):
         results = cast(Results, read_json_object(like / "results.json"))
-        time_s, done = sum(results["time_s"].values()), int(results["train"]["tokens"])
+        time_s, done = whole_s(results), int(results["train"]["tokens"])
         told = f", as {like} took time for its tokens"
     known = f"about {time_s / done * to_do / jobs / 3600:.1f} h{told}" if done else "hours: not before one is"
     return "\n".join([*lines, f"{len(arms)} arms, {left} to finish, {known}"])

@@ -58,7 +58,8 @@ def test_a_norm_is_torchs(dtype: torch.dtype, shape: tuple[int, ...], late: bool
     for one, other, exact in zip(ours, plain, truth, strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         error, allowed = ((x.double() - exact).norm() for x in (one, other))
-        assert error <= 1.5 * allowed + 1e-12 * exact.norm()
+        assert torch.equal(one, other) or dtype != torch.bfloat16
+        assert error <= 1.01 * allowed + 8 * torch.finfo(torch.float64).eps * exact.norm()  # sums in another order
 
 
 def test_a_norms_weight_that_is_frozen_gets_no_gradient() -> None:

@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from test_reference import Runs, runs  # noqa: F401
 
+import dpo.checkpoint
 import dpo.loop
 import dpo.train
+from dpo.adamw import AdamW
 from dpo.checkpoint import trained_digest
-from dpo.config import Config
+from dpo.config import Config, TrainConfig
 from dpo.distributed import Ranks
 from dpo.step import set_dropout
 from models.decoder import load_decoder
@@ -30,6 +32,25 @@ def run_folder(runs: Runs, root: str = "runs") -> Path:  # noqa: F811
 
 def adapter_values(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "export" / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_checkpoint_in_many_shards_comes_back_bit_for_bit(tmp_path, monkeypatch):
+    write_tiny_model(tmp_path / "model")
+    saved, fresh = (
+        load_decoder(tmp_path / "model", weight_dtype=torch.float32, compute_dtype=torch.float32) for _ in "ab"
+    )
+    of = [AdamW(list(model.requires_grad_().parameters()), TrainConfig()) for model in (saved, fresh)]
+    for parameter in saved.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    of[0].step(1e-2)
+    monkeypatch.setattr(dpo.checkpoint, "FILE_BYTES", 1)  # as small as may be: FILES bounds their number
+    alone = Ranks(0, 1, torch.device("cpu"))
+    dpo.checkpoint.save(tmp_path / "step-1", saved, {"step": 1}, alone, of[0])
+    assert 4 < len(list((tmp_path / "step-1").glob("shard-*"))) <= dpo.checkpoint.FILES + 1
+    assert dpo.checkpoint.load(tmp_path / "step-1", fresh, alone, of[1]) == {"step": 1}
+    for one, other in zip(saved.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert all(torch.equal(of[0].state[one][key], of[1].state[other][key]) for key in of[0].state[one])
 
 
 def test_dpo_goes_on_from_the_merged_weights_of_sft(runs):  # noqa: F811

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from dpo.judge.statistics import (
     wilson_interval,
 )
 from dpo.report import main
+from dpo.results import Results
+from dpo.sweep import whole_s
 from dpo.sweep_figures import Judged, difference, mean_of, over_seeds, read_kept, slope, student
 from dpo.sweep_report import write_sweep_report
 from models.errors import UserError
@@ -226,6 +229,12 @@ def test_a_slope_is_of_rows_and_seeds_and_two_are_compared() -> None:
     assert found and found[0] == pytest.approx(np.polyfit(np.log2(x), (0.5, 0.5, 0.6, 0.8), 1)[0] - 0.05)
     assert slope(x, line((0.5, 0.5, 0.6, 0.8), seeds=1), "averaged") is None
     assert slope(x, line((0.5, 0.5, 0.6, 0.8)), "rewards") is None
+
+
+def test_of_a_resumed_run_all_its_training_counts() -> None:
+    stages = {"inputs": 1.0, "train": 2.0, "judge trained": 3.0}  # of the last process
+    for trained, whole in ((10.0, 14.0), (1.9, 6.0)):
+        assert whole_s(cast(Results, {"time_s": stages, "train": {"time_s": trained}})) == whole
 
 
 def test_judges_of_both_sights_have_a_base_and_a_readout_of_their_own(tmp_path: Path) -> None:
