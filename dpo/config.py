@@ -81,6 +81,9 @@ class CheckableConfig(Section):
     length_confound: float = Field(
         0.0, ge=0, le=1, description="share of the training rows whose right answer is padded to be the longest"
     )
+    length_counter: float = Field(
+        0.0, ge=0, le=1, description="share whose wrong answer is then padded, by the same sentences, to be the longest"
+    )
     difficulty: int = Field(2, ge=1, le=3, description="1 = easy, 3 = hard")
     rejected_per_row: Literal[1, 3] = Field(1, description="wrong answers in a row")
 

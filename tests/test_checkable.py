@@ -19,7 +19,8 @@ SPLITS = ("train", "validation", "test")
 
 def rows_of(seed: int = 0, **changed: object) -> list[Row]:
     arguments: dict[str, object] = {"train_rows": 320, "validation_rows": 80, "test_rows": 160, "difficulty": 2}
-    arguments |= {"subsets": tuple(SUBSETS), "label_noise": 0.0, "length_confound": 0.0, "rejected_per_row": 1}
+    arguments |= {"subsets": tuple(SUBSETS), "label_noise": 0.0, "rejected_per_row": 1}
+    arguments |= {"length_confound": 0.0, "length_counter": 0.0}
     return make_rows(CheckableConfig.model_construct(**arguments | changed), seed)
 
 
@@ -262,15 +263,19 @@ def test_length_confound_makes_the_chosen_answer_longer_in_its_fraction_of_the_r
 
         monkeypatch.setitem(SUBSETS, name, type(subset)(draw, subset.check))
     fillers = BANKS["train"]["filler"]
-    for fraction in (0.5, 1.0):
-        rows = rows_of(length_confound=fraction, rejected_per_row=rejected_per_row, difficulty=difficulty, test_rows=0)
-        longer = sum(len(row.chosen[0]) > max(map(len, row.rejected)) for row in in_split(rows, "train"))
-        assert longer >= fraction * 320 if fraction < 1 else longer == 320
+    arguments = {"rejected_per_row": rejected_per_row, "difficulty": difficulty, "test_rows": 0}
+    for fraction, counter in ((0.5, 0.0), (1.0, 0.0), (1.0, 0.25), (1.0, 0.5), (0.0, 0.5)):
+        rows = rows_of(length_confound=fraction, length_counter=counter, **arguments)
+        lengths = [(len(row.chosen[0]), [*map(len, row.rejected)]) for row in in_split(rows, "train")]
+        longer, shorter = sum(a > max(b) for a, b in lengths), sum(a < min(b) for a, b in lengths)
+        if fraction == 1:
+            assert (longer, shorter) == (320 * (1 - counter), 320 * counter)
+        assert longer >= fraction * (1 - counter) * 320 and shorter >= counter * 320
         for row in rows:
             check = SUBSETS[row.subset].check
             assert check(specs[request(row)], row.chosen[0])
             assert not any(check(specs[request(row)], answer) for answer in row.rejected)
-            assert not any(filler in answer for filler in fillers for answer in row.rejected)
+            assert counter or not any(filler in answer for filler in fillers for answer in row.rejected)
 
 
 def test_difficulty_brings_the_results_of_a_math_group_closer_and_changes_every_subset() -> None:

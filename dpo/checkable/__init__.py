@@ -27,7 +27,7 @@ def make_rows(config: CheckableConfig, seed: int) -> list[Row]:
     """Make the rows of all three splits; equal arguments give equal rows on every machine.
 
     Sizes are rounded up to whole groups of 4 and to equally many groups a subset; 0 leaves validation out. More rows
-    of a split are the same rows (both knobs at 0) and then others. Two knobs act on the training split alone, within
+    of a split are the same rows (all knobs at 0) and then others. Three knobs act on the training split alone, within
     each subset, rounded to a whole:
 
     label_noise: fraction of rows whose chosen and rejected are swapped, whole couples (rejected_per_row=1) or whole
@@ -35,6 +35,8 @@ def make_rows(config: CheckableConfig, seed: int) -> list[Row]:
     length_confound: fraction of rows whose chosen answers are made longer than all rejected ones by filler sentences
         (where they are not already). Right answers stay right and wrong ones wrong, but these groups are no longer
         closed: length tells. A group in which no filler fits (exactly 4 words) is drawn anew.
+    length_counter: fraction of rows whose rejected answers are then made longer than all chosen ones, by the same
+        sentences; with a confound of 1.0 and a counter of 0.5 length tells nothing.
     """
     subsets = config.subsets
     unknown = [name for name in subsets if name not in SUBSETS]
@@ -69,6 +71,7 @@ def _subset_rows(name: str, split: str, groups: int, config: CheckableConfig, se
     couplings = _COUPLINGS if config.rejected_per_row == 1 else (((0, 1, 2, 3),),)
     swapped = _nested_sample(f"{key}/noise", groups * len(couplings[0]), config.label_noise * trains)
     longer = _nested_sample(f"{key}/confound", groups * GROUP, config.length_confound * trains)
+    counter = _nested_sample(f"{key}/counter", groups * GROUP, config.length_counter * trains)
     turn = Random(f"{key}/couplings").randrange(len(_COUPLINGS))
     rows: list[Row] = []
     prompts: set[str] = set()
@@ -92,7 +95,10 @@ def _subset_rows(name: str, split: str, groups: int, config: CheckableConfig, se
                 message = {"role": "user", "content": request.text}
                 made.append(Row(f"{group}-{i}", name, (message,), chosen, rejected, group, split))
             assert_closed(made)
-            if _lengthen(subset, draft, made, [i for i in range(GROUP) if g * GROUP + i in longer], rng):
+            sides = [
+                (i, side) for side, of in enumerate((longer, counter)) for i in range(GROUP) if g * GROUP + i in of
+            ]
+            if _lengthen(subset, draft, made, sides, rng):
                 rows += made
                 prompts |= new
                 break
@@ -109,15 +115,15 @@ def _nested_sample(seed: str, n: int, fraction: float) -> set[int]:
     return set(Random(seed).sample(range(n), n)[: round(fraction * n)])
 
 
-def _lengthen(subset: Subset, draft: list[Request], rows: list[Row], positions: list[int], rng: Random) -> bool:
-    """Make the chosen answers of the rows at these positions longer than all rejected ones; False if one cannot be."""
-    for i in positions:
-        row = rows[i]
-        most = max(map(len, row.rejected))
-        chosen = tuple(_longer(subset, draft[i], answer, most, rng) for answer in row.chosen)
-        if not all(chosen):
+def _lengthen(subset: Subset, draft: list[Request], rows: list[Row], sides: list[tuple[int, int]], rng: Random) -> bool:
+    """Make the answers of one side (0: chosen, 1: rejected) of these rows longer than the other's; False: can't be."""
+    for i, side in sides:
+        answers = [rows[i].chosen, rows[i].rejected]
+        most = max(map(len, answers[1 - side]))
+        answers[side] = tuple(_longer(subset, draft[i], answer, most, rng) for answer in answers[side])
+        if not all(answers[side]):
             return False
-        rows[i] = replace(row, chosen=chosen)
+        rows[i] = replace(rows[i], chosen=answers[0], rejected=answers[1])
     return True
 
 
@@ -126,7 +132,7 @@ def _longer(subset: Subset, request: Request, answer: str, most: int, rng: Rando
     truth = subset.check(request.spec, answer)
     fillers = BANKS["train"]["filler"]
     for filler in rng.sample(fillers, len(fillers)):
-        if len(answer) > most:
+        if not answer or len(answer) > most:
             break
         bullet = "\n- " if answer.startswith("- ") else " "
         ways = [
@@ -138,6 +144,4 @@ def _longer(subset: Subset, request: Request, answer: str, most: int, rng: Rando
             f"{answer} {filler.upper()}",
         ]
         answer = next((way for way in ways if subset.check(request.spec, way) == truth), "")
-        if not answer:
-            break
     return answer if len(answer) > most else ""
