@@ -26,7 +26,8 @@ KEPT = ("id", "subset", "group", "split", "weight", "margin", "soft_label", "ref
 SCORES = (("score_chosen", "score_rejected"), ("chosen-rating", "rejected-rating"))
 CHANGE_THE_PROMPT = ("tools", "images", "image", "chat_template_kwargs", "system", "system_prompt", "history")
 PROMPTS = ("question", "instruction", "input", "query")  # what others call it
-JUDGEBENCH, LLMBAR = ("response_A", "response_B"), ("output_1", "output_2")
+JUDGEBENCH, LLMBAR, RB2 = ("response_A", "response_B"), ("output_1", "output_2"), ("num_correct", "num_incorrect")
+TOGETHER = ("input", "preferred_output", "non_preferred_output")
 LABELLED: dict[str, tuple[tuple[str, ...], tuple[object, object]]] = {  # the keys of prompt and answers, both labels
     "judgebench": (("question", *JUDGEBENCH), ("A>B", "B>A")),
     "llmbar": (("input", *LLMBAR), (1, 2)),
@@ -123,11 +124,9 @@ def _has(*keys: str) -> Callable[[Record], bool]:
 
 
 def _is_ours(record: Record) -> bool:
-    if "subset" in record:
-        return True
     chosen = record.get("chosen")  # a list of texts is ours alone; others have ids too
     texts = isinstance(chosen, list) and any(isinstance(one, str) for one in chosen)
-    return texts and _has("id", "prompt", "rejected")(record)
+    return "subset" in record or (texts and _has("id", "prompt", "rejected")(record))
 
 
 def _is_rmbench(record: Record) -> bool:
@@ -168,7 +167,7 @@ def _row(record: Record, name: str, where: str, prompt: object, chosen: list[Ans
 
 def _rb2(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
     """Both rows of a Ties question (ref:N, tied:N) are one group: they share N's wrong answers."""
-    for key, count in (("chosen", "num_correct"), ("rejected", "num_incorrect")):
+    for key, count in zip(("chosen", "rejected"), RB2, strict=True):
         answers, said = need(record, key, name, where), _number(record, count, name, where)
         if not isinstance(answers, list) or len(answers) != said:
             raise UserError(f"{where}: {key} must be a list of {count} = {said} texts, not {show(answers)}")
@@ -178,10 +177,9 @@ def _rb2(record: Record, name: str, where: str, dropped: Counter[str]) -> Record
 
 def _together(record: Record, name: str, where: str, dropped: Counter[str]) -> Record:
     """Together's rules for a preference file: its columns and no other, roles in turn, exactly one answer a side."""
-    columns = ("input", "preferred_output", "non_preferred_output")
-    if extra := sorted(set(record) - set(columns)):
-        raise UserError(f"{where}: found the extra column {show(extra[0])}; allowed are {', '.join(columns)} only")
-    chat, *outputs = (need(record, key, name, where) for key in columns)
+    if extra := sorted(set(record) - set(TOGETHER)):
+        raise UserError(f"{where}: found the extra column {show(extra[0])}; allowed are {', '.join(TOGETHER)} only")
+    chat, *outputs = (need(record, key, name, where) for key in TOGETHER)
     if not isinstance(chat, dict) or not {"messages"} <= set(chat) <= {"messages", "tools", "parallel_tool_calls"}:
         raise UserError(f"{where}: input must be an object with the key messages and no other, not {show(chat)}")
     if chat.get("tools"):
@@ -190,7 +188,7 @@ def _together(record: Record, name: str, where: str, dropped: Counter[str]) -> R
     for before, after in zip(messages, messages[1:], strict=False):
         if before["role"] == after["role"]:
             raise UserError(f"{where}: input.messages has two in a row from {after['role']!r}; roles must alternate")
-    answers = [_answer(side, key, where, weights=(1,)) for key, side in zip(columns[1:], outputs, strict=True)]
+    answers = [_answer(side, key, where, weights=(1,)) for key, side in zip(TOGETHER[1:], outputs, strict=True)]
     return _row({}, name, where, messages, answers[:1], answers[1:])
 
 
@@ -329,14 +327,10 @@ FORMATS: dict[str, Format] = {
     "llmbar": Format(_has(*LLMBAR), _labelled, '{"input", "output_1", "output_2", "label": 1}'),
     "rmbench": Format(_is_rmbench, _rmbench, '{"id", "prompt", "chosen": [], "rejected": [], "domain"}'),
     "together": Format(
-        _has("preferred_output", "non_preferred_output"),
-        _together,
-        '{"input": {"messages"}, "preferred_output", "non_preferred_output"}',
+        _has(*TOGETHER[1:]), _together, '{"input": {"messages"}, "preferred_output", "non_preferred_output"}'
     ),
     "rb2": Format(
-        _has("num_correct", "num_incorrect"),
-        _rb2,
-        '{"id", "subset", "prompt", "chosen": [], "rejected": [], "num_correct", "num_incorrect"}',
+        _has(*RB2), _rb2, '{"id", "subset", "prompt", "chosen": [], "rejected": [], "num_correct", "num_incorrect"}'
     ),
     "ours": Format(_is_ours, lambda record, *_: record, '{"id", "subset", "prompt", "chosen", "rejected"}'),
     "ranked": Format(_has("context"), _ranked, '{"context": [], "completions": [{"rank", "completion"}, ...]}'),
@@ -344,9 +338,7 @@ FORMATS: dict[str, Format] = {
         _has("completions"), _ultrafeedback, '{"instruction", "completions": [{"response", "overall_score"}, ...]}'
     ),
     "binarized": Format(
-        _has(*(key for keys in SCORES for key in keys)),
-        _binarized,
-        '{"prompt"?, "chosen", "rejected", "score_chosen", "score_rejected"}',
+        _has(*SCORES[0], *SCORES[1]), _binarized, '{"prompt"?, "chosen", "rejected", "score_chosen", "score_rejected"}'
     ),
     "hh": Format(_is_hh, _hh, '{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": the same}'),
     "trl": Format(_has("prompt"), _trl, '{"prompt", "chosen", "rejected"} of texts or messages'),

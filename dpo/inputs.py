@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -154,9 +155,8 @@ def load_splits(config: Config, *, judging: bool = False) -> Splits:
         raise UserError(
             f"data.path={data.path}: RM-Bench's score needs all nine pairs of a row; set judge.pairs_per_row=0"
         )
-    scored_by_nine = judging and formats == ["rmbench"] and judge.protocol == "compare"
     others = (row.id for row in test if (len(row.chosen), len(row.rejected)) != (3, 3))
-    if scored_by_nine and (other := next(others, "")):
+    if judging and formats == ["rmbench"] and judge.protocol == "compare" and (other := next(others, "")):
         raise UserError(f"data.path={data.path}: {other}: RM-Bench's score needs rows of 3 chosen and 3 rejected")
     if data.attack_share and not judging:
         train, more["attacked"] = attack_share(train, data.attack_share, data.attacks, seed, cache_folder(config))
@@ -265,8 +265,7 @@ def scores_answers(config: Config) -> bool:
     return config.judge.rewards != "off" or config.judge.self_preference
 
 
-@dataclass(frozen=True)
-class _Fitted:
+class _Fitted(NamedTuple):
     rows: Rows  # those whose trees fit
     trees: Trees  # theirs, under the last of the settings
     counts: dict[str, int]  # of rows, for results.json's `data`
@@ -287,8 +286,7 @@ def _fit(split: str, rows: Rows, builds: Sequence[TreeSettings], tokenizer: Toke
             "tokens; raise data.max_tokens or pack.tokens"
         )
     cut, merges = noted.sum(1).tolist()
-    counts = {"too_long": len(rows) - len(fitting), "truncated": cut, "boundary_differs": merges}
-    return _Fitted(fitting, trees, counts)
+    return _Fitted(fitting, trees, {"too_long": len(rows) - len(fitting), "truncated": cut, "boundary_differs": merges})
 
 
 def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs:
@@ -297,8 +295,7 @@ def read_inputs(config: Config, device: str, *, judging: bool = False) -> Inputs
     When `judging` only the rows to be judged are there (load_splits).
     """
     dtype = pick_dtype(config, device)
-    missing = why_not_triton(torch.device(device), dtype) if config.kernels.backend == "triton" else None
-    if missing is not None:
+    if config.kernels.backend == "triton" and (missing := why_not_triton(torch.device(device), dtype)):
         raise UserError(f"kernels.backend=triton: {missing}; or set kernels.backend=auto, which takes what there is")
     cache = cache_folder(config)
     check_place("run.root", Path(config.run.root))

@@ -178,5 +178,5 @@ def _git_state() -> dict[str, object] | None:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return None
-    dirty = any(not line.startswith("# ") for line in lines)
+    dirty = any(not line.startswith(("# ", "? ")) for line in lines)  # as of git describe, untracked files are none
     return {"commit": lines[0].removeprefix("# branch.oid "), "dirty": dirty} if (root / ".git").exists() else None

@@ -154,13 +154,11 @@ def read_shape(config: Config) -> tuple[ModelConfig, Path | None]:
 
 def stated_tree(lengths: Lengths, objective: str) -> Tree:
     """A row of one pair: both answers once, or a judge's prompt with both, in both orders."""
-    zeros = (0,) * max(lengths.prompt, 2 * lengths.answer)
-    prompt = zeros[: lengths.prompt]
+    prompt, answer = (0,) * lengths.prompt, (0,) * lengths.answer
     if objective == "responses":
-        answer = zeros[: lengths.answer]
         answers = tuple(Completion(branch, 0, answer) for branch in (0, 1))
         return Tree("", prompt, (answer[:-1], answer[:-1]), answers, (Pair(0, 1, 1.0),))
-    orders = (zeros[: 2 * lengths.answer],) * 2
+    orders = (2 * answer,) * 2
     verdicts = tuple(Completion(branch, len(orders[0]), (label,)) for branch in (0, 1) for label in (0, 1))
     return Tree("", prompt, orders, verdicts, (Pair(0, 1, 1.0, twin=1), Pair(3, 2, 1.0, twin=0)))
 
@@ -277,8 +275,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOP of what is trained, without padding and what is computed again, of the peak's."""
-        pack = self.work.pack
-        flop = self.trial.flop * self.work.tokens / pack.layout.tokens
+        flop = self.trial.flop * self.work.tokens / self.work.pack.layout.tokens
         return flop / (self.step_s * self.cluster.gpus * GPUS[self.cluster.kind].peak_tflops * 1e12)
 
 
@@ -286,9 +283,8 @@ def planner(config: Config, lengths: Lengths) -> tuple[str, Callable[[Cluster], 
     """(what the rows are, the plan of the configuration on a cluster)."""
     shape, folder = read_shape(config)
     dtype = DTYPES.get(config.dtype, torch.bfloat16)
-    trees: Sequence[Tree]
     if folder is None:
-        trees = [stated_tree(lengths, config.objective)] * lengths.pairs
+        trees: Sequence[Tree] = [stated_tree(lengths, config.objective)] * lengths.pairs
         rows = f"{lengths.pairs} rows as stated, prompt {lengths.prompt}, answer {lengths.answer} tokens"
     else:
         trees = read_inputs(config, "cpu").train_trees
@@ -329,12 +325,11 @@ def told(plan: Plan, price: float) -> list[str]:
     node, across, host = (work.packs * sum(bytes_) / 2**30 for bytes_ in zip(*ways, strict=True))
     links, computing = sum(way.time_s(cluster.kind) for way in ways), plan.trial.forward_s + plan.trial.backward_s
     bound = "links" if links > computing else "computing"
-    fits = "fits" if plan.fits else "DOES NOT FIT"
     cost = f", {plan.hours * cluster.gpus * price:,.0f} at {price:g} a GPU-hour" if price else ""
     idle = f"; {1 - work.busy:.0%} of the GPUs idle: raise train.batch_pairs" if work.busy < 1 else ""
     return [
-        f"{cluster.gpus} x {cluster.kind}: {fits}, {plan.peak_gib:.1f} of {cluster.usable_gib:.1f} GiB a GPU "
-        f"({RESERVED:.0%} of {PLACES[cluster.kind].memory_gib:g} left free)",
+        f"{cluster.gpus} x {cluster.kind}: {'fits' if plan.fits else 'DOES NOT FIT'}, {plan.peak_gib:.1f} of "
+        f"{cluster.usable_gib:.1f} GiB a GPU ({RESERVED:.0%} of {PLACES[cluster.kind].memory_gib:g} left free)",
         *(f"  {size / 2**30:8.2f}  {part}" for part, size in plan.memory.items()),
         f"step: {plan.step_s:.2f} s, {work.packs:.1f} packs a GPU ({work.tokens:,.0f} tokens in all{idle}), "
         f"MFU {plan.mfu:.1%}",
@@ -391,8 +386,7 @@ def tell(argv: list[str]) -> int:
     rows, plan = planner(config, lengths)
     asked = plan(cluster)
     least = smallest(plan, cluster.kind)
-    print(f"{config.exp}: {config.model.path}, {rows}; modelled, not measured")
-    print("\n".join(told(asked, price)))
+    print(f"{config.exp}: {config.model.path}, {rows}; modelled, not measured", *told(asked, price), sep="\n")
     if least is not None and least.cluster != cluster:
         print("smallest that fits:", *told(least, price), sep="\n")
     elif least is None:

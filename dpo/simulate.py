@@ -251,8 +251,7 @@ def stand_in_attention(keys: float, meter: Meter) -> Attend:
         product = 2 * N * H * keys
         flop = (2 * product, 5 * product)  # the backward makes the weights again
         cost = Cost(4 * T * N, (0, 0), flop, (flop[0] / meter.rate, flop[1] / meter.rate), layer)
-        result: Tensor = _StandIn.apply(meter, cost, (T, N, H), q_TNH, k_TGH, v_TGH)
-        return result
+        return _StandIn.apply(meter, cost, (T, N, H), q_TNH, k_TGH, v_TGH)
 
     return attend
 
@@ -368,5 +367,4 @@ def try_pack(
     sizes = [min(n, count) for n in (period + 1, 2 * period + 1)]
     one, two = (_run(shape, layers, config, dtype, world, pack, gpu, path) for layers in sizes)
     further = (count - sizes[1]) / max(sizes[1] - sizes[0], 1)
-    figures = {name: value + further * (value - getattr(one, name)) for name, value in vars(two).items()}
-    return Trial(**figures)
+    return Trial(**{name: value + further * (value - getattr(one, name)) for name, value in vars(two).items()})

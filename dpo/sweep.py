@@ -197,7 +197,7 @@ def sweep(
         finally:
             free.put(place)
             over.set()
-        ended.append(time.perf_counter() - begin)
+        ended.append(took := time.perf_counter() - begin)
         if code == 130:
             stopped.set()
         elif code:
@@ -206,7 +206,7 @@ def sweep(
             of = cast(Results, read_json_object(done / "results.json"))["judge"]["trained"]
             hours = sum(ended) / len(ended) * (todo - len(ended)) / jobs / 3600
             shares = f"averaged {100 * of['averaged_accuracy']:5.1f} % | consistent {100 * of['accuracy']:5.1f} %"
-            say(f"| {told} | {shares} | {ended[-1] / 60:6.1f} min | {hours:5.1f} h left |")
+            say(f"| {told} | {shares} | {took / 60:6.1f} min | {hours:5.1f} h left |")
             with alone:
                 after()
         return code

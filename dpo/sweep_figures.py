@@ -17,7 +17,7 @@ from typing import NotRequired, TypedDict, cast
 import numpy as np
 
 from dpo.judge.local import read_verdicts
-from dpo.judge.robustness import Success
+from dpo.judge.robustness import Success, successes
 from dpo.judge.statistics import (
     Floats,
     Verdict,
@@ -73,7 +73,7 @@ class KeptArm(TypedDict):
     train_s: float
     whole_s: float
     reference_computed: int  # completions that the reference was run on
-    attacks: NotRequired[list[Success]]
+    attacks: NotRequired[list[Success]]  # the counts alone, where an older version kept no verdicts of attacks
 
 
 class Kept(TypedDict):
@@ -284,6 +284,14 @@ def read_kept(folder: Path) -> tuple[Kept, Settings]:
     if len(bases) == 1:
         bases = {"base": next(iter(bases.values()))}
     return kept, bases | settings
+
+
+def attacks_of(arm: KeptArm, settings: Settings) -> list[Success]:
+    """How often attacks won over the arm's judges, by their verdicts; of an older version's by the counts it kept."""
+    judged, counts = settings[arm["setting"]][arm["seed"]], arm.get("attacks", [])
+    seen = [of["attack"] for of in counts if of["trained_on"]]
+    again = [of for role in ("base", "trained") for of in successes(role, judged, seen, arm["seed"])]
+    return again or counts
 
 
 def contrast_of(kept: Kept, settings: Settings) -> tuple[Difference, float] | None:

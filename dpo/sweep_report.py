@@ -8,7 +8,7 @@ Read next: dpo/sweep_figures.py, where the figures come from.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -30,6 +30,7 @@ from dpo.sweep_figures import (
     Kept,
     Settings,
     Standing,
+    attacks_of,
     contrast_of,
     difference,
     differences,
@@ -48,6 +49,16 @@ from models.files import atomic_write_text
 def _percent(figure: Figure, sign: str = "") -> str:
     mean, *ends = (f"{100 * share:{sign}z.1f}" for share in (figure[0], *figure[1]))
     return f"{mean} [{', '.join(ends)}]"
+
+
+def _matrix(
+    title: str, corner: str, cells: Mapping[str, Mapping[str, str]], note: str, order: Iterable[str] = ()
+) -> list[Block]:
+    """A table of what each row says of each column, and its note; neither without any column."""
+    said = dict.fromkeys(name for of in cells.values() for name in of)
+    names = sorted(said, key=[*order, *said].index)
+    rows = [(corner, *names), *((row, *(of.get(name, "") for name in names)) for row, of in cells.items())]
+    return [Table(title, rows), *([Text("paragraph", NOTES["sweep"][note])] if note else [])] if names else []
 
 
 def _contrast(kept: Kept, found: tuple[Difference, float] | None) -> str:
@@ -105,22 +116,16 @@ def _controls(settings: Settings) -> list[Block]:
             lead = None if own else difference({name: of, setting: by_seed}, name, setting, "averaged")
             if lead and len(lead.seeds) == len(by_seed):
                 told.setdefault(setting, {})[name] = _percent(lead.difference, "+")
-    names = [name for name in CONTROLS if any(name in of for of in told.values())]
-    rows = [("order-averaged, lead over", *names)]
-    rows += [(setting, *(of.get(name, "") for name in names)) for setting, of in told.items()]
-    return [Table("Controls", rows), Text("paragraph", NOTES["sweep"]["controls"])] if names else []
+    return _matrix("Controls", "order-averaged, lead over", told, "controls", CONTROLS)
 
 
 def _differences(found: Sequence[Difference]) -> list[Block]:
-    shown = list(dict.fromkeys(one.readout for one in found))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for one in found:
         p = f"p {p_value(one.p)}, corrected {p_value(one.p_holm)}"
         told = f"{_percent(one.difference, '+')}, {p}{'' if one.resolved else ': not resolved'}"
-        cells.setdefault((one.b, one.a), {})[one.readout] = told
-    rows = [("difference", *shown)]
-    rows += [(f"{b} less {a}", *(of.get(readout, "") for readout in shown)) for (b, a), of in cells.items()]
-    return [Table("Every two settings", rows), Text("paragraph", NOTES["sweep"]["differences"])]
+        cells.setdefault(f"{one.b} less {one.a}", {})[one.readout] = told
+    return _matrix("Every two settings", "difference", cells, "differences", READOUTS)
 
 
 def _number(value: object) -> float:
@@ -178,17 +183,17 @@ def _slopes(axis: str, readout: str, lines: Mapping[str, Mapping[float, Mapping[
     return [Table(title[0].upper() + title[1:], rows), Text("paragraph", NOTES["sweep"]["slopes"])]
 
 
-def _attacks(kept: Kept) -> list[Block]:
+def _attacks(kept: Kept, settings: Settings) -> list[Block]:
     """How often each attack wins over the trained judges of a setting, and did before: the means of its seeds."""
     shared = len({arm["seed"] for arm in kept["arms"]}) > 1 and len({arm["rows"] for arm in kept["arms"]}) == 1
+    found = [(arm["setting"], of) for arm in kept["arms"] for of in attacks_of(arm, settings)]
 
     def won(role: str) -> dict[str, dict[str, str]]:  # by setting and attack
         shares: dict[str, dict[str, list[Figure]]] = {}
-        for arm in kept["arms"]:
-            for of in arm.get("attacks", []):
-                if of["judge"] == role:
-                    by_name = shares.setdefault(arm["setting"], {})
-                    by_name.setdefault(of["attack"], []).append((of["wins"] / of["n"], of["interval"]))
+        for setting, of in found:
+            if of["judge"] == role:
+                by_name = shares.setdefault(setting, {})
+                by_name.setdefault(of["attack"], []).append((of["wins"] / of["n"], of["interval"]))
         return {
             setting: {name: _percent(mean_of(of, shared=shared)) for name, of in by_name.items()}
             for setting, by_name in shares.items()
@@ -200,10 +205,7 @@ def _attacks(kept: Kept) -> list[Block]:
         first = next(alike, setting)
         bases[first] = bases.get(first, {}) | cells
     told = {"base" if len(bases) == 1 else f"base of {setting}": cells for setting, cells in bases.items()}
-    names = list(dict.fromkeys(of["attack"] for arm in kept["arms"] for of in arm.get("attacks", [])))
-    rows = [("setting", *names)]
-    rows += [(who, *(of.get(name, "") for name in names)) for who, of in [*told.items(), *won("trained").items()]]
-    return [Table("Attacks on the judges", rows), Text("paragraph", NOTES["sweep"]["attacks"])] if names else []
+    return _matrix("Attacks on the judges", "setting", told | won("trained"), "attacks")
 
 
 def _costs(kept: Kept) -> list[Block]:
@@ -223,10 +225,8 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
     readout = kept.get("primary") or (kept["contrast"] or {"readout": "averaged"})["readout"]
     standings = [standing(name, by_seed, readout) for name, by_seed in settings.items()]
     found = differences(settings)
-    subsets = list(dict.fromkeys(name for one in standings for name in one.subsets))
-    by_subset = [("setting", *subsets)]
-    for one in standings:
-        by_subset.append((one.setting, *(_percent(one.subsets[s]) if s in one.subsets else "" for s in subsets)))
+    several = len({name for one in standings for name in one.subsets}) > 1
+    subsets = {one.setting: {name: _percent(of) for name, of in one.subsets.items() if several} for one in standings}
     sources = {arm["source"] for arm in kept["arms"]}
     named = contrast_of(kept, settings)
     lead = [Text("paragraph", kept["question"]), Text("verdict", _contrast(kept, named))]
@@ -238,11 +238,11 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
         lead.append(Text("paragraph", f"The arms were run by {len(sources)} versions of the product."))
     sections: dict[str, Sequence[Block]] = {
         "Settings": _standings(standings, settings, READOUTS[readout][0] if readout == "rewards" else "trained"),
-        "Differences": _differences(found) if found else [],
+        "Differences": _differences(found),
         "Controls": _controls({arm["setting"]: settings[arm["setting"]] for arm in kept["arms"]}),
         "Axes": _axes(kept, settings, standings, readout),
-        f"By subset: {readout}": [Table("By subset", by_subset)] if len(subsets) > 1 else [],
-        "Attacks": _attacks(kept),
+        f"By subset: {readout}": _matrix("By subset", "setting", subsets, ""),
+        "Attacks": _attacks(kept, settings),
         "Cost": _costs(kept),
     }
     contrast = named and asdict(named[0]) | {"p_seeds": named[1]}

@@ -44,7 +44,7 @@ from dpo.judge.local import (
     verdicts,
     write_verdicts,
 )
-from dpo.judge.robustness import Success, biases, successes
+from dpo.judge.robustness import biases, successes, under_attack
 from dpo.judge.statistics import Verdict
 from dpo.judge.written import Pen, written_replies
 from dpo.log import peak_rss_mib, stage
@@ -181,12 +181,11 @@ def train_and_judge(
     def judge(rows: Sequence[Row], reply: Reply, sighted: bool = config.judge.sighted) -> list[Verdict]:
         return verdicts(rows, inputs, config, reply, sighted=sighted)
 
-    def attacks_on(name: str, reply: Reply) -> list[Success]:
+    def attack(name: str, reply: Reply) -> dict[str, list[Verdict]]:
         if not inputs.attacked:
-            return []
+            return {}
         with stage(f"attack {name}", times):
-            under, seen = inputs.attacked, inputs.attacks_seen
-            return successes(name, judged[name], under, lambda rows: judge(rows, reply), seen, config.seed)
+            return under_attack(name, judged[name], inputs.attacked, lambda rows: judge(rows, reply))
 
     with stage("reference", times):
         reference = policy if same else load_reference(config, inputs.reference_folder, inputs.dtype, ranks)
@@ -214,7 +213,7 @@ def train_and_judge(
         judged = {"base": judge(test, base)}
         base_validation = judge(inputs.splits.validation, base)
         base_leads = likelihood_leads(test, answers, stored(policy, fingerprint, "answers")(answers)) if own else {}
-    attacks = attacks_on("base", base)
+    attacked = attack("base", base)
 
     def evaluate() -> dict[str, float]:
         score = live(policy, "validation")
@@ -244,7 +243,7 @@ def train_and_judge(
     with stage("judge trained", times):
         trained = reply(live(policy, "judging trained"))
         judged["trained"] = judge(test, trained)
-    attacks += attacks_on("trained", trained)
+    attacked |= attack("trained", trained)
     sighted = config.judge.sighted
     control, wanted = ("blind", config.judge.blind_control) if sighted else ("sighted", config.judge.sighted_control)
     if wanted:
@@ -266,13 +265,15 @@ def train_and_judge(
             base_said, blind = judged["base"], judged.get("blind")
             controls = control_verdicts(inputs.splits.train, pairs, base_said, base_validation, blind, config.seed)
             judgement = judge_results(config, judged, controls)
-        write_verdicts(folder / "verdicts.jsonl", judged | controls)
+        write_verdicts(folder / "verdicts.jsonl", judged | controls | attacked)
+        seen = inputs.attacks_seen
+        attacks = [successes(name, judged | attacked, seen, config.seed) for name in ("base", "trained")]
         results = {
             "step0_loss": done.step0_loss,
             "step0_max_difference": done.step0_max_difference,
             "reference": asdict(usage),
             "judge": judgement,
-            "attacks": attacks,
+            "attacks": sum(attacks, []),
             "biases": [
                 bias
                 for name, said in judged.items()
@@ -306,7 +307,7 @@ def main(argv: list[str]) -> int:
         config = load_config(argv)
         if config.exp == "judge":
             raise UserError("exp=judge is the experiment of python -m dpo.judge; e.g. exp=quickstart trains")
-        if told := unswept(argv):
+        if (told := unswept(argv)) and not Path(config.run.root).parent.name.endswith("-sweep"):
             print(told, file=sys.stderr)
         run(config)
 

@@ -30,12 +30,8 @@ from kernels.linear_logprobs import reference_linear_logprobs
 from kernels.linear_paths import two_limbs_hold
 from kernels.roofline import HEADS, ROWS
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""hidden_TD, weight_VD, targets_T -> log p of the targets [T]."""
-
-Result = dict[str, str | float | bool | None]
-"""One line of the JSON."""
-
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden_TD, weight_VD, targets_T -> log p of the targets [T]
+Result = dict[str, str | float | bool | None]  # one line of the JSON
 FP32_GRADE = 5e-6  # nats rms
 LOGIT_DEVIATION = 1.5  # of the random inputs; the errors of bf16 logits and of two limbs are in proportion to it
 
@@ -85,12 +81,11 @@ PEERS = {"liger_kernel": liger, "trl": trl}
 
 def timed_s(run: Callable[[], object], device: str) -> float:
     """Seconds of one run, the GPU's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.get_device_module(device).synchronize  # a CPU's returns at once
+    wait()
     begin = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - begin
 
 

@@ -113,10 +113,8 @@ def combine_traffic(T: int, parts: int) -> Traffic:
 
 def row_forward_traffic(T: int, V: int, tile: Tile, width: int, span: int) -> Traffic:
     """row_forward: the logits once, the target's a second time."""
-    parts = ceil_div(V, tile["BV"] * span)
-    return Traffic(
-        loaded=T * V * width + 4 * T * parts + T * width, stored=8 * T * parts + 4 * T, distinct=T * V * width + 4 * T
-    )
+    logits, parts = T * V * width, ceil_div(V, tile["BV"] * span)
+    return Traffic(loaded=logits + 4 * T * parts + T * width, stored=8 * T * parts + 4 * T, distinct=logits + 4 * T)
 
 
 def row_backward_traffic(T: int, V: int, tile: Tile, width: int, out_width: int, span: int) -> Traffic:
@@ -165,8 +163,7 @@ def counting(group_of: Callable[[str, int], int]) -> Iterator[dict[str, Traffic]
         here = counts.setdefault(running[0], Traffic())
         call(self, *arguments, **options)
         for asked in here.groups.values():
-            once = np.unique(np.concatenate(asked))
-            here.distinct += int((once % 16).sum())
+            here.distinct += int((np.unique(np.concatenate(asked)) % 16).sum())
         here.groups.clear()
 
     builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
@@ -345,7 +342,7 @@ def h100_report() -> tuple[list[str], float]:
     enough = floor * rates.vendor_tflops / (1.35 * floor - (ms - floor))
     product = next(step for step in fused if step.kernel == "linear_forward")
     demand = product.l2 / (product.flop / rates.fused_tflops)
-    lines = [
+    return [
         f"H100, T {ROWS}, gpt-oss, frozen head, MODELLED",
         f"  floor: 2 x 2TVD at {rates.vendor_tflops:g} TFLOP/s (assumed of the library): {floor:.1f} ms",
         f"  chunked, auto's: {ms:.1f} ms = {ms / floor:.2f} x: products {floor:.1f}, row passes {rows:.1f}, the rest "
@@ -359,8 +356,7 @@ def h100_report() -> tuple[list[str], float]:
         f"{ms - rows + once:.1f} ms",
         f"      that pass under the next chunk's product, on a second stream: down to {ms - rows:.1f} ms",
         f"      fused alone: {ours / floor / 1.1 * rates.fused_tflops:.0f} TFLOP/s: operands shared by clusters",
-    ]
-    return lines, ms / floor
+    ], ms / floor
 
 
 def published_report() -> list[str]:
@@ -368,9 +364,8 @@ def published_report() -> list[str]:
     lines = ["PUBLISHED by the peers, theirs and not rerun, beside our model at their shape (ms, auto's path)"]
     figures = tomllib.loads(Path(__file__).with_name("roofline.toml").read_text(encoding="utf-8"))["published"]
     for gpu, T, D, V, what, theirs, whose in figures:
-        arch, trained = GPUS[gpu].arch, what == "trained"
-        path = choose(arch, D)
-        taken = steps(path, gpu, T, D, V, trained)
+        path = choose(GPUS[gpu].arch, D)
+        taken = steps(path, gpu, T, D, V, trained=what == "trained")
         if what == "forward":  # of the chunked path: one product and one row pass
             taken = [_library(T, V, D), *(step for step in taken if step.kernel == "row_forward")]
         shape = f"T{T} D{D} V{V}"

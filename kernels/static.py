@@ -37,9 +37,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
 
-Baseline = dict[str, dict[str, float]]
-"""By a row's key: its figures."""
-
+Baseline = dict[str, dict[str, float]]  # by a row's key: its figures
 BASELINE = Path(__file__).with_name("baseline.json")
 MATRIX_OPCODES = ("HMMA", "HGMMA", "UTCHMMA")  # mma.sync, wgmma, tcgen05
 ASYNC_OPCODES = ("LDGSTS", "UTMALDG")  # cp.async, TMA loads
@@ -153,7 +151,6 @@ def describe(kernel: CompiledKernel, target: str) -> Row:
         copies = opcodes["async_lds"]
         atomics = sum(n for name, n in opcodes.items() if re.match(r"(global|flat|buffer)_atomic", name))
     tensor_columns = metadata.tmem_size if gpu.backend == "cuda" else 0
-    warps = resident_warps(gpu, registers, threads, metadata.shared, tensor_columns)
     return Row(
         kernel=metadata.name.strip("_"),
         target=target,
@@ -164,23 +161,19 @@ def describe(kernel: CompiledKernel, target: str) -> Row:
         matrix_instructions=matrix,
         async_copies=copies,
         atomics=atomics,
-        occupancy=warps / gpu.warps,
+        occupancy=resident_warps(gpu, registers, threads, metadata.shared, tensor_columns) / gpu.warps,
     )
 
 
 def tile_name(kernel: CompiledKernel) -> str:
     """A compiled kernel's constants in words: float operands' dtypes, sizes, options that are on, warps and stages."""
     source, metadata = kernel.src, kernel.metadata
-    names = source.fn.arg_names
-    constants = {names[path[0]]: value for path, value in source.constants.items()}
-    operands = [
-        match[1] for kind in source.signature.values() if (match := re.match(r"(?:\*|tensordesc<)(b?fp?\d+)", kind))
-    ]
+    constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items()}
+    kinds = "\n".join(source.signature.values())
+    operands = ",".join(dict.fromkeys(re.findall(r"^(?:\*|tensordesc<)(b?fp?\d+)", kinds, flags=re.M)))
     sizes = [f"{name}{value}" for name, value in constants.items() if type(value) is int and name.isupper() and value]
     options = [name for name, value in constants.items() if value is True]
-    return " ".join(
-        [",".join(dict.fromkeys(operands)), *sizes, *options, f"w{metadata.num_warps} s{metadata.num_stages}"]
-    )
+    return " ".join([operands, *sizes, *options, f"w{metadata.num_warps} s{metadata.num_stages}"])
 
 
 # --- compiling without a GPU --------------------------------------------------------------------------------------

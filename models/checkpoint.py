@@ -36,15 +36,14 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors: model.safetensors (or an adapter's), or else the shards that its index names."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / ADAPTER).is_file() and not (folder / INDEX).is_file():
-        return [folder / ADAPTER]
-    if not (folder / INDEX).is_file():
+    found = next((name for name in (SINGLE, INDEX, ADAPTER) if (folder / name).is_file()), None)
+    if found is None:
         raise UserError(
             f"{folder}: no weights there; expected {SINGLE}, or {INDEX} and the shards that it names "
             "(pickled files such as pytorch_model.bin are never opened: convert them to safetensors)"
         )
+    if found != INDEX:
+        return [folder / found]
     weight_map = read_json_object(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{folder / INDEX}: weight_map is missing or no map from tensor names to shard files")
@@ -108,11 +107,8 @@ def load_weights(folder: Path, parameters: Mapping[str, torch.Tensor], layout: L
     if any(faults.values()):
         named = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
         raise UserError(f"{folder}: the weights do not fit the model's config.json; {named}")
-    read = 0
-    for name, parameter in parameters.items():
-        part = own_part(parameter)
-        read += sum(_read(piece, stored, part) for piece in pieces[name])
-    return read
+    parts = {name: own_part(parameter) for name, parameter in parameters.items()}
+    return sum(_read(piece, stored, parts[name]) for name, its_pieces in pieces.items() for piece in its_pieces)
 
 
 def _read(piece: Piece, stored: Mapping[str, Stored], part: Part) -> int:

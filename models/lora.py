@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from models.sharded import copy_into, own_part
 ALL_LINEAR = "all-linear"  # as peft's: no experts among them, which are parameters and no layers
 PROJECTIONS = ("gate_up_proj", "down_proj")  # of experts, in the order in which peft wraps them
 PEFT_NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", "M": "lora_magnitude_vector"}
+_norms = partial(torch.linalg.vector_norm, dim=1)  # ||W|| [out], over the inputs
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,6 @@ class LowRank(nn.Module):
         return (y * stretch if bias is None else y * stretch + (1 - stretch) * bias).to(x.dtype)
 
 
-def _norms(weight: Tensor) -> Tensor:
-    """||W|| over the inputs [out]."""
-    return torch.linalg.vector_norm(weight, dim=1)
-
-
 def _stretch(weight: Tensor, a: Tensor, b: Tensor, m: Tensor, scale: float) -> Tensor:
     """(||W|| + M) / ||W + s B A|| [out], in fp32 (fp64): exactly 1 at B = M = 0. The norms are constants (sec. 4.3)."""
     with torch.no_grad():
@@ -140,8 +137,7 @@ def add_lora(model: Decoder, adapter: Adapter, *, seed: int) -> None:
     for name, linear in linears.items():
         if adapter.adapts(name):
             linear.lora = LowRank(linear.weight, adapter).train(model.training)
-    head = model.head.weight
-    like = head.new_empty((), dtype=torch.promote_types(model.compute_dtype, torch.float32))
+    like = model.head.weight.new_empty((), dtype=torch.promote_types(model.compute_dtype, torch.float32))
     for name, (module, kind) in experts.items():
         if adapter.adapts(name):
             count, outputs, inputs = module.shapes[kind]
@@ -215,7 +211,6 @@ HARMLESS = {  # they say nothing of the arithmetic, or what the tensors' names s
     *("layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core", "qalora_group_size", "eva_config"),
 }
 STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of A and B; others (pissa, olora, ...) change the base weight
-
 
 # Their experts are [E, in, out], which peft takes for [E, out, in]: its A is our B, turned, and its B our A.
 TURNED = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")

@@ -199,20 +199,24 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
+def named_value(key: str, setting: str, rule: str, taken: Sequence[str] = ()) -> tuple[str, object]:
+    """Of a setting NAME=VALUE of `key`: VALUE as JSON where it is JSON, else as text. UserError with the `rule`."""
+    name, equals, value = setting.partition("=")
+    if not equals or not name.isidentifier() or name in taken:
+        raise UserError(f"{key} = {setting!r}: must be NAME=VALUE, {rule}")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
 def read_variables(settings: Sequence[str]) -> dict[str, object]:
     """What `model.template_variables` says, NAME=VALUE each: VALUE as JSON where it is JSON, else as text."""
     variables: dict[str, object] = {}
+    rule = f"a name once and none of {', '.join(GIVEN)}; e.g. enable_thinking=false"
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.isidentifier() or name in (*GIVEN, *variables):
-            raise UserError(
-                f"model.template_variables = {setting!r}: must be NAME=VALUE, a name once and none of "
-                f"{', '.join(GIVEN)}; e.g. enable_thinking=false"
-            )
-        try:
-            variables[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            variables[name] = value
+        name, value = named_value("model.template_variables", setting, rule, (*GIVEN, *variables))
+        variables[name] = value
     return variables
 
 
@@ -256,17 +260,15 @@ def write_tokenizer(
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json, as transformers reads them."""
     backend.save(str(folder / "tokenizer.json"))
+    ids = {"bos_token": bos_id, "eos_token": eos_id, "pad_token": pad_id}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": backend.id_to_token(bos_id),
-        "eos_token": backend.id_to_token(eos_id),
-        "pad_token": backend.id_to_token(pad_id),
+        **{name: backend.id_to_token(token) for name, token in ids.items()},
         "clean_up_tokenization_spaces": False,
         "chat_template": chat_template,
     }
     write_json(folder / "tokenizer_config.json", config)
-    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "generation_config.json", {f"{name}_id": token for name, token in ids.items()})
 
 
 def _read_optional(path: Path) -> dict[str, object]:

@@ -23,7 +23,7 @@ from dpo.inputs import load_splits
 from dpo.judge.attacks import ATTACKS, attack_share, attacked, attacked_rows, read_seen, write_seen
 from dpo.judge.local import read_verdicts
 from dpo.judge.prompts import COMPARE, judge_messages, read_template
-from dpo.judge.robustness import LIKELIER, Bias, biases, successes
+from dpo.judge.robustness import LIKELIER, Bias, biases, successes, under_attack
 from dpo.judge.statistics import Verdict
 from dpo.report import write_report
 from dpo.rows import PairValues, Row, Rows, keep_rows, read_rows, write_rows
@@ -166,7 +166,8 @@ def test_success_is_to_win_attacked_what_was_lost_clean(tmp_path: Path) -> None:
         return [judged(int(one.id[1:]), *odds[wins and one.id != "r5"]) for one in under]
 
     under = attacked_rows(rows, ["verdict", "length"], 0, tmp_path)
-    found = successes("j", clean, under, say, ["verdict"], 0)
+    said = {"j": clean} | under_attack("j", clean, under, say)
+    found = successes("j", said, ["verdict"], 0)
     assert asked == [["r0", "r1", "r5"]] * 2
     told = {one["attack"]: (one["trained_on"], one["n"], one["wins"]) for one in found}
     assert told == {
@@ -178,9 +179,10 @@ def test_success_is_to_win_attacked_what_was_lost_clean(tmp_path: Path) -> None:
     }
     assert all(one["judge"] == "j" and 0 <= one["interval"][0] <= one["interval"][1] <= 1 for one in found)
     assert next(one for one in found if one["attack"] == "length")["interval"][1] > 0.5  # of 3 answers: nothing is sure
-    assert successes("j", clean[2:5], attacked_rows(rows, ["all"], 0, tmp_path), say, ["verdict"], 0) == []
+    assert under_attack("j", clean[2:5], attacked_rows(rows, ["all"], 0, tmp_path), say) == {}
+    assert successes("j", {"j": clean}, ["verdict"], 0) == []
     for seen, told_of in ((None, None), ([], False)):
-        told_now = {one["attack"]: one["trained_on"] for one in successes("j", clean, under, say, seen, 0)}
+        told_now = {one["attack"]: one["trained_on"] for one in successes("j", said, seen, 0)}
         assert told_now == {"verdict": told_of, "length": told_of, "all": told_of, "position": None}
 
 
@@ -270,7 +272,8 @@ def judging_of(folder: Path, name: str, seen: list[str] | None, *, endpoint: boo
     results = json.loads((run / "results.json").read_text())
     said = [Verdict(one.id, "s", one.group, (0, 0), 2.0, -1.0) for one in rows]
     under = dict.fromkeys(["verdict", "length"], keep_rows(rows, folder))
-    results["attacks"] = successes(name, said, under, lambda rows: said, seen, 0)
+    judged = {name: said} | under_attack(name, said, under, lambda rows: said)
+    results["attacks"] = successes(name, judged, seen, 0)
     if not endpoint:
         del results["endpoint"]
     (run / "results.json").write_text(json.dumps(results))
@@ -322,6 +325,8 @@ def test_a_training_tells_its_judges_successes_and_looks_before_and_after(
     for judge in ("base", "trained"):
         scores = [line for line in map(json.loads, (folder / "verdicts.jsonl").open()) if line["judge"] == judge]
         lost = sum(line["first"] > line["second"] for line in scores)
+        again = successes(judge, read_verdicts(folder / "verdicts.jsonl"), ["verdict"], 0)
+        assert again == [one for one in told if one["judge"] == judge]
         assert {one["n"] for one in told if one["judge"] == judge} == {lost, 2 * lost}
     report = json.loads((folder / "report.json").read_text())
     assert report["attacks"] == told and report["biases"] == results["biases"]

@@ -355,6 +355,9 @@ def test_one_run_says_that_it_is_no_sweep_where_its_rows_are_and_how_it_ended(
     first, verdict, consistent, last = out.splitlines()
     assert first == f"run: {folder} (32 training, 0 validation, 32 test rows)" and last.startswith("report: ")
     assert verdict.startswith("Order-averaged accuracy ") and consistent.startswith("Consistent accuracy ")
+    missing = f"model.path={tmp_path / 'none'}"
+    assert main([*run, missing, f"run.root={tmp_path / 'mine-sweep' / 'seed=0'}"]) == 2  # an arm of its sweep
+    assert "[sweep] is not run" not in capsys.readouterr().err
     judged = [*run[:4], "judge.split=test"]
     assert judge.main(judged) == 0 and (tmp_path / "runs" / "mine" / "latest").resolve() == folder
     assert (tmp_path / "runs" / "mine-judge" / "latest" / "results.json").is_file()

@@ -36,7 +36,7 @@ from dpo.judge.endpoint import MOST_INVALID, Answer, Usage, endpoint
 from dpo.judge.local import likelihood_leads, replies, write_verdicts
 from dpo.judge.prompts import chosen_slot
 from dpo.judge.protocols import PROTOCOLS, verdicts_of
-from dpo.judge.robustness import Success, biases, successes
+from dpo.judge.robustness import Success, biases, successes, under_attack
 from dpo.judge.statistics import Summary, Verdict, summarise
 from dpo.judge.written import Pen, written_replies
 from dpo.log import stage
@@ -190,22 +190,18 @@ def run(config: Config) -> Path:
     verdicts = verdicts_of(judged.rows, judged.replies, settings)
     summary = summarise(verdicts, config.seed, odds=config.judge.protocol == "compare")
     benchmark = benchmark_of(judged, verdicts, settings, config.seed)
-    attacks: list[Success] = []
+    said = {judged.judge: verdicts}
     if judged.attacked:
         with stage("attack", times):
-            attacks = successes(
-                judged.judge,
-                verdicts,
-                judged.attacked,
-                lambda rows: verdicts_of(rows, judged.reply(rows), settings),
-                judged.attacks_seen,
-                config.seed,
+            said |= under_attack(
+                judged.judge, verdicts, judged.attacked, lambda rows: verdicts_of(rows, judged.reply(rows), settings)
             )
+    attacks = successes(judged.judge, said, judged.attacks_seen, config.seed)
     folder = broadcast_first(new_folder(config, judging=True) if ranks.first else Path(), ranks)
     leave_ranks(ranks)
     if not ranks.first:
         return folder
-    write_verdicts(folder / "verdicts.jsonl", {judged.judge: verdicts})
+    write_verdicts(folder / "verdicts.jsonl", said)
     if judged.answers:
         write_answers(folder / "answers.jsonl", judged)
     results: dict[str, object] = {"judge": {judged.judge: summary}, "data": judged.data, "time_s": times}

@@ -33,6 +33,7 @@ from dpo.loop import interruptible
 from dpo.rows import Message
 from models.errors import UserError, show
 from models.files import read_text
+from models.tokenizer import named_value
 
 if TYPE_CHECKING:  # the extra `api`: imported where it is used
     from openai import AsyncOpenAI
@@ -148,14 +149,7 @@ def request_of(prompt: Prompt, config: EndpointConfig) -> Request:
     request["max_completion_tokens"] = config.max_tokens
     if config.top_logprobs:
         request |= {"logprobs": True, "top_logprobs": config.top_logprobs}
-    for setting in config.extra:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.isidentifier():
-            raise UserError(f"endpoint.extra = {setting!r}: must be NAME=VALUE, e.g. reasoning_effort=low")
-        try:
-            request[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            request[name] = value
+    request |= dict(named_value("endpoint.extra", setting, "e.g. reasoning_effort=low") for setting in config.extra)
     return {name: value for name, value in request.items() if value is not None}
 
 
@@ -418,9 +412,7 @@ def read_answer(text: str, time_s: float) -> Answer:
     content = message["content"]
     tokens = []
     for token in (choice.get("logprobs") or {}).get("content") or ():
-        top = {
-            str(other["token"]): max(LEAST_LOG_P, float(other["logprob"])) for other in token.get("top_logprobs") or ()
-        }
+        top = {str(one["token"]): max(LEAST_LOG_P, float(one["logprob"])) for one in token.get("top_logprobs") or ()}
         tokens.append((str(token["token"]), top))
     if content is not None and not isinstance(content, str):
         raise ValueError(f"content is {show(content)}")

@@ -26,34 +26,44 @@ class Success(TypedDict):
 
 
 ALL_SEEN = "all that training saw"
-Won = list[tuple[bool, str]]  # of each answer that loses when clean: whether it wins now, and its group
+
+
+def under_attack(
+    judge: str, clean: Sequence[Verdict], rows_under: Mapping[str, Rows], say: Callable[[Rows], Sequence[Verdict]]
+) -> dict[str, list[Verdict]]:
+    """The judge's verdicts under each attack of the same rows (of attacked_rows), by "JUDGE under ATTACK".
+
+    Of the answers alone that lose by the clean verdicts; `say`, which gives verdicts on rows, is asked of no other row.
+    """
+    losing = {(one.id, one.pair) for one in clean if one.first > one.second}
+    ids = {id for id, _ in losing}
+    said = {}
+    for family, rows in rows_under.items() if losing else ():
+        answers = say(rows.take(place for place, row in enumerate(rows) if row.id in ids))
+        said[f"{judge} under {family}"] = [one for one in answers if (one.id, one.pair) in losing]
+    return said
 
 
 def successes(
-    judge: str,
-    clean: Sequence[Verdict],
-    rows_under: Mapping[str, Rows],
-    say: Callable[[Rows], Sequence[Verdict]],
-    seen: Sequence[str] | None,
-    seed: int,
+    judge: str, judged: Mapping[str, Sequence[Verdict]], seen: Sequence[str] | None, seed: int
 ) -> list[Success]:
-    """The judge of the clean verdicts under each attack of the same rows (of attacked_rows), and all of them together.
+    """The judge under each attack, and all of them together, by its clean verdicts and those of `under_attack`.
 
-    `say` gives its verdicts on rows: it is asked of those alone that have an answer which loses when clean. "position"
-    needs no more than the clean verdicts. `seen`: the families that training saw, None where that is not known.
+    "position" needs the clean ones alone. `seen`: the families that training saw, None where that is not known.
     """
-    losing = {(verdict.id, verdict.pair): verdict for verdict in clean if verdict.first > verdict.second}
-    if not losing:
-        return []
-    ids = {verdict.id for verdict in losing.values()}
+    losing = [one for one in judged[judge] if one.first > one.second]
     known = seen or ()
-    won: dict[str, Won] = {}
-    for family, rows in rows_under.items():
-        said = say(rows.take(place for place, row in enumerate(rows) if row.id in ids))
-        won[family] = [(one.first < one.second, one.group) for one in said if (one.id, one.pair) in losing]
+    won = {
+        name.removeprefix(f"{judge} under "): [(one.first < one.second, one.group) for one in of]
+        for name, of in judged.items()
+        if name.startswith(f"{judge} under ")
+    }
+    if not won:
+        return []
+    families = list(won)
     for name, saw in ((ALL_SEEN, True), ("all others" if known else "all", False)):
-        won[name] = [one for family in rows_under if (family in known) is saw for one in won[family]]
-    won["position"] = [(one.first < 0 or one.second > 0, one.group) for one in losing.values()]
+        won[name] = [one for family in families if (family in known) is saw for one in won[family]]
+    won["position"] = [(one.first < 0 or one.second > 0, one.group) for one in losing]
     return [
         Success(
             judge=judge,
