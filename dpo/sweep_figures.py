@@ -73,7 +73,7 @@ class KeptArm(TypedDict):
     train_s: float
     whole_s: float
     reference_computed: int  # completions that the reference was run on
-    attacks: NotRequired[list[Success]]  # the counts alone, where an older version kept no verdicts of attacks
+    attacks: NotRequired[list[Success]]  # which of them training saw; an older version kept these, and no verdicts
 
 
 class Kept(TypedDict):

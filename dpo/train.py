@@ -265,15 +265,16 @@ def train_and_judge(
             base_said, blind = judged["base"], judged.get("blind")
             controls = control_verdicts(inputs.splits.train, pairs, base_said, base_validation, blind, config.seed)
             judgement = judge_results(config, judged, controls)
-        write_verdicts(folder / "verdicts.jsonl", judged | controls | attacked)
-        seen = inputs.attacks_seen
-        attacks = [successes(name, judged | attacked, seen, config.seed) for name in ("base", "trained")]
+        told = judged | attacked
+        write_verdicts(folder / "verdicts.jsonl", told | controls)
         results = {
             "step0_loss": done.step0_loss,
             "step0_max_difference": done.step0_max_difference,
             "reference": asdict(usage),
             "judge": judgement,
-            "attacks": sum(attacks, []),
+            "attacks": [
+                of for role in ("base", "trained") for of in successes(role, told, inputs.attacks_seen, config.seed)
+            ],
             "biases": [
                 bias
                 for name, said in judged.items()

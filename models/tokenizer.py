@@ -199,24 +199,20 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def named_value(key: str, setting: str, rule: str, taken: Sequence[str] = ()) -> tuple[str, object]:
-    """Of a setting NAME=VALUE of `key`: VALUE as JSON where it is JSON, else as text. UserError with the `rule`."""
-    name, equals, value = setting.partition("=")
-    if not equals or not name.isidentifier() or name in taken:
-        raise UserError(f"{key} = {setting!r}: must be NAME=VALUE, {rule}")
-    try:
-        return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value
-
-
 def read_variables(settings: Sequence[str]) -> dict[str, object]:
     """What `model.template_variables` says, NAME=VALUE each: VALUE as JSON where it is JSON, else as text."""
     variables: dict[str, object] = {}
-    rule = f"a name once and none of {', '.join(GIVEN)}; e.g. enable_thinking=false"
     for setting in settings:
-        name, value = named_value("model.template_variables", setting, rule, (*GIVEN, *variables))
-        variables[name] = value
+        name, equals, value = setting.partition("=")
+        if not equals or not name.isidentifier() or name in (*GIVEN, *variables):
+            raise UserError(
+                f"model.template_variables = {setting!r}: must be NAME=VALUE, a name once and none of "
+                f"{', '.join(GIVEN)}; e.g. enable_thinking=false"
+            )
+        try:
+            variables[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            variables[name] = value
     return variables
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import dpo.train
 from dpo import report
 from dpo.judge import __main__ as judge
 from dpo.rows import read_rows
@@ -343,7 +344,7 @@ def test_a_tilde_means_the_home_folder_as_in_a_shell(
 
 
 def test_one_run_says_that_it_is_no_sweep_where_its_rows_are_and_how_it_ended(
-    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.toml").write_text(f'extends = "{ROOT}/experiments/smoke.toml"\n[sweep]\nseed = [0, 1]\n')
     places = [f"run.root={tmp_path / 'runs'}", f"run.cache={tmp_path / 'cache'}", f"model.path={tiny_folder}"]
@@ -355,9 +356,11 @@ def test_one_run_says_that_it_is_no_sweep_where_its_rows_are_and_how_it_ended(
     first, verdict, consistent, last = out.splitlines()
     assert first == f"run: {folder} (32 training, 0 validation, 32 test rows)" and last.startswith("report: ")
     assert verdict.startswith("Order-averaged accuracy ") and consistent.startswith("Consistent accuracy ")
-    missing = f"model.path={tmp_path / 'none'}"
-    assert main([*run, missing, f"run.root={tmp_path / 'mine-sweep' / 'seed=0'}"]) == 2  # an arm of its sweep
-    assert "[sweep] is not run" not in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(dpo.train, "run", lambda config: None)
+        for root, told in (("runs", True), ("mine-sweep/seed=0", False)):  # the second is an arm of its sweep
+            assert main([run[0], *run[2:], f"run.root={tmp_path / root}"]) == 0
+            assert ("[sweep] is not run" in capsys.readouterr().err) is told
     judged = [*run[:4], "judge.split=test"]
     assert judge.main(judged) == 0 and (tmp_path / "runs" / "mine" / "latest").resolve() == folder
     assert (tmp_path / "runs" / "mine-judge" / "latest" / "results.json").is_file()

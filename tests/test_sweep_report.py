@@ -315,7 +315,7 @@ def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> No
     assert "| base of few " in text and "| base of many " in text
 
     # Where verdicts under attack are kept, the counts of an older version are not read.
-    lost = 0
+    shares = []
     for arm in kept["arms"]:
         file = tmp_path / "q" / arm["verdicts"]
         lines = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
@@ -323,9 +323,9 @@ def test_attacks_on_a_settings_trained_judges_have_a_table(tmp_path: Path) -> No
         under = [one | {"judge": "trained under verdict", "first": -9.0} for one in losing[:5]]  # these win now
         under += [one | {"judge": "trained under verdict"} for one in losing[5:]]
         file.write_bytes(gzip.compress("\n".join(map(json.dumps, lines + under)).encode()))
-        lost += len(losing) * (arm["setting"] == "few")
+        shares += [5 / len(losing)] if arm["setting"] == "few" else []
     cells = re.search(r"^\| few +\| +([\d.]+) .*$", write_sweep_report(tmp_path / "q").partition("## Attacks")[2], re.M)
-    assert cells and float(cells[1]) == pytest.approx(100 * 10 / lost, abs=2)  # the mean of two seeds' shares
+    assert cells and cells[1] == f"{100 * np.mean(shares):.1f}"
 
 
 def test_the_command_makes_the_reports_of_several_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,6 @@ from dpo.loop import interruptible
 from dpo.rows import Message
 from models.errors import UserError, show
 from models.files import read_text
-from models.tokenizer import named_value
 
 if TYPE_CHECKING:  # the extra `api`: imported where it is used
     from openai import AsyncOpenAI
@@ -149,7 +148,14 @@ def request_of(prompt: Prompt, config: EndpointConfig) -> Request:
     request["max_completion_tokens"] = config.max_tokens
     if config.top_logprobs:
         request |= {"logprobs": True, "top_logprobs": config.top_logprobs}
-    request |= dict(named_value("endpoint.extra", setting, "e.g. reasoning_effort=low") for setting in config.extra)
+    for setting in config.extra:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"endpoint.extra = {setting!r}: must be NAME=VALUE, e.g. reasoning_effort=low")
+        try:
+            request[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            request[name] = value
     return {name: value for name, value in request.items() if value is not None}
 
 
