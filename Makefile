@@ -39,6 +39,7 @@ PEERS ?= ../shared/peers
 RUNS ?= 3
 DTYPES ?= bf16
 WORKS ?= hh64 rb24
+RANKS ?= 0 16
 PEER_PYTHON ?= .venv-trl/bin/python
 
 .venv-trl/bin/python:
@@ -47,7 +48,7 @@ PEER_PYTHON ?= .venv-trl/bin/python
 
 bench-trl: .venv/.installed $(PEER_PYTHON) ## race TRL on pinned pairs (PEERS=folder of them; hours; nothing else may run)
 	$(BIN)/python -m experiments.bench_trl --peers $(PEERS) --peer-python $(PEER_PYTHON) \
-		--runs $(RUNS) --dtypes $(DTYPES) --works $(WORKS)
+		--runs $(RUNS) --dtypes $(DTYPES) --works $(WORKS) --ranks $(RANKS)
 
 bench-rows: .venv/.installed ## cost and memory at 1k, 10k and 100k rows, and the time to the first step
 	$(BIN)/python -m experiments.bench_rows

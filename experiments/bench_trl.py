@@ -1,6 +1,6 @@
 """The race against TRL on the same pairs: both as whole programs, in turn, one table of ratios a work.
 
-    make bench-trl [PEERS=../shared/peers] [RUNS=3] [DTYPES="bf16 fp32"] [WORKS="hh64 rb24"]
+    make bench-trl [PEERS=../shared/peers] [RUNS=3] [DTYPES="bf16 fp32"] [WORKS="hh64 rb24"] [RANKS="0 16"]
 
 PEERS is a folder with trl_dpo.py, which runs TRL's DPOTrainer (model folder and pairs are its arguments) and prints a
 line `PEER {json}`, and the works' files. Ours trains fp32 masters, under LoRA a frozen base in the arithmetic's dtype;
@@ -139,11 +139,12 @@ def race(name: str, asked: argparse.Namespace, model: Path) -> str:
         folder = Path(place)
         write_rows(asked.peers, work, folder / "rows.jsonl")
         for number in range(asked.runs):
-            for label, rank in (("full", 0), ("LoRA r16", 16)):
+            for rank in asked.ranks:
+                label = f"LoRA r{rank}" if rank else "full"
                 store = folder / f"store-{number}-{label}"
                 runs.setdefault(f"ours {label}", []).append(run_ours(work, folder, rank, store))
-                if label == "full":
-                    runs.setdefault("ours full, a second time", []).append(run_ours(work, folder, rank, store))
+                if rank == asked.ranks[0]:
+                    runs.setdefault(f"ours {label}, a second time", []).append(run_ours(work, folder, rank, store))
                 for peer_dtype in asked.dtypes:
                     many = runs.setdefault(f"TRL {label} {peer_dtype}", [])
                     if not many or not isinstance(many[-1], str):  # what was killed once is not tried again
@@ -156,9 +157,11 @@ def race(name: str, asked: argparse.Namespace, model: Path) -> str:
                 + [f"lora.rank={rank}"],
                 check=True, cwd=ROOT, capture_output=True, text=True,
             ).stdout
-            for rank in ((0, 16) if asked.step else ())
+            for rank in (asked.ranks if asked.step else ())
         ]  # fmt: skip
-    again = [run["reference_s"] for run in runs["ours full, a second time"] if isinstance(run, dict)]
+    again = [
+        run["reference_s"] for name, many in runs.items() if "second" in name for run in many if isinstance(run, dict)
+    ]
     rate = ", ".join(f"{rate / 1e12:.3f}" for rate in rates)
     about = (
         f"# {name}, {asked.runs} run(s), medians\n\n{cpu_name()}, {os.cpu_count()} cores, {capability()}; ours in "
@@ -174,6 +177,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default=str(ROOT / ".venv-trl" / "bin" / "python"))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0, 16], help="of adapters; 0: all weights train")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], help="of the peer; ours takes dtype=auto")
     parser.add_argument("--no-step", dest="step", action="store_false", help="without the table of a step")
     asked = parser.parse_args()
