@@ -108,7 +108,6 @@ class Standing:
     pairs: int  # judged, of all seeds
     figures: dict[str, Figure]  # by readout
     averaged_range: list[float]  # the lowest and the highest of its seeds
-    subsets: dict[str, Figure]  # by the readout asked for, where its runs have it
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,8 @@ def _groups(verdicts: Sequence[Verdict]) -> list[str]:
     return [verdict.group for verdict in verdicts]
 
 
-def standing(setting: str, by_seed: Mapping[int, Judged], by_subset: str = "averaged") -> Standing:
-    """One setting's figures, by every readout that all its runs have; a readout's also by subset."""
+def standing(setting: str, by_seed: Mapping[int, Judged]) -> Standing:
+    """One setting's figures, by every readout that all its runs have."""
     figures = {}
     for readout, (role, score) in READOUTS.items():
         if all(role in judged for judged in by_seed.values()):
@@ -181,13 +180,18 @@ def standing(setting: str, by_seed: Mapping[int, Judged], by_subset: str = "aver
             figures[readout] = over_seeds([*map(score, of)], [*map(_groups, of)], share=True)
     trained = [judged["trained"] for judged in by_seed.values()]
     means = [float(averaged_scores(of).mean()) for of in trained]
-    subsets = {}
-    role, score = READOUTS[by_subset]
-    read = [judged.get(role, []) for judged in by_seed.values()] if by_subset in figures else []
+    return Standing(setting, list(by_seed), sum(map(len, trained)), figures, [min(means), max(means)])
+
+
+def by_subset(by_seed: Mapping[int, Judged], readout: str) -> dict[str, Figure]:
+    """One setting's figure by subset; none where not all its runs have the readout."""
+    role, score = READOUTS[readout]
+    read = [judged[role] for judged in by_seed.values()] if all(role in of for of in by_seed.values()) else []
+    figures = {}
     for name in sorted({verdict.subset for of in read for verdict in of}):
         parts = [part for of in read if (part := [verdict for verdict in of if verdict.subset == name])]
-        subsets[name] = over_seeds([*map(score, parts)], [*map(_groups, parts)], share=True)
-    return Standing(setting, list(by_seed), sum(map(len, trained)), figures, [min(means), max(means)], subsets)
+        figures[name] = over_seeds([*map(score, parts)], [*map(_groups, parts)], share=True)
+    return figures
 
 
 def difference(settings: Settings, a: str, b: str, readout: str) -> Difference | None:
@@ -218,8 +222,7 @@ def differences(settings: Settings) -> list[Difference]:
     """Every two settings by every readout, in this order, corrected by Holm within the readout."""
     found = []
     for readout in READOUTS:
-        pairs = combinations(settings, 2)
-        of = [one for a, b in pairs if (one := difference(settings, a, b, readout))]
+        of = [one for a, b in combinations(settings, 2) if (one := difference(settings, a, b, readout))]
         corrected = holm([one.p for one in of])
         found += [replace(one, p_holm=p) for one, p in zip(of, corrected, strict=True)]
     return found
@@ -281,9 +284,7 @@ def read_kept(folder: Path) -> tuple[Kept, Settings]:
             bases[f"base of {setting}"] = own
         else:
             same.update(own)
-    if len(bases) == 1:
-        bases = {"base": next(iter(bases.values()))}
-    return kept, bases | settings
+    return kept, ({"base": next(iter(bases.values()))} if len(bases) == 1 else bases) | settings
 
 
 def attacks_of(arm: KeptArm, settings: Settings) -> list[Success]:

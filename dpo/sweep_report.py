@@ -31,6 +31,7 @@ from dpo.sweep_figures import (
     Settings,
     Standing,
     attacks_of,
+    by_subset,
     contrast_of,
     difference,
     differences,
@@ -100,10 +101,15 @@ def _standings(standings: Sequence[Standing], settings: Settings, role: str) -> 
         liked = [_prefers_longer(judged, role) for judged in settings[one.setting].values()]
         told = _percent(over_seeds(*zip(*liked, strict=True), share=True)) if all(len(of) for of, _ in liked) else ""
         rows.append((one.setting, ", ".join(map(str, one.seeds)), f"{one.pairs:,}", *figures, seeds, told))
-    text = NOTES["sweep"]["settings"]
     shares = {one.setting: [one.figures.get(readout) for readout in shown] for one in standings}
     title = "Every setting"
-    return [Plot("settings", title, bars(title, shares, shown)), Table(title, rows), Text("paragraph", text)]
+    plot = Plot("settings", title, bars(title, shares, shown))
+    return [plot, Table(title, rows), Text("paragraph", NOTES["sweep"]["settings"])]
+
+
+def _subsets(figures: Mapping[str, Mapping[str, Figure]]) -> list[Block]:
+    told = {setting: {name: _percent(one) for name, one in of.items()} for setting, of in figures.items() if of}
+    return _matrix("By subset", "setting", told, "") if len({name for of in told.values() for name in of}) > 1 else []
 
 
 def _controls(settings: Settings) -> list[Block]:
@@ -167,12 +173,9 @@ def _slopes(axis: str, readout: str, lines: Mapping[str, Mapping[float, Mapping[
     starts = [place for place in places if any(sum(x >= place for x in line) > 2 for line in lines.values())]
 
     def told(name: str, start: float, less: str = "") -> str:
-        x = [
-            place for place in sorted(lines[name]) if place >= start and place in (lines[less] if less else lines[name])
-        ]
+        x = sorted(place for place in lines[name] if place >= start and place in lines[less or name])
         of, other = ([lines[line][place] for place in x] if line else [] for line in (name, less))
-        found = slope(x, of, readout, other) if len(x) > 2 else None
-        return _percent(found, "+") if found else ""
+        return _percent(found, "+") if len(x) > 2 and (found := slope(x, of, readout, other)) else ""
 
     title = f"points of {readout} a doubling of {axis}"
     rows = [(title, *(f"from {start:g} on" for start in starts))]
@@ -223,10 +226,10 @@ def _costs(kept: Kept) -> list[Block]:
 def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]:
     """The page, and its figures for report.json."""
     readout = kept.get("primary") or (kept["contrast"] or {"readout": "averaged"})["readout"]
-    standings = [standing(name, by_seed, readout) for name, by_seed in settings.items()]
+    standings = [standing(name, by_seed) for name, by_seed in settings.items()]
     found = differences(settings)
-    several = len({name for one in standings for name in one.subsets}) > 1
-    subsets = {one.setting: {name: _percent(of) for name, of in one.subsets.items() if several} for one in standings}
+    told = dict.fromkeys([readout, "judged sighted", "judged blind"])  # the last two of runs that have them
+    subsets = {name: {setting: by_subset(of, name) for setting, of in settings.items()} for name in told}
     sources = {arm["source"] for arm in kept["arms"]}
     named = contrast_of(kept, settings)
     lead = [Text("paragraph", kept["question"]), Text("verdict", _contrast(kept, named))]
@@ -241,7 +244,7 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
         "Differences": _differences(found),
         "Controls": _controls({arm["setting"]: settings[arm["setting"]] for arm in kept["arms"]}),
         "Axes": _axes(kept, settings, standings, readout),
-        f"By subset: {readout}": _matrix("By subset", "setting", subsets, ""),
+        **{f"By subset: {name}": _subsets(of) for name, of in subsets.items()},
         "Attacks": _attacks(kept, settings),
         "Cost": _costs(kept),
     }
@@ -250,7 +253,7 @@ def sweep_page(kept: Kept, settings: Settings) -> tuple[Page, dict[str, object]]
         del contrast["p_holm"]  # it is one, and is not corrected
     figures: dict[str, object] = {
         "contrast": contrast,
-        "settings": [asdict(one) for one in standings],
+        "settings": [asdict(one) | {"subsets": subsets[readout][one.setting]} for one in standings],
         "differences": [{**asdict(one), "resolved": one.resolved} for one in found],
     }
     return Page(kept["name"], lead, {name: blocks for name, blocks in sections.items() if blocks}), figures

@@ -144,7 +144,7 @@ def race(name: str, asked: argparse.Namespace, model: Path) -> str:
                 store = folder / f"store-{number}-{label}"
                 runs.setdefault(f"ours {label}", []).append(run_ours(work, folder, rank, store))
                 if rank == asked.ranks[0]:
-                    runs.setdefault(f"ours {label}, a second time", []).append(run_ours(work, folder, rank, store))
+                    runs.setdefault("ours, a second time", []).append(run_ours(work, folder, rank, store))
                 for peer_dtype in asked.dtypes:
                     many = runs.setdefault(f"TRL {label} {peer_dtype}", [])
                     if not many or not isinstance(many[-1], str):  # what was killed once is not tried again
@@ -159,9 +159,7 @@ def race(name: str, asked: argparse.Namespace, model: Path) -> str:
             ).stdout
             for rank in (asked.ranks if asked.step else ())
         ]  # fmt: skip
-    again = [
-        run["reference_s"] for name, many in runs.items() if "second" in name for run in many if isinstance(run, dict)
-    ]
+    again = [run["reference_s"] for run in runs["ours, a second time"] if isinstance(run, dict)]
     rate = ", ".join(f"{rate / 1e12:.3f}" for rate in rates)
     about = (
         f"# {name}, {asked.runs} run(s), medians\n\n{cpu_name()}, {os.cpu_count()} cores, {capability()}; ours in "
