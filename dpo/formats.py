@@ -99,7 +99,8 @@ def recognise(record: Record) -> str | None:
 
 @cache
 def _meant(key: str) -> str:
-    return "" if key in KEPT else "".join(get_close_matches(key, KEPT, 1, 0.82))
+    swapped = [kept for kept in KEPT if sorted(kept) == sorted(key.lower())]  # letters, or their case alone
+    return "" if key in KEPT else "".join(swapped or get_close_matches(key.lower(), KEPT, 1, 0.82))
 
 
 def check_columns(record: Record, where: str) -> None:

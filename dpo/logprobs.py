@@ -15,6 +15,7 @@ from dpo.log import progress
 from dpo.packing import Batch, Pack, empty_pack, pack_trees
 from dpo.trees import Tree
 from models.decoder import Decoder
+from models.errors import UserError
 from models.routing import Routing
 
 WINDOW_TREES = 4096  # trees packed at a time when scoring: bin packing stays cheap, memory flat in the number of rows
@@ -78,7 +79,7 @@ def score_trees(
 ) -> list[TreeLogps]:
     """Per-token log-probs of every completion of every tree, in order. All ranks share the work and get all of it.
 
-    `note` is told where each pack of this rank sent its tokens.
+    `note` is told where each pack of this rank sent its tokens. UserError where a log-prob is not finite.
     """
     scored: list[TreeLogps] = [[np.empty(0)] * len(tree.completions) for tree in trees]
     with progress(len(trees), label, "trees") as bar:
@@ -100,5 +101,7 @@ def score_trees(
             for _ in range(rounds - len(mine)):  # every rank must take part in every forward's all-gathers
                 pack_logps(model, empty_pack(pack.tokens), pack.head_chunk)
             for tree, completion, logps in gather(parts, ranks):
+                if not np.isfinite(logps).all():
+                    raise UserError(f"{label}: log-probs are not finite: nor are the weights, or dtype is too small")
                 scored[tree][completion] = logps
     return scored

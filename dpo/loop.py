@@ -181,10 +181,7 @@ def refused_start(
     if again <= STEP0_TOLERANCE:
         why = "this machine gave two answers to one question: run again, and report this"
     else:
-        why = (
-            "the stored log-probs do not fit this machine or build: set reference.store to a new folder, and report "
-            "this if it happens again"
-        )
+        why = "the stored log-probs do not fit this machine or build: set reference.store to a new folder, report this"
     return UserError(
         "step 0: policy and reference are the same weights, yet a completion's log-probs differ by "
         f"{difference:.2e} nats (allowed {STEP0_TOLERANCE}), computed once more by {again:.2e}; {why}"

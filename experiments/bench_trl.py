@@ -151,14 +151,11 @@ def race(name: str, asked: argparse.Namespace, model: Path) -> str:
                         options = [f"--dtype={peer_dtype}", f"--lora={rank}"]
                         many.append(run_peer(asked.peer_python, asked.peers, model, work, options))
         rates.append(matrix_rate(dtype))
+        command = [sys.executable, "-m", "experiments.bench_step", *our_options(work, folder / "rows.jsonl")]
         step = [
-            subprocess.run(
-                [sys.executable, "-m", "experiments.bench_step", *our_options(work, folder / "rows.jsonl")]
-                + [f"lora.rank={rank}"],
-                check=True, cwd=ROOT, capture_output=True, text=True,
-            ).stdout
-            for rank in (asked.ranks if asked.step else ())
-        ]  # fmt: skip
+            subprocess.run([*command, f"lora.rank={rank}"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+            for rank in asked.ranks
+        ]
     again = [run["reference_s"] for run in runs["ours, a second time"] if isinstance(run, dict)]
     rate = ", ".join(f"{rate / 1e12:.3f}" for rate in rates)
     about = (
@@ -177,7 +174,6 @@ def main() -> None:
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=list(WORKS))
     parser.add_argument("--ranks", type=int, nargs="+", default=[0, 16], help="of adapters; 0: all weights train")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], help="of the peer; ours takes dtype=auto")
-    parser.add_argument("--no-step", dest="step", action="store_false", help="without the table of a step")
     asked = parser.parse_args()
     model = resolve_model_path("smollm2-135m-instruct", cache_folder(load_config(["exp=responses"])))
     for name in asked.works:

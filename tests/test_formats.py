@@ -366,6 +366,8 @@ FAULTS: dict[str, tuple[str, Record, str]] = {
     "a system prompt": ("trl", {"system": "Speak French."}, "system would change the prompt and cannot be read"),
     "another key for the prompt": ("implicit_text", {"question": "x"}, "there is 'question' but no 'prompt': rename"),
     "one of our keys misspelt": ("trl", {"weigth": 2}, "the key 'weigth' is not read; is it 'weight'? Rename it, or"),
+    "two letters swapped": ("trl", {"spilt": "test"}, "the key 'spilt' is not read; is it 'split'? Rename it, or"),
+    "a capital": ("trl", {"Group": "a"}, "the key 'Group' is not read; is it 'group'? Rename it, or"),
     "a text against a number": ("trl", {"rejected": 7}, "chosen and rejected must be alike, not '"),
     "template arguments": ("trl", {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs would change the prompt"),
     "two answers of TRL": ("trl_chat", {"chosen": turns("x", "y")}, "chosen must hold exactly one message"),
@@ -374,11 +376,7 @@ FAULTS: dict[str, tuple[str, Record, str]] = {
     "an hh answer missing": ("hh", {"rejected": "\n\nHuman: x"}, "must share all messages but the last"),
     "counts that do not fit": ("rb2", {"num_incorrect": 2}, "rejected must be a list of num_incorrect = 2 texts"),
     "a true score": ("binarized", {"score_rejected": True}, "score_rejected is True; it must be a number"),
-    "more in a message": (
-        "trl_chat",
-        {"chosen": [said("assistant", "x") | {"name": "y"}]},
-        "chosen[0] must have the keys role and content and no other",
-    ),
+    "more in a message": ("trl_chat", {"chosen": [said("assistant", "x") | {"a": 1}]}, "must have the keys role and"),
     "an empty answer": ("trl", {"chosen": " "}, "chosen is empty"),
 }
 

