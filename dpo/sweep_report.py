@@ -134,10 +134,6 @@ def _differences(found: Sequence[Difference]) -> list[Block]:
     return _matrix("Every two settings", "difference", cells, "differences", READOUTS)
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
 def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout: str) -> list[Block]:
     """A plot for each swept number, a line for each setting of the rest; along a long axis also the slope."""
     of_arm = {arm["setting"]: arm["axes"] for arm in kept["arms"]}
@@ -148,7 +144,9 @@ def _axes(kept: Kept, settings: Settings, standings: Sequence[Standing], readout
         for setting, axes in of_arm.items():
             rest = ", ".join(f"{key}={value}" for key, value in axes.items() if key not in (axis, "seed"))
             if setting in figures and axis in axes:
-                lines.setdefault(rest or readout, []).append((_number(axes[axis]), setting))
+                value = axes[axis]
+                number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+                lines.setdefault(rest or readout, []).append((number, setting))
         places = {place for line in lines.values() for place, _ in line}
         if len(places) < 2 or any(math.isnan(place) for place in places):
             continue  # words: their settings stand in the bars
