@@ -102,6 +102,6 @@ def score_trees(
                 pack_logps(model, empty_pack(pack.tokens), pack.head_chunk)
             for tree, completion, logps in gather(parts, ranks):
                 if not np.isfinite(logps).all():
-                    raise UserError(f"{label}: log-probs are nan or inf; check the weights for such values, or set dtype=fp32")
+                    raise UserError(f"{label}: log-probs are nan or inf; check the weights for nan, or set dtype=fp32")
                 scored[tree][completion] = logps
     return scored
