@@ -119,7 +119,7 @@ def test_alone_and_packed_agree_bit_for_bit_on_the_real_model(smollm2_folder):
         assert all(map(np.array_equal, score_trees(decoder, [tree], CONFIG.pack, ALONE, "test")[0], expected))
 
 
-def test_weights_that_are_not_finite_are_named_before_anything_is_kept_of_them(tiny_folder):
+def test_weights_that_are_not_finite_are_named(tiny_folder):
     decoder = model(tiny_folder, torch.float32)
     decoder.model.layers[0].self_attn.q_proj.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="^reference: log-probs are nan or inf; check the weights"):

@@ -376,7 +376,11 @@ FAULTS: dict[str, tuple[str, Record, str]] = {
     "an hh answer missing": ("hh", {"rejected": "\n\nHuman: x"}, "must share all messages but the last"),
     "counts that do not fit": ("rb2", {"num_incorrect": 2}, "rejected must be a list of num_incorrect = 2 texts"),
     "a true score": ("binarized", {"score_rejected": True}, "score_rejected is True; it must be a number"),
-    "more in a message": ("trl_chat", {"chosen": [said("assistant", "x") | {"a": 1}]}, "must have the keys role and"),
+    "more in a message": (
+        "trl_chat",
+        {"chosen": [said("assistant", "x") | {"name": "y"}]},
+        "chosen[0] must have the keys role and content and no other",
+    ),
     "an empty answer": ("trl", {"chosen": " "}, "chosen is empty"),
 }
 
