@@ -386,9 +386,7 @@ FAULTS: dict[str, tuple[str, Record, str]] = {
 
 
 @pytest.mark.parametrize(("shape", "change", "expected"), FAULTS.values(), ids=FAULTS)
-def test_a_row_that_does_not_fit_is_named_with_what_was_expected(
-    shape: str, change: Record, expected: str, tmp_path: Path
-) -> None:
+def test_a_row_that_does_not_fit_is_named(shape: str, change: Record, expected: str, tmp_path: Path) -> None:
     message = complaint(tmp_path / "r.jsonl", first_of(shape), first_of(shape) | change)
     assert message.startswith("r.jsonl:2: ") and expected in message
     assert len(message) < 400
