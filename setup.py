@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dpo*", "kernels*", "models*"]),
     package_data={
-        "dpo": ["alarms.toml", "page.css", "page.html", "page.js", "plots.css", "report.toml"],
+        "dpo": ["alarms.toml", "page.css", "page.html", "page.js", "plots.css", "plots.mplstyle", "report.toml"],
         "dpo.checkable": ["banks.toml"],
         "dpo.judge": ["attacks.toml", "prices.toml", "templates/*.toml"],
         "kernels": ["baseline.json", "roofline.toml", "tiles.toml"],
@@ -30,6 +30,7 @@ setup(
         "pydantic>=2",
         "jinja2",
         "tqdm",
+        "matplotlib",
         "pyarrow",
         "wandb",
     ],

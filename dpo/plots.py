@@ -1,31 +1,38 @@
-"""Charts as SVG of our own: crisp at any width, light or dark as the reader's screen is, told apart without colour.
+"""Charts by matplotlib, as SVG: crisp at any width, light or dark as the reader's screen is, told apart without colour.
 
-No dimension letters. A chart is 400 wide, so that its text is as large on a phone as in a column of a desktop page.
-Read next: dpo/report.py.
+No dimension letters. A chart is 400 units wide, so that its text is as large on a phone as in a column of a desktop
+page; heights and places are in the same units, from the top left. Read next: dpo/report.py.
 """
 
+import io
 import math
+import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from dpo.escape import escaped, visible
 from dpo.results import Metrics, Results
 
 WIDTH, LEFT, RIGHT, TOP, HEIGHT, LINE = 400, 46, 380, 30, 200, 17
-MOST_LETTERS = 44  # of a line of the legend: as many as fit
-MOST_POINTS = 700  # of a line: more than its pixels
+MOST_LETTERS = 44  # of a line of text: as many as fit
+LOOK = Path(__file__).with_name("plots.mplstyle")
 STYLE = "\n" + Path(__file__).with_name("plots.css").read_text(encoding="utf-8")
-DASHES = ("6 4", "2 3", "9 3 2 3", "1 4", "12 3")  # of dashed lines, by tone
-SHAPES = (  # of points, by tone
-    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
-    "M-3.6-3.6h7.2v7.2h-7.2z",
-    "M0-4.6L4.6 3.6H-4.6z",
-    "M0-5L5 0 0 5-5 0z",
-    "M-4.6-3.6H4.6L0 4.6z",
-)
+GRID, *TONES = "#dfe3e8", "#0060a8", "#c24e00", "#00785a", "#a8487e", "#5f6670"  # plots.css has them, light and dark
+VARIABLES = {GRID: "--grid"} | {colour: f"--tone{tone}" for tone, colour in enumerate(TONES)}
+DASHES = ((6, 4), (2, 3), (9, 3, 2, 3), (1, 4), (12, 3))  # of dashed lines, by tone
+SHAPES = "os^Dv"  # of points, by tone
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,20 @@ class Mark:
     tone: int = 0
     kind: Literal["line", "faint", "dashed", "points", "joined"] = "line"
     interval: Sequence[Sequence[float]] = ()  # of each y: a whisker, of a dashed line a band
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """As matplotlib's settings; the sixth tone has the first's colour and another shape."""
+        colour = self.tone % len(TONES)
+        width = {"line": 2.0, "faint": 1.0}.get(self.kind, 1.4)
+        look = {"color": TONES[colour], "linewidth": width, "alpha": 0.4 if self.kind == "faint" else 1.0}
+        if self.kind == "dashed":
+            look["linestyle"] = (0, tuple(length / width for length in DASHES[colour]))
+        if self.kind in ("points", "joined"):
+            shape = SHAPES[(self.tone + self.tone // len(SHAPES)) % len(SHAPES)]
+            look |= {"marker": shape, "markersize": 7, "markeredgewidth": 0}
+            look["linestyle"] = "none" if self.kind == "points" else "solid"
+        return look
 
 
 @dataclass(frozen=True)
@@ -54,156 +75,122 @@ class Axis:
     ticks: Sequence[float] = ()
 
 
-Scale = tuple[float, float, list[float]]  # low, high, ticks, in what is drawn
+def _lines(text: str) -> list[str]:
+    return textwrap.wrap(visible(text), MOST_LETTERS) or [""]
 
 
-def _scale(axis: Axis, values: Sequence[float]) -> Scale:
-    finite = [math.log10(value) if axis.log else value for value in values if math.isfinite(value)]
-    low, high = axis.ends or (min(finite, default=0.0), max(finite, default=1.0))
-    if axis.ticks:
-        room = (high - low or 1.0) / 12
-        return low - room, high + room, [math.log10(tick) if axis.log else tick for tick in axis.ticks]
-    if axis.log:
-        low, high = math.floor(low), max(math.ceil(high), math.floor(low) + 1)
-        return low, high, [float(tick) for tick in range(low, high + 1)]
-    spread = high - low or abs(high) or 1.0
-    rough = spread / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = power * next(nice for nice in (1, 2, 2.5, 5, 10) if nice * power >= 0.999 * rough)
-    if axis.ends is None:
-        low, high = math.floor(low / step + 1e-9) * step, math.ceil(max(high, low + 1e-9 * spread) / step - 1e-9) * step
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return low, high, [tick * step for tick in range(first, last + 1)]
+def _drawing(title: str, height: float, legend: Sequence[Mark]) -> tuple[Figure, float]:
+    """A title, room of this height (the second value is where it begins), and a legend with a line for each mark."""
+    head, names = _lines(title), [_lines(mark.name) for mark in legend]
+    top = TOP + LINE * (len(head) - 1)
+    whole = top + height + LINE * sum(map(len, names))
+    figure = Figure(figsize=(WIDTH / 72, whole / 72), dpi=72)  # a point is a unit
+    figure.text(4 / WIDTH, 1 - 4 / whole, "\n".join(head), weight="bold", verticalalignment="top")
+    keys, under = [Line2D([], [], **mark.look) for mark in legend], (LEFT / WIDTH, 1 - (top + height) / whole)
+    figure.legend(keys, ["\n".join(name) for name in names], loc="upper left", bbox_to_anchor=under)
+    return figure, top
 
 
-def _label(axis: Axis, tick: float) -> str:
-    value = 10**tick if axis.log else tick
-    return f"{100 * value:g}%" if axis.percent else f"{round(value, 12):,g}"
+def _axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    whole = 72 * figure.get_figheight()
+    return figure.add_axes((left / WIDTH, 1 - (top + height) / whole, width / WIDTH, height / whole))
 
 
-def _narrow(line: str) -> str:
-    """What makes a long line of text as narrow as the chart."""
-    return ' textLength="380" lengthAdjust="spacingAndGlyphs"' if len(visible(line)) > 54 else ""
-
-
-def _svg(title: str, description: str, body: Sequence[str], height: float) -> str:
-    narrow = _narrow(title)
-    title, description = escaped(title), escaped(description)
+def _svg(figure: Figure, title: str, description: str) -> str:
+    """The drawing to stand in a page: named, its colours variables of plots.css, no id that another drawing has."""
+    file, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    for one in figure.findobj():  # nothing is drawn outside, and a clip would be a reference to elsewhere
+        one.set_clip_on(False)
+    with rc_context({"svg.hashsalt": escaped(title)}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a letter that its font lacks: the reader's browser has it
+        figure.savefig(file, format="svg", metadata=nothing, transparent=True)
+    body = re.sub('<g id="[^"]*">', "<g>", file.getvalue().partition("</defs>\n")[2])  # behind a style for all the page
+    body = re.sub('font-family: [^;"]*;? ?', "", body)
+    body = re.sub(": (#[0-9a-f]{6})", lambda found: f": var({VARIABLES[found[1]]})", body)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {height:g}" role="img">'
-        f'<title>{title}</title><desc>{description}</desc><text class="name" x="4" y="16"{narrow}>{title}</text>\n'
-        + "\n".join(body)
-        + "\n</svg>"
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" class="plot" '
+        f'viewBox="0 0 {WIDTH} {72 * figure.get_figheight():g}" role="img"><title>{escaped(title)}</title>'
+        f"<desc>{escaped(description)}</desc>\n{body.strip()}"
     )
 
 
-def _point(x: float, y: float, tone: int) -> str:
-    colour = tone % len(SHAPES)
-    shape = SHAPES[(tone + tone // len(SHAPES)) % len(SHAPES)]  # the sixth has the first's colour and another shape
-    return f'<path transform="translate({x:.1f} {y:.1f})" d="{shape}" fill="var(--tone{colour})"/>'
+def _scale(axes: Axes, which: Literal["x", "y"], axis: Axis, values: Sequence[float]) -> None:
+    """Set up one of the two axes for these values."""
+    on = getattr(axes, f"{which}axis")
+    ends = axis.ends
+    locator: Locator = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+    if axis.log:  # whole decades
+        axes.set(**{f"{which}scale": "log"})
+        decades = [math.log10(value) for value in values] or [0.0]
+        low, high = math.floor(min(decades)), math.ceil(max(decades))
+        ends, locator = (10.0**low, 10.0 ** max(high, low + 1)), LogLocator()
+    if axis.ticks:
+        ends, locator = None, FixedLocator(list(axis.ticks))
+    if ends:
+        axes.set(**{f"{which}lim": ends})
+    on.set_major_locator(locator)
+    on.set_minor_locator(NullLocator())
+    many, unit = (100, "%") if axis.percent else (1, "")
+    on.set_major_formatter(FuncFormatter(lambda tick, _: f"{round(many * tick, 12):,g}{unit}"))
 
 
-def _stroke(mark: Mark) -> str:
-    colour = mark.tone % len(DASHES)
-    more = {"dashed": f' stroke-dasharray="{DASHES[colour]}"', "faint": ' opacity=".4"'}.get(mark.kind, "")
-    width = {"line": 2.0, "faint": 1.0}.get(mark.kind, 1.4)
-    return f'fill="none" stroke="var(--tone{colour})" stroke-width="{width:g}"{more}'
-
-
-def _legend(marks: Sequence[Mark], y: float) -> tuple[list[str], float]:
-    """A line for each mark, more for a long name; and where the next one would stand."""
-    lines = []
-    for mark in marks:
-        if mark.kind != "points":
-            lines.append(f'<path d="M{LEFT} {y - 4:g}h22" {_stroke(mark)}/>')
-        if mark.kind in ("points", "joined"):
-            lines.append(_point(LEFT + 11, y - 4, mark.tone))
-        for part in textwrap.wrap(visible(mark.name), MOST_LETTERS) or [""]:
-            lines.append(f'<text x="{LEFT + 30}" y="{y:g}">{escaped(part)}</text>')
-            y += LINE
-    return lines, y
-
-
+@rc_context(fname=LOOK)
 def chart(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
     """Marks over two axes; its description holds where each line begins and ends, the page's tables hold the rest."""
-    reach_y = [value for mark in marks for value in (*mark.y, *(end for ends in mark.interval for end in ends))]
-    least_x, most_x, ticks_x = _scale(x, [value for mark in marks for value in mark.x])
-    least_y, most_y, ticks_y = _scale(y, reach_y)
-
-    def place_x(value: float) -> float:
-        return LEFT + (RIGHT - LEFT) * ((math.log10(value) if x.log else value) - least_x) / (most_x - least_x)
-
-    def place_y(value: float) -> float:
-        return TOP + HEIGHT - HEIGHT * (value - least_y) / (most_y - least_y)
-
-    body = []
-    for tick in ticks_y:
-        at = place_y(tick)
-        body.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{RIGHT}"/>')
-        body.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_label(y, tick)}</text>')
-    for tick in ticks_x:
-        at = place_x(10**tick if x.log else tick)
-        body.append(f'<text x="{at:.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{_label(x, tick)}</text>')
-    label = escaped(x.label)
-    body.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{TOP + HEIGHT + 35}" text-anchor="middle">{label}</text>')
+    figure, top = _drawing(title, HEIGHT + 46, marks)
+    axes = _axes(figure, LEFT, top, RIGHT - LEFT, HEIGHT)
+    axes.set_xlabel(visible(x.label))
+    for mark in marks:
+        drawn: list[Artist] = [*axes.plot(mark.x, mark.y, **mark.look)]
+        if mark.kind == "dashed" and mark.interval:
+            axes.axhspan(*mark.interval[0], color=mark.look["color"], alpha=0.13, linewidth=0)
+        elif mark.interval:
+            look = {key: mark.look[key] for key in ("color", "linewidth")}
+            drawn.append(axes.vlines(mark.x, *zip(*mark.interval, strict=True), **look))
+        if mark.kind == "joined" and mark.interval:  # so that whiskers do not hide each other
+            aside = ScaledTranslation(5 / 72 * (mark.tone - (len(marks) - 1) / 2), 0, figure.dpi_scale_trans)
+            for one in drawn:
+                one.set_transform(axes.transData + aside)
+    _scale(axes, "x", x, [at for mark in marks for at in mark.x])
+    _scale(axes, "y", y, [value for mark in marks for value in mark.y])
     told = []
     for mark in marks:
-        thin = max(1, len(mark.x) // MOST_POINTS)
-        points = [*zip(mark.x, mark.y, strict=True)][::thin]
-        aside = 5 * (mark.tone - (len(marks) - 1) / 2) if mark.kind == "joined" and mark.interval else 0.0
-        drawn = [(place_x(at) + aside, place_y(value)) if math.isfinite(value) else None for at, value in points]
-        if mark.kind == "dashed" and mark.interval:
-            top, bottom = place_y(mark.interval[0][1]), place_y(mark.interval[0][0])
-            colour = f'fill="var(--tone{mark.tone % len(DASHES)})" opacity=".13"'
-            body.append(f'<rect x="{LEFT}" y="{top:.1f}" width="{RIGHT - LEFT}" height="{bottom - top:.1f}" {colour}/>')
-        if mark.kind != "points":
-            pen = ["M" if at == 0 or drawn[at - 1] is None else "L" for at in range(len(drawn))]
-            path = "".join(f"{how}{to[0]:.1f} {to[1]:.1f}" for how, to in zip(pen, drawn, strict=True) if to)
-            body.append(f'<path d="{path}" {_stroke(mark)}/>')
-        if mark.kind in ("points", "joined"):
-            whiskers = zip(drawn, mark.interval, strict=True) if mark.interval else ()
-            body += [
-                f'<path d="M{to[0]:.1f} {place_y(ends[0]):.1f}V{place_y(ends[1]):.1f}" {_stroke(mark)}/>'
-                for to, ends in whiskers
-                if to
-            ]
-            body += [_point(*to, mark.tone) for to in drawn if to]
-        finite = [value for _, value in points if math.isfinite(value)]
+        finite = [value for value in mark.y if math.isfinite(value)]
         told += [f"{mark.name}: from {finite[0]:.3g} to {finite[-1]:.3g}"] if finite else []
-    legend, end = _legend(marks, TOP + HEIGHT + 56)
-    body += legend
-    return _svg(title, f"{y.label} over {x.label}. {'; '.join(told)}.", body, end - 8)
+    return _svg(figure, title, f"{y.label} over {x.label}. {'; '.join(told)}.")
 
 
+@rc_context(fname=LOOK)
 def bars(title: str, groups: Mapping[str, Sequence[tuple[float, Sequence[float]] | None]], names: Sequence[str]) -> str:
     """Shares in [0, 1] with their intervals, a bar for each of `names` that a group has; dashed: one half."""
-    left, right, y = 8, WIDTH - 58, 30.0
-
-    def place(share: float) -> float:
-        return left + (right - left) * share
-
-    body, told = [], []
+    heads, shown, end, told = [], [], 0.0, []
     for group, shares in groups.items():
-        body.append(f'<text x="{left}" y="{y + 11:g}"{_narrow(group)}>{escaped(group)}</text>')
-        y += 17
+        heads.append((end, "\n".join(_lines(group))))
+        end += LINE * len(_lines(group))
         for tone, of in enumerate(shares):
-            if of is None:
-                continue
-            share, (low, high) = of
-            colour = f"var(--tone{tone % len(SHAPES)})"
-            body.append(
-                f'<rect x="{left}" y="{y:g}" width="{place(share) - left:.1f}" height="11" fill="{colour}" '
-                f'opacity=".35"/><path d="M{place(low):.1f} {y + 5.5:g}H{place(high):.1f}" stroke="{colour}" '
-                f'stroke-width="1.6"/>{_point(place(share), y + 5.5, tone)}'
-                f'<text x="{WIDTH - 4}" y="{y + 10:g}" text-anchor="end">{100 * share:.1f}%</text>'
-            )
-            told.append(f"{group}, {names[tone]}: {100 * share:.1f} %")
-            y += 15
-        y += 7
-    half = f'<path class="grid" d="M{place(0.5):g} 26V{y:g}" stroke-dasharray="4 3"/>'
-    legend, end = _legend([Mark(name, (), (), tone, "joined") for tone, name in enumerate(names)], y + 14)
-    note = f'<text x="{left}" y="{end:g}">Means with their 95 % intervals; dashed: one half</text>'
-    return _svg(title, "; ".join(told), [half, *body, *legend, note], end + 8)
+            if of is not None:
+                shown.append((end + 5.5, tone, of[0], list(of[1])))
+                told.append(f"{group}, {names[tone]}: {100 * of[0]:.1f} %")
+                end += 15
+        end += 7
+    marks = [Mark(name, (), (), tone, "joined") for tone, name in enumerate(names)]
+    figure, top = _drawing(title, end + LINE + 8, marks)
+    left, width = 8, WIDTH - 66
+    axes = _axes(figure, left, top, width, end)
+    axes.set(xlim=(0, 1), ylim=(end, 0), xmargin=0)
+    axes.set_axis_off()
+    axes.axvline(0.5, color=GRID, linewidth=1, linestyle=(0, (4, 3)))
+    for at, name in heads:
+        axes.text(0, at, name, verticalalignment="top")
+    for at, tone, share, ends in shown:
+        look = marks[tone].look
+        axes.barh(at, share, 11, color=look["color"], alpha=0.35)
+        axes.plot(ends, [at, at], color=look["color"], linewidth=1.6)
+        axes.plot([share], [at], **look)
+        end_of_line = (WIDTH - 4 - left) / width
+        axes.text(end_of_line, at, f"{100 * share:.1f}%", horizontalalignment="right", verticalalignment="center")
+    axes.text(0, end + 2, "Means with their 95 % intervals; dashed: one half", verticalalignment="top")
+    return _svg(figure, title, "; ".join(told))
 
 
 def file_text(svg: str) -> str:

@@ -16,7 +16,7 @@ from dpo.settings import keys, load_config
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("dpo", "models", "kernels")  # from the top layer to the bottom one: each imports itself and what follows
 LIBRARIES = {"torch", "safetensors", "tokenizers", "numpy", "pydantic", "jinja2", "tqdm", "pyarrow"}
-LIBRARIES |= {"wandb", "gguf", "triton", "openai", "huggingface_hub"}
+LIBRARIES |= {"matplotlib", "wandb", "gguf", "triton", "openai", "huggingface_hub"}
 CORE = ("losses", "pairs", "logprobs", "reference", "packing", "step", "loop")
 # Of the product, about 3,000 are kernels and what certifies them without a GPU (static, roofline, bench).
 PRODUCT_LINES, CORE_LINES, FILE_LINES = 19_930, 1500, 500

@@ -324,10 +324,12 @@ def test_the_plots_are_drawings_of_their_own_and_stand_in_the_page(run_folder: P
 
 def test_a_chart_places_what_it_is_given() -> None:
     marks = [Mark("a", [0, 5, 10], [0.0, math.nan, 1.0]), Mark("b", [10], [0.5], 1, "points", [(0.25, 0.75)])]
-    svg = chart("A chart", Axis("x"), Axis("y", (0, 1), percent=True), marks)
-    assert f'd="M{LEFT}.0 {TOP + HEIGHT}.0M{RIGHT}.0 {TOP}.0"' in svg  # the NaN breaks the line
-    assert f"translate({RIGHT}.0 {TOP + HEIGHT / 2})" in svg and f"M{RIGHT}.0 {TOP + HEIGHT * 3 / 4}V" in svg
-    assert re.findall(r">([\d.]+%?)<", svg) == ["0%", "25%", "50%", "75%", "100%", "0", "2.5", "5", "7.5", "10"]
+    svg = chart("A chart", Axis("x", (0, 10)), Axis("y", (0, 1), percent=True), marks)
+    assert f'd="M {LEFT} {TOP + HEIGHT} \nM {RIGHT} {TOP} \n"' in svg  # the NaN breaks the line
+    whisker = f"M {RIGHT} {TOP + HEIGHT * 3 / 4:g} \nL {RIGHT} {TOP + HEIGHT / 4:g} \n"
+    assert f'x="{RIGHT}" y="{TOP + HEIGHT / 2:g}"' in svg and whisker in svg
+    ticks = ["0", "2", "4", "6", "8", "10", "0%", "20%", "40%", "60%", "80%", "100%"]
+    assert re.findall(r">([\d.]+%?)<", svg) == ticks
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [-3.0, -3.0], [1e-9, 2e-9], [0, 1e12], [math.nan]])

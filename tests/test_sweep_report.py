@@ -250,7 +250,7 @@ def test_the_plot_of_settings_has_what_each_of_them_has(tmp_path: Path) -> None:
     write_sweep_report(tmp_path / "q")
     drawn = (tmp_path / "q" / "plots" / "settings.svg").read_text()
     assert "few, rewards: " in drawn and "base, averaged: " in drawn and "base, rewards: " not in drawn
-    assert drawn.count("<rect ") == 3 * 4 - 1  # of base, few, many; but a base has no implicit reward
+    assert len(re.findall(r">\d+\.\d%<", drawn)) == 3 * 4 - 1  # of base, few, many; but a base has no implicit reward
 
 
 def test_a_sweep_is_read_by_its_primary_readout_and_says_that_it_is_not_over(tmp_path: Path) -> None:
