@@ -66,6 +66,8 @@ def resolve_model_path(path: str, cache: Path, key: str = "model.path") -> Path:
             f"{key} = {path!r} is not a folder; allowed: {SMOLLM2}, {TINY}, the path of a Hugging Face model folder "
             "(config.json, *.safetensors, tokenizer.json), or its id on the Hub (ORG/NAME or ORG/NAME@REVISION)"
         )
+    if (model := Path(path) / "export" / "model").is_dir():
+        raise UserError(f"{key} = {path!r} is a run's folder; the model that it trained is {key}={model}")
     return Path(path)
 
 

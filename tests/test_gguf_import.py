@@ -141,6 +141,13 @@ def test_a_model_path_is_a_known_name_or_a_folder(tmp_path: Path) -> None:
         resolve_model_path("smollm3", tmp_path)
 
 
+def test_the_folder_of_a_run_is_refused_by_its_models_name(tmp_path: Path) -> None:
+    (tmp_path / "export" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"is a run's folder; .* is model.path={tmp_path}/export/model"):
+        resolve_model_path(str(tmp_path), tmp_path)
+    assert resolve_model_path(str(tmp_path / "export" / "model"), tmp_path) == tmp_path / "export" / "model"
+
+
 def test_a_folder_written_by_many_at_once_is_whole_and_leaves_no_other(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: resolve_model_path(TINY, tmp_path), range(4)))
