@@ -29,7 +29,7 @@ WRITE_EVERY_TREES = 1024  # a killed run loses at most this much of its referenc
 FORWARD = (  # what makes a log-prob of a model's files and tokens, or writes with it
     *("dpo/packing.py", "dpo/logprobs.py", "models/decoder.py", "models/parts.py", "models/attention.py"),
     *("models/frugal.py", "models/rope.py", "models/moe.py", "models/routing.py", "models/sharded.py"),
-    *("models/lora.py", "models/config.py", "models/layouts.py", "models/checkpoint.py"),
+    *("models/padding.py", "models/lora.py", "models/config.py", "models/layouts.py", "models/checkpoint.py"),
     *("models/generate.py", "models/kv_cache.py"),
     *("models/families/*.py", "kernels/linear_*.py", "kernels/row_triton.py", "kernels/triton_parts.py"),
     *("kernels/tiles.py", "kernels/mxfp4*.py"),

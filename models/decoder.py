@@ -20,6 +20,7 @@ from models.attention import Layout, Span, tree_attention
 from models.checkpoint import load_weights
 from models.config import ModelConfig
 from models.families import FAMILIES, read_model_config
+from models.padding import rows_to_run
 from models.parts import Attend, Context, Embedding, Linear
 from models.rope import rope_tables
 from models.routing import Routing
@@ -87,6 +88,10 @@ class Decoder(nn.Module):
         routing: Routing | None = None,
     ) -> Tensor:
         """log p(targets_R[i] | everything that hidden row rows_R[i] sees), nats: fp32 [R] (fp64 in fp64)."""
+        rows = len(tokens_T)
+        if not tokens_T.is_cuda:  # there one shape is compiled
+            rows = rows_to_run(self.model, layout.tokens, rows, self.compute_dtype)
+        tokens_T, positions_T = tokens_T[:rows], positions_T[:rows]
         hidden_TD = self.hidden(tokens_T, positions_T, attend_trees(layout), routing or Routing(layout.tokens))
         weight = self.head.weight
         logp_R = linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)

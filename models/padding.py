@@ -1,0 +1,56 @@
+"""How many rows of a pack are run: as few of its padding as leave every bit of the others as it is.
+
+Letters: `T` rows of a pack, `I` and `O` inputs and outputs of a linear layer, `N` rank of its adapter.
+
+A library may pick a product's kernel by the number of rows, and with it a row's last bits. So packs have one shape, and
+their padding costs what tokens cost. But whether bits depend on it can be asked of the machine, once for each shape of
+weight: of a few numbers of rows those are used whose products are, row for row, those of a whole pack.
+Read next: models/decoder.py.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.parts import Linear
+
+COUNTS = 16  # tried of a pack
+ROWS = 64  # of which they are multiples: what threads and vectors share evenly
+
+Shape = tuple[int, int, int, bool]  # outputs, inputs, rank of the adapter (0: none), whether there is a bias
+
+
+def rows_to_run(model: nn.Module, tokens: int, pack: int, dtype: torch.dtype) -> int:
+    """Of a pack, whose first `tokens` rows are no padding, how many are run through this model's layers on the CPU."""
+    linears = [one for one in model.modules() if isinstance(one, Linear)]
+    ranks = [len(next(one.lora.parameters())) if one.lora else 0 for one in linears]
+    shapes = {(*one.weight.shape, rank, one.bias is not None) for one, rank in zip(linears, ranks, strict=True)}
+    return next(rows for rows in exact_counts(frozenset(shapes), pack, dtype) if rows >= tokens)
+
+
+@cache
+def exact_counts(shapes: frozenset[Shape], pack: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of rows, the least first, whose products have the bits that they have among `pack` rows; `pack` last."""
+    step = ROWS * -(-pack // (ROWS * COUNTS))
+    counts = list(range(step, pack, step))
+    for shape in sorted(shapes):
+        x_TI, *weights = _noise(shape, pack, dtype)
+        whole_TO = _product(x_TI, *weights)
+        counts = [rows for rows in counts if torch.equal(_product(x_TI[:rows], *weights), whole_TO[:rows])]
+    return (*counts, pack)
+
+
+def _noise(shape: Shape, pack: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """An input [T, I], a weight [O, I], an adapter [N, I] and [O, N], and a bias [O]."""
+    (outputs, inputs, rank, bias), draw = shape, torch.Generator().manual_seed(0)
+    sizes = ((pack, inputs), (outputs, inputs), (rank, inputs), (outputs, rank))
+    x_TI, weight_OI, a_NI, b_ON = (torch.randn(size, generator=draw).to(dtype) for size in sizes)
+    return x_TI, weight_OI, a_NI, b_ON, weight_OI[:, 0].contiguous() if bias else None
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor, a_NI: Tensor, b_ON: Tensor, bias_O: Tensor | None) -> Tensor:
+    """As models/parts.py and models/lora.py multiply."""
+    y_TO = F.linear(x_TI, weight_OI, bias_O)
+    return torch.addmm(y_TO, x_TI @ a_NI.T, b_ON.T, alpha=2.0) if len(a_NI) else y_TO
