@@ -36,18 +36,18 @@ def exact_counts(shapes: frozenset[Shape], pack: int, dtype: torch.dtype) -> tup
     step = ROWS * -(-pack // (ROWS * COUNTS))
     counts = list(range(step, pack, step))
     for shape in sorted(shapes):
-        x_TI, *weights = _noise(shape, pack, dtype)
+        x_TI, weights = _noise(shape, pack, dtype)
         whole_TO = _product(x_TI, *weights)
         counts = [rows for rows in counts if torch.equal(_product(x_TI[:rows], *weights), whole_TO[:rows])]
     return (*counts, pack)
 
 
-def _noise(shape: Shape, pack: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """An input [T, I], a weight [O, I], an adapter [N, I] and [O, N], and a bias [O]."""
+def _noise(shape: Shape, pack: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """An input [T, I]; a weight [O, I], an adapter [N, I] and [O, N], and a bias [O]."""
     (outputs, inputs, rank, bias), draw = shape, torch.Generator().manual_seed(0)
     sizes = ((pack, inputs), (outputs, inputs), (rank, inputs), (outputs, rank))
     x_TI, weight_OI, a_NI, b_ON = (torch.randn(size, generator=draw).to(dtype) for size in sizes)
-    return x_TI, weight_OI, a_NI, b_ON, weight_OI[:, 0].contiguous() if bias else None
+    return x_TI, (weight_OI, a_NI, b_ON, weight_OI[:, 0].contiguous() if bias else None)
 
 
 def _product(x_TI: Tensor, weight_OI: Tensor, a_NI: Tensor, b_ON: Tensor, bias_O: Tensor | None) -> Tensor:
