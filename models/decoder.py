@@ -88,10 +88,9 @@ class Decoder(nn.Module):
         routing: Routing | None = None,
     ) -> Tensor:
         """log p(targets_R[i] | everything that hidden row rows_R[i] sees), nats: fp32 [R] (fp64 in fp64)."""
-        rows = len(tokens_T)
-        if not tokens_T.is_cuda:  # there one shape is compiled
-            rows = rows_to_run(self.model, layout.tokens, rows, self.compute_dtype)
-        tokens_T, positions_T = tokens_T[:rows], positions_T[:rows]
+        if tokens_T.is_cpu:  # elsewhere one shape is compiled, or planned for
+            rows = rows_to_run(self.model, layout.tokens, len(tokens_T), self.compute_dtype)
+            tokens_T, positions_T = tokens_T[:rows], positions_T[:rows]
         hidden_TD = self.hidden(tokens_T, positions_T, attend_trees(layout), routing or Routing(layout.tokens))
         weight = self.head.weight
         logp_R = linear_logprobs(hidden_TD[rows_R], weight, targets_R, chunk_tokens=head_chunk, backend=self.backend)
