@@ -3,9 +3,9 @@
 Letters: `T` tokens of a pack, `R` scored tokens, `S` completions of a batch, `B` pairs. Read next: dpo/logprobs.py.
 
 Every pack has one fixed shape, filled by first-fit-decreasing bin packing and padded, so that a token's values do not
-depend on its neighbours. Trees that begin with the same prefix lie in the same packs, which run it once. A tree larger
-than a pack is split between branches, its prompt repeated; packs that share a tree's pairs form one batch and are
-differentiated together.
+depend on its neighbours; models/padding.py leaves out of it what changes no bit. Trees that begin with the same prefix
+lie in the same packs, which run it once. A tree larger than a pack is split between branches, its prompt repeated;
+packs that share a tree's pairs form one batch and are differentiated together.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,43 +8,61 @@ weight: of a few numbers of rows those are used whose products are, row for row,
 Read next: models/decoder.py.
 """
 
+from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.frugal import exact
+from models.moe import RouterLogits
 from models.parts import Linear
 
 COUNTS = 16  # tried of a pack
 ROWS = 64  # of which they are multiples: what threads and vectors share evenly
 
-Shape = tuple[int, int, int, bool]  # outputs, inputs, rank of the adapter (0: none), whether there is a bias
+
+class Shape(NamedTuple):
+    """Of a layer's product: its weight's, the rank of its adapter (0: none), its bias, the dtype of the arithmetic."""
+
+    outputs: int
+    inputs: int
+    rank: int
+    bias: bool
+    dtype: torch.dtype
 
 
 def rows_to_run(model: nn.Module, tokens: int, pack: int, dtype: torch.dtype) -> int:
     """Of a pack, whose first `tokens` rows are no padding, how many are run through this model's layers on the CPU."""
-    linears = [one for one in model.modules() if isinstance(one, Linear)]
-    ranks = [len(next(one.lora.parameters())) if one.lora else 0 for one in linears]
-    shapes = {(*one.weight.shape, rank, one.bias is not None) for one, rank in zip(linears, ranks, strict=True)}
-    return next(rows for rows in exact_counts(frozenset(shapes), pack, dtype) if rows >= tokens)
+    return next(rows for rows in exact_counts(frozenset(_shapes(model, dtype)), pack) if rows >= tokens)
+
+
+def _shapes(model: nn.Module, dtype: torch.dtype) -> Iterator[Shape]:
+    for one in model.modules():
+        if isinstance(one, Linear):
+            rank = len(next(one.lora.parameters())) if one.lora else 0
+            yield Shape(*one.weight.shape, rank, one.bias is not None, dtype)
+        elif isinstance(one, RouterLogits):  # experts run blocks of rows of their own
+            yield Shape(*one.weight.shape, 0, one.bias is not None, exact(dtype))
 
 
 @cache
-def exact_counts(shapes: frozenset[Shape], pack: int, dtype: torch.dtype) -> tuple[int, ...]:
+def exact_counts(shapes: frozenset[Shape], pack: int) -> tuple[int, ...]:
     """Numbers of rows, the least first, whose products have the bits that they have among `pack` rows; `pack` last."""
     step = ROWS * -(-pack // (ROWS * COUNTS))
     counts = list(range(step, pack, step))
-    for shape in sorted(shapes):
-        x_TI, weights = _noise(shape, pack, dtype)
+    for shape in shapes:
+        x_TI, weights = _noise(shape, pack)
         whole_TO = _product(x_TI, *weights)
         counts = [rows for rows in counts if torch.equal(_product(x_TI[:rows], *weights), whole_TO[:rows])]
     return (*counts, pack)
 
 
-def _noise(shape: Shape, pack: int, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+def _noise(shape: Shape, pack: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """An input [T, I]; a weight [O, I], an adapter [N, I] and [O, N], and a bias [O]."""
-    (outputs, inputs, rank, bias), draw = shape, torch.Generator().manual_seed(0)
+    (outputs, inputs, rank, bias, dtype), draw = shape, torch.Generator().manual_seed(0)
     sizes = ((pack, inputs), (outputs, inputs), (rank, inputs), (outputs, rank))
     x_TI, weight_OI, a_NI, b_ON = (torch.randn(size, generator=draw).to(dtype) for size in sizes)
     return x_TI, (weight_OI, a_NI, b_ON, weight_OI[:, 0].contiguous() if bias else None)
