@@ -105,7 +105,8 @@ def by_model(config: Config, settings: TreeSettings, ranks: Ranks) -> Judged:
         return written_replies(pen, trees, most_invalid)
 
     name, rows = config.model.adapter or config.model.path, inputs.splits.test
-    if ranks.first and (hint := padding_hint(token_trees(rows, inputs.tokenizer, settings, inputs.cache), config)):
+    padded = ranks.first and ranks.device.type == "cuda"  # CPUs leave padding out (models/padding.py)
+    if padded and (hint := padding_hint(token_trees(rows, inputs.tokenizer, settings, inputs.cache), config)):
         print(hint)
     said, answers = ask(rows, MOST_INVALID)
     leads = {}
