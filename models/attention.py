@@ -7,9 +7,9 @@ A pack is a row of tokens: a prefix that all its trees begin with (often none), 
 by its branches, then padding. A token sees the prefix, its tree's prompt and its own branch, up to its own position,
 and of these what its layer's `Span` leaves: windows and chunks count positions, not places in the pack.
 
-On the CPU each prompt, and each branch over (prefix + prompt + itself), is one call of SDPA whose shape depends on
-nothing else in the pack: that makes alone = packed = shuffled exact. On CUDA it is one flex_attention, under a block
-mask.
+On the CPU each prompt, and of each branch QUERIES tokens over (prefix + prompt + itself), is one call of SDPA whose
+shape depends on nothing else in the pack: that makes alone = packed = shuffled exact. On CUDA it is one flex_attention,
+under a block mask.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
+QUERIES = 256  # of one call on the CPU
 BLOCK = 128  # tokens of flex_attention's blocks
 PREFIX, PADDING = -1, -2  # in place of a tree's number
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -86,17 +87,23 @@ def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
 
 
 def _calls(layout: Layout) -> Iterator[tuple[slice, list[slice]]]:
-    """What sees what: tokens of a pack and, in order, those that they see, themselves last."""
+    """What sees what: tokens of a pack and, in order, those that they see, themselves last.
+
+    Of tokens that see others before them QUERIES at a time: under a mask the keys that it hides are multiplied, too.
+    """
     before = [slice(0, layout.prefix)] if layout.prefix else []
     if before:
         yield before[0], before
     at = layout.prefix
     for prompt, branches in layout.trees:
-        seen = [*before, slice(at, at + prompt)]
+        seen = [*before]
         for place, size in enumerate((prompt, *branches)):
-            own = slice(at, at + size)
-            if size:
-                yield own, [*seen, own] if place else seen
+            most = QUERIES if seen else max(size, 1)
+            for begin in range(0, size, most):
+                end = min(begin + most, size)
+                yield slice(at + begin, at + end), [*seen, slice(at, at + end)]
+            if place == 0:
+                seen.append(slice(at, at + prompt))
             at += size
 
 

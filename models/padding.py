@@ -41,11 +41,11 @@ def rows_to_run(model: nn.Module, tokens: int, pack: int, dtype: torch.dtype) ->
 
 def _shapes(model: nn.Module, dtype: torch.dtype) -> Iterator[Shape]:
     for one in model.modules():
-        if isinstance(one, Linear):
-            rank = len(next(one.lora.parameters())) if one.lora else 0
-            yield Shape(*one.weight.shape, rank, one.bias is not None, dtype)
-        elif isinstance(one, RouterLogits):  # experts run blocks of rows of their own
-            yield Shape(*one.weight.shape, 0, one.bias is not None, exact(dtype))
+        if isinstance(one, Linear | RouterLogits):  # experts run blocks of rows of their own
+            outputs, inputs = one.weight.shape
+            lora, arithmetic = (None, exact(dtype)) if isinstance(one, RouterLogits) else (one.lora, dtype)
+            rank = len(next(lora.parameters())) if lora else 0
+            yield Shape(outputs, inputs, rank, one.bias is not None, arithmetic)
 
 
 @cache
