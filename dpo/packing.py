@@ -153,24 +153,6 @@ def pack_trees(trees: Sequence[Tree], pack_tokens: int) -> list[Batch]:
     return batches
 
 
-def filled_share(trees: Sequence[Tree], pack_tokens: int) -> float:
-    """The share of the packs of trees that is not padding."""
-    bins = _first_fit_decreasing(trees, pack_tokens)
-    tokens = sum(trees[bin[0].tree].prefix + sum(piece.tokens for piece in bin) for bin in bins)
-    return tokens / max(len(bins) * pack_tokens, 1)
-
-
-def better_size(trees: Sequence[Tree], pack_tokens: int) -> tuple[int, float, float] | None:
-    """A number of tokens whose packs hold a tenth less padding, the share filled now, and then; None without one.
-
-    Tried are those between half and twice `pack_tokens` that hold the longest tree.
-    """
-    now, longest = filled_share(trees, pack_tokens), max((tree.tokens for tree in trees), default=0)
-    sizes = [size for size in range(64, 2 * pack_tokens + 1, 64) if size >= max(longest, pack_tokens / 2)]
-    best, size = max(((filled_share(trees, size), -size) for size in sizes), default=(now, -pack_tokens))
-    return (-size, now, best) if best >= now + 0.1 else None
-
-
 def bare_batch(members: Mapping[int, Tree]) -> Batch:
     """The batch of some trees, by their index, without its packs: what a loss needs besides log-probs."""
     completions = tuple((index, c) for index, tree in members.items() for c in range(len(tree.completions)))

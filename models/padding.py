@@ -52,23 +52,16 @@ def _shapes(model: nn.Module, dtype: torch.dtype) -> Iterator[Shape]:
 def exact_counts(shapes: frozenset[Shape], pack: int) -> tuple[int, ...]:
     """Numbers of rows, the least first, whose products have the bits that they have among `pack` rows; `pack` last."""
     step = ROWS * -(-pack // (ROWS * COUNTS))
-    counts = list(range(step, pack, step))
-    for shape in shapes:
-        x_TI, weights = _noise(shape, pack)
-        whole_TO = _product(x_TI, *weights)
-        counts = [rows for rows in counts if torch.equal(_product(x_TI[:rows], *weights), whole_TO[:rows])]
+    counts, draw = list(range(step, pack, step)), torch.Generator().manual_seed(0)
+    for outputs, inputs, rank, bias, dtype in shapes:
+        sizes = ((pack, inputs), (outputs, inputs), (rank, inputs), (outputs, rank), (outputs,))
+        x_TI, *weights = (torch.randn(size, generator=draw).to(dtype) for size in sizes)
+        whole_TO = _product(bias, x_TI, *weights)
+        counts = [rows for rows in counts if torch.equal(_product(bias, x_TI[:rows], *weights), whole_TO[:rows])]
     return (*counts, pack)
 
 
-def _noise(shape: Shape, pack: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """An input [T, I]; a weight [O, I], an adapter [N, I] and [O, N], and a bias [O]."""
-    (outputs, inputs, rank, bias, dtype), draw = shape, torch.Generator().manual_seed(0)
-    sizes = ((pack, inputs), (outputs, inputs), (rank, inputs), (outputs, rank))
-    x_TI, weight_OI, a_NI, b_ON = (torch.randn(size, generator=draw).to(dtype) for size in sizes)
-    return x_TI, (weight_OI, a_NI, b_ON, weight_OI[:, 0].contiguous() if bias else None)
-
-
-def _product(x_TI: Tensor, weight_OI: Tensor, a_NI: Tensor, b_ON: Tensor, bias_O: Tensor | None) -> Tensor:
+def _product(bias: bool, x_TI: Tensor, weight_OI: Tensor, a_NI: Tensor, b_ON: Tensor, bias_O: Tensor) -> Tensor:
     """As models/parts.py and models/lora.py multiply."""
-    y_TO = F.linear(x_TI, weight_OI, bias_O)
+    y_TO = F.linear(x_TI, weight_OI, bias_O if bias else None)
     return torch.addmm(y_TO, x_TI @ a_NI.T, b_ON.T, alpha=2.0) if len(a_NI) else y_TO

@@ -1,7 +1,6 @@
 """The exactness that the design rests on: packed = one at a time, alone = packed = shuffled, split = whole."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +8,9 @@ import torch
 
 from dpo.config import Config
 from dpo.distributed import Ranks
-from dpo.judge.__main__ import padding_hint
 from dpo.logprobs import batch_logps, batch_sums, score_trees
 from dpo.losses import pair_losses
-from dpo.packing import better_size, filled_share, pack_trees
+from dpo.packing import pack_trees
 from dpo.pairs import PairLogps, reference_sums
 from dpo.step import accumulate_gradients
 from dpo.trees import Completion, Pair, Tree
@@ -205,17 +203,3 @@ def test_swapping_winner_and_loser_negates_the_margin_and_mirrors_the_loss():
     difference = pair_losses(one, CONFIG.loss) - pair_losses(other, CONFIG.loss)
     margin = CONFIG.loss.beta * ((win - ref_win) - (lose - ref_lose))
     assert torch.allclose(difference, -margin, rtol=1e-12, atol=1e-12)
-
-
-def test_padding_is_counted_as_packs_have_it_and_a_size_that_fits_is_named():
-    trees = [random_tree(seed) for seed in range(40)]
-    packs = [pack for batch in pack_trees(trees, 256) for pack in batch.packs]
-    assert filled_share(trees, 256) == pytest.approx(sum(pack.layout.tokens for pack in packs) / (256 * len(packs)))
-    alike = [replace(tree, prompt=tuple(range(130)), branches=((0,),), prefix=0) for tree in trees[:39]]
-    assert filled_share(alike, 256) == 131 / 256
-    size, now, then = better_size(alike, 256) or (0, 0, 0)
-    assert (size, now, then) == (448, 131 / 256, 393 / 448)
-    assert padding_hint(alike, CONFIG) == (
-        "packs of pack.tokens=256 are 51 % full; of 448 they would be 88 %, and 0.58 of the tokens would run"
-    )
-    assert better_size(alike, 448) is None and padding_hint([], CONFIG) == ""

@@ -85,15 +85,17 @@ def test_gradients_are_those_of_the_whole_pack(tiny_folder, monkeypatch):
 def test_where_bits_depend_on_the_number_of_rows_all_are_run(monkeypatch):
     multiply = padding._product
     even = Shape(8, 8, 0, False, torch.float32)
-    monkeypatch.setattr(padding, "_product", lambda x, *rest: multiply(x, *rest) + (len(x) % 128 == 64) * 1e-3)
+    monkeypatch.setattr(
+        padding, "_product", lambda bias, x, *rest: multiply(bias, x, *rest) + (len(x) % 128 == 64) * 1e-3
+    )
     assert exact_counts(frozenset([even]), 320) == (64, 192, 320)  # as 320, which is no multiple of 128 either
-    monkeypatch.setattr(padding, "_product", lambda x, *rest: multiply(x, *rest) + len(x))
+    monkeypatch.setattr(padding, "_product", lambda bias, x, *rest: multiply(bias, x, *rest) + len(x))
     assert exact_counts(frozenset([even]), 640) == (640,)
 
 
 @pytest.mark.parametrize("pack", [1, 63, 64, 512, 896, 1984, 8192])
 def test_some_sixteen_even_counts_are_tried_and_the_pack_is_always_one(monkeypatch, pack):
-    monkeypatch.setattr(padding, "_product", lambda x, *rest: x[:, :1])
+    monkeypatch.setattr(padding, "_product", lambda bias, x, *rest: x[:, :1])
     counts = exact_counts(frozenset([Shape(1, 1, 0, False, torch.float64)]), pack)
     assert counts[-1] == pack and len(counts) <= 17 and all(rows % 64 == 0 for rows in counts[:-1])
     assert pack <= 64 or len(counts) > 1

@@ -11,7 +11,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,14 +40,13 @@ from dpo.judge.statistics import Summary, Verdict, summarise
 from dpo.judge.written import Pen, written_replies
 from dpo.log import stage
 from dpo.logprobs import score_trees
-from dpo.packing import better_size
 from dpo.policy import load_policy, with_adapter
 from dpo.report_run import percent
 from dpo.rows import Rows
 from dpo.runs import new_folder
 from dpo.settings import help_text, load_config
 from dpo.tokens import token_trees
-from dpo.trees import Tree, TreeSettings
+from dpo.trees import TreeSettings
 from models.errors import UserError, exit_code
 from models.files import atomic_write_text, write_json
 
@@ -59,9 +57,6 @@ usage: python -m dpo.judge [exp=NAME] [key=value ...]      (exp=judge where none
   python -m dpo.judge exp=quickstart judge.split=test model.path=path/to/model    (what that training judged)
   torchrun --nproc-per-node=8 -m dpo.judge model.path=path/to/model data.path=rows.jsonl    (one model over 8 GPUs)
 """
-
-
-HINTED_TREES = 256  # whose packing the hint is of
 
 
 class Judged(NamedTuple):
@@ -105,9 +100,6 @@ def by_model(config: Config, settings: TreeSettings, ranks: Ranks) -> Judged:
         return written_replies(pen, trees, most_invalid)
 
     name, rows = config.model.adapter or config.model.path, inputs.splits.test
-    padded = ranks.first and ranks.device.type == "cuda"  # CPUs leave padding out (models/padding.py)
-    if padded and (hint := padding_hint(token_trees(rows, inputs.tokenizer, settings, inputs.cache), config)):
-        print(hint)
     said, answers = ask(rows, MOST_INVALID)
     leads = {}
     if config.judge.self_preference:
@@ -116,18 +108,6 @@ def by_model(config: Config, settings: TreeSettings, ranks: Ranks) -> Judged:
     report, seen = inputs.splits.report, inputs.attacks_seen
     return Judged(
         name, rows, inputs.attacked, seen, leads, said, answers, None, None, report, lambda rows: ask(rows)[0]
-    )
-
-
-def padding_hint(trees: Sequence[Tree], config: Config) -> str:
-    """A line where packs of another size would be much fuller; by the first trees, "" where they fit well."""
-    better = better_size(list(islice(trees, HINTED_TREES)), config.pack.tokens)
-    if better is None:
-        return ""
-    size, now, then = better
-    return (
-        f"packs of pack.tokens={config.pack.tokens} are {100 * now:.0f} % full; of {size} they would be "
-        f"{100 * then:.0f} %, and {now / then:.2f} of the tokens would run"
     )
 
 
