@@ -53,7 +53,7 @@ def exact_counts(shapes: frozenset[Shape], pack: int) -> tuple[int, ...]:
     """Numbers of rows, the least first, whose products have the bits that they have among `pack` rows; `pack` last."""
     step = ROWS * -(-pack // (ROWS * COUNTS))
     counts, draw = list(range(step, pack, step)), torch.Generator().manual_seed(0)
-    for outputs, inputs, rank, bias, dtype in shapes:
+    for outputs, inputs, rank, bias, dtype in shapes if counts else ():
         sizes = ((pack, inputs), (outputs, inputs), (rank, inputs), (outputs, rank), (outputs,))
         x_TI, *weights = (torch.randn(size, generator=draw).to(dtype) for size in sizes)
         whole_TO = _product(bias, x_TI, *weights)
