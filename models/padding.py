@@ -44,7 +44,7 @@ def _shapes(model: nn.Module, dtype: torch.dtype) -> Iterator[Shape]:
         if isinstance(one, Linear | RouterLogits):  # experts run blocks of rows of their own
             outputs, inputs = one.weight.shape
             lora, arithmetic = (None, exact(dtype)) if isinstance(one, RouterLogits) else (one.lora, dtype)
-            rank = len(next(lora.parameters())) if lora else 0
+            rank = len(lora.get_parameter("A")) if lora else 0
             yield Shape(outputs, inputs, rank, one.bias is not None, arithmetic)
 
 
@@ -52,8 +52,9 @@ def _shapes(model: nn.Module, dtype: torch.dtype) -> Iterator[Shape]:
 def exact_counts(shapes: frozenset[Shape], pack: int) -> tuple[int, ...]:
     """Numbers of rows, the least first, whose products have the bits that they have among `pack` rows; `pack` last."""
     step = ROWS * -(-pack // (ROWS * COUNTS))
-    counts, draw = list(range(step, pack, step)), torch.Generator().manual_seed(0)
+    counts = list(range(step, pack, step))
     for outputs, inputs, rank, bias, dtype in shapes if counts else ():
+        draw = torch.Generator().manual_seed(0)
         sizes = ((pack, inputs), (outputs, inputs), (rank, inputs), (outputs, rank), (outputs,))
         x_TI, *weights = (torch.randn(size, generator=draw).to(dtype) for size in sizes)
         whole_TO = _product(bias, x_TI, *weights)

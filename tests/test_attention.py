@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from models.attention import BLOCK, FULL, Layout, Span, block_mask, flex_trees, tree_attention
+from models.attention import BLOCK, FULL, QUERIES, Layout, Span, block_mask, flex_trees, tree_attention
 
 SPANS = {
     "full": FULL,
@@ -21,6 +21,7 @@ LAYOUTS = {
     "trees": (Layout(0, ((40, (30, 5, 0)), (1, (130,)), (20, ()))), 300),
     "a prefix": (Layout(33, ((40, (30, 5, 60)), (7, (1, 90)))), 384),
     "a prefix longer than a block": (Layout(150, ((10, (30, 5)), (7, (150, 20)))), 512),
+    "more queries than a call takes": (Layout(5, ((QUERIES + 6, (QUERIES + 14, 3)),)), 576),
     "a block that is padding alone": (Layout(0, ((50, (20, 20)),)), 384),
 }
 
