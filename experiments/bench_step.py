@@ -37,7 +37,7 @@ PARTS = {  # what a profiled event, or one around it, is called; the first that 
     "loss": ("part: loss",),
     "embedding": ("aten::embedding", "EmbeddingBackward"),
     "gradients added": ("AccumulateGrad",),
-    "attention": ("scaled_dot_product", "ScaledDotProduct"),
+    "attention": ("ByBranches", "scaled_dot_product"),
     "linear layers": ("aten::mm", "aten::addmm", "aten::linear", "MmBackward", "AddmmBackward"),
 }
 

@@ -7,26 +7,24 @@ A pack is a row of tokens: a prefix that all its trees begin with (often none), 
 by its branches, then padding. A token sees the prefix, its tree's prompt and its own branch, up to its own position,
 and of these what its layer's `Span` leaves: windows and chunks count positions, not places in the pack.
 
-On the CPU each prompt, and of each branch QUERIES tokens over (prefix + prompt + itself), is one call of SDPA whose
-shape depends on nothing else in the pack: that makes alone = packed = shuffled exact. On CUDA it is one flex_attention,
+On the CPU each prompt and branch is read QUERIES tokens at a time over (prefix + prompt + itself): calls whose shapes
+depend on nothing else in the pack, which makes alone = packed = shuffled exact. On CUDA it is one flex_attention,
 under a block mask.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
-QUERIES = 256  # of one call on the CPU
+QUERIES = 128  # of one call on the CPU: their scores stay in its caches
 BLOCK = 128  # tokens of flex_attention's blocks
 PREFIX, PADDING = -1, -2  # in place of a tree's number
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 TreeShape = tuple[int, tuple[int, ...]]  # (prompt tokens after the prefix, tokens of each branch)
 
@@ -66,14 +64,40 @@ def tree_attention(
     return _ByBranches.apply(q_TNH, k_TGH, v_TGH, layout, span, sinks_N)
 
 
-# --- one SDPA a branch (CPU) ------------------------------------------------------------------------------------------
+# --- branch by branch (CPU) -------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=128)  # a pack's branches: every layer asks again; one may take a MB
-def _hidden(before: int, tokens: int, span: Span, device: torch.device) -> Tensor:
-    """[L, P + L], True where `tokens` after `before` others don't see. `is_causal` is top-left aligned: wrong here."""
-    query, key = torch.arange(before, before + tokens, device=device)[:, None], torch.arange(before + tokens).to(device)
-    return ~reaches(query, key, span)
+def _sequences(layout: Layout) -> Iterator[list[slice]]:
+    """Each prefix, prompt and branch as the places of what its tokens see, in order, its own last."""
+    seen = [slice(0, layout.prefix)]
+    yield seen
+    at = layout.prefix
+    for prompt, branches in layout.trees:
+        seen = [slice(0, layout.prefix), slice(at, at + prompt)]
+        yield seen
+        at += prompt
+        for branch in branches:
+            yield [*seen, slice(at, at + branch)]
+            at += branch
+
+
+def _blocks(seen: list[slice], span: Span) -> Iterator[tuple[slice, int, Tensor]]:
+    """Of a sequence QUERIES tokens at a time: their places, how many keys they read, and which of the last they don't.
+
+    All others they see. Keys after a block's last query are not multiplied, keys that the mask hides are.
+    """
+    *others, own = seen
+    shift = sum(place.stop - place.start for place in others) - own.start
+    for start in range(own.start, own.stop, QUERIES):
+        stop = min(start + QUERIES, own.stop)
+        hidden = _hidden(start + shift, stop + shift, start + shift if span == FULL else 0, span)
+        yield slice(start, stop), stop + shift, hidden
+
+
+@lru_cache(maxsize=128)  # a pack's: every layer asks again; one may take a quarter of a MB
+def _hidden(begin: int, end: int, first: int, span: Span) -> Tensor:
+    """[queries, keys], True where queries `begin` to `end` of a sequence don't see its keys `first` to `end`."""
+    return ~reaches(torch.arange(begin, end)[:, None], torch.arange(first, end), span)
 
 
 def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
@@ -86,103 +110,86 @@ def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
     return sees
 
 
-def _calls(layout: Layout) -> Iterator[tuple[slice, list[slice]]]:
-    """What sees what: tokens of a pack and, in order, those that they see, themselves last.
-
-    Of tokens that see others before them QUERIES at a time: under a mask the keys that it hides are multiplied, too.
-    """
-    before = [slice(0, layout.prefix)] if layout.prefix else []
-    if before:
-        yield before[0], before
-    at = layout.prefix
-    for prompt, branches in layout.trees:
-        seen = [*before]
-        for place, size in enumerate((prompt, *branches)):
-            most = QUERIES if seen else max(size, 1)
-            for begin in range(0, size, most):
-                end = min(begin + most, size)
-                yield slice(at + begin, at + end), [*seen, slice(at, at + end)]
-            if place == 0:
-                seen.append(slice(at, at + prompt))
-            at += size
-
-
 class _ByBranches(torch.autograd.Function):
-    """One call of what SDPA calls on the CPU for each prompt and branch, in fp32 (fp64 in fp64).
+    """A call of what SDPA runs on the CPU for each block of queries, in fp32 (fp64 in fp64), and its backward by hand.
 
-    That kernel takes twice as long in bf16, forward and back, on branches of a few tokens. Of a pack are kept queries,
-    keys and values as they came, the result and its log-sum-exp. Autograd would keep fp32 copies, a prompt's keys once
-    for each branch, and tensors of ever other sizes, which leave holes in the heap.
+    That kernel is slower in bf16, on branches of a few tokens by half. Of a pack are kept queries, keys and values as
+    they came and the log-sum-exp. Autograd would keep fp32 copies, a prompt's keys once for each branch.
+
+    Backward, with P = exp(scale QK' - lse): dV = P'dO, dP = dO V', dS = P * (dP - sum(P * dP)), dQ = scale dS K and
+    dK = scale dS'Q (arXiv 2205.14135, appendix B.4, which has sum(dO * O) for that sum). P is divided by its sum, or an
+    error of the log-sum-exp moves all of a row. QK' and dO V' are multiplied in fp32; the other three, as on GPUs, in
+    the dtype of the queries, in bf16 at some four times the rate, and summed over blocks in fp32.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span, sinks_N: Tensor | None
     ) -> Tensor:
-        (tokens, heads, width), extra = q_TNH.shape, int(sinks_N is not None)
-        exact = torch.promote_types(q_TNH.dtype, torch.float32)
-        out, lse = (q_TNH.new_zeros(1, heads, tokens, *own, dtype=exact) for own in ((width + extra,), ()))
-        for own, seen in _calls(layout):
-            *parts, mask = _parts(q_TNH, k_TGH, v_TGH, sinks_N, own, seen, span)
-            out[:, :, own], lse[:, :, own] = FLASH(*parts, 0.0, mask is None, attn_mask=mask, scale=width**-0.5)
-        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, sinks_N, out, lse)
-        ctx.layout, ctx.span = layout, span
-        return out[0, ..., :width].transpose(0, 1).to(q_TNH.dtype, memory_format=torch.contiguous_format)
+        exact, scale = torch.promote_types(q_TNH.dtype, torch.float32), q_TNH.shape[-1] ** -0.5
+        out_TNH = torch.zeros_like(q_TNH, dtype=exact)
+        lse_TN = out_TNH.new_zeros(q_TNH.shape[:2])
+        for seen in _sequences(layout):
+            k, v = (_by_heads(x_TGH, seen, exact)[None] for x_TGH in (k_TGH, v_TGH))
+            for own, end, hidden in _blocks(seen, span):
+                q = _by_heads(q_TNH, [own], exact)[None]
+                mask = q.new_zeros(q.shape[2], end)
+                mask[:, -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
+                out, lse = FLASH(q, k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale)
+                out_TNH[own], lse_TN[own] = out[0].transpose(0, 1), lse[0].T
+        if sinks_N is not None:
+            out_TNH *= _kept(lse_TN, sinks_N)[..., None]
+        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, sinks_N, lse_TN)
+        ctx.layout, ctx.span, ctx.scale = layout, span, scale
+        return out_TNH.to(q_TNH.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        q_TNH, k_TGH, v_TGH, sinks_N, out, lse = ctx.saved_tensors
-        width, extra = q_TNH.shape[-1], int(sinks_N is not None)
-        q_grad = torch.zeros_like(out)
-        k_grad, v_grad = (out.new_zeros(1, k_TGH.shape[1], len(k_TGH), width + extra) for _ in "kv")
-        for own, seen in _calls(ctx.layout):
-            *parts, mask = _parts(q_TNH, k_TGH, v_TGH, sinks_N, own, seen, ctx.span)
-            grad = F.pad(_part(grad_TNH, [own], out.dtype), (0, extra))
-            result = out[:, :, own].contiguous(), lse[:, :, own].contiguous()
-            q_grad[:, :, own], *grads = FLASH_BACKWARD(
-                grad, *parts, *result, 0.0, mask is None, attn_mask=mask, scale=width**-0.5
-            )
+        q_TNH, k_TGH, v_TGH, sinks_N, lse_TN = ctx.saved_tensors
+        exact, low, groups = lse_TN.dtype, q_TNH.dtype, k_TGH.shape[1]
+        kept_TN = torch.ones_like(lse_TN) if sinks_N is None else _kept(lse_TN, sinks_N)
+        mean_TN = torch.zeros_like(lse_TN)  # sum(P * dP)
+        q_grad, k_grad, v_grad = (torch.zeros_like(x, dtype=exact) for x in (q_TNH, k_TGH, v_TGH))
+        for seen in _sequences(ctx.layout):
+            k, v = (_by_heads(x_TGH, seen, exact) for x_TGH in (k_TGH, v_TGH))
+            low_k, k_own, v_own = k.to(low), torch.zeros_like(k), torch.zeros_like(v)
+            for own, end, hidden in _blocks(seen, ctx.span):
+                q, out_grad = (_by_groups(x[own].to(low), groups) for x in (q_TNH, grad_TNH))
+                lse, kept = (_by_groups(x[own], groups)[..., None] for x in (lse_TN, kept_TN))
+                p = torch.baddbmm(lse, q.to(exact), k[:, :end].mT, beta=-1, alpha=ctx.scale).exp_()
+                p.unflatten(1, (len(hidden), -1))[..., -hidden.shape[1] :].masked_fill_(hidden[:, None], 0)
+                p *= kept / p.sum(-1, keepdim=True)
+                s_grad = (out_grad.to(exact) @ v[:, :end].mT).mul_(p)
+                mean = s_grad.sum(-1, keepdim=True)
+                s_grad = s_grad.addcmul_(p, mean, value=-1).to(low)
+                v_own[:, :end] += p.to(low).mT @ out_grad
+                k_own[:, :end] += s_grad.mT @ q
+                for total_TNX, part in ((q_grad, s_grad @ low_k[:, :end]), (mean_TN, mean[..., 0])):
+                    total_TNX[own] = part.unflatten(1, (len(hidden), -1)).transpose(0, 1).flatten(1, 2)
             sizes = [place.stop - place.start for place in seen]
-            for total, of_keys in zip((k_grad, v_grad), grads, strict=True):
-                for place, part in zip(seen, of_keys[:, :, : sum(sizes)].split(sizes, 2), strict=True):
-                    total[:, :, place] += part
-        sinks_grad = (q_grad[0, ..., width].sum(1) * width**0.5).to(sinks_N.dtype) if extra else None
-        grads = [x[0, ..., :width].transpose(0, 1).to(q_TNH.dtype) for x in (q_grad, k_grad, v_grad)]
-        return *grads, None, None, sinks_grad
+            for place, of_k, of_v in zip(seen, k_own.split(sizes, 1), v_own.split(sizes, 1), strict=True):
+                k_grad[place] += of_k.transpose(0, 1)
+                v_grad[place] += of_v.transpose(0, 1)
+        sinks_grad = None
+        if sinks_N is not None:  # a key of no value: dS = P (0 - sum(P * dP))
+            sinks_grad = -(torch.sigmoid(sinks_N - lse_TN) * mean_TN).sum(0).to(sinks_N.dtype)
+        return q_grad.mul_(ctx.scale).to(low), k_grad.mul_(ctx.scale).to(low), v_grad.to(low), None, None, sinks_grad
 
 
-def _part(x_TNH: Tensor, places: Sequence[slice], dtype: torch.dtype) -> Tensor:
-    """[1, heads, tokens, H] of these places one after the other: a copy, whose layout depends on nothing else."""
-    return torch.cat([x_TNH[place] for place in places]).to(dtype).transpose(0, 1)[None].contiguous()
+def _by_heads(x_TNH: Tensor, places: list[slice], dtype: torch.dtype) -> Tensor:
+    """[N, tokens, H] of these places, one after the other: a copy, whose layout depends on nothing else in the pack."""
+    return torch.cat([x_TNH[place] for place in places]).to(dtype).transpose(0, 1).contiguous()
 
 
-def _parts(
-    q_TNH: Tensor,
-    k_TGH: Tensor,
-    v_TGH: Tensor,
-    sinks_N: Tensor | None,
-    own: slice,
-    seen: Sequence[slice],
-    span: Span,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries of `own` and keys and values of `seen`, as they are multiplied, and the mask; none where causal says it.
+def _by_groups(x_LNX: Tensor, groups: int) -> Tensor:
+    """[G, L x N / G, ...] of [L, N, ...]: the rows of all heads that read the same keys, for one product."""
+    return x_LNX.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
-    A sink is one more key, of no value, and one more dimension, in which that key has 1 and each query its head's sink.
-    As a bias it would need a mask for each head, and its gradient.
-    """
-    exact, width = torch.promote_types(q_TNH.dtype, torch.float32), q_TNH.shape[-1]
-    q, k, v = (_part(x, of, exact) for x, of in ((q_TNH, [own]), (k_TGH, seen), (v_TGH, seen)))
-    if len(seen) == 1 and span == FULL and sinks_N is None:
-        return q, k, v, None
-    mask = q.new_zeros(q.shape[2], k.shape[2])
-    mask.masked_fill_(_hidden(k.shape[2] - q.shape[2], q.shape[2], span, k.device), -torch.inf)
-    if sinks_N is not None:
-        sinks = (sinks_N.to(exact) * width**0.5)[None, :, None, None].expand(*q.shape[:-1], 1)
-        only_sink = F.pad(k.new_ones(*k.shape[:2], 1, 1), (width, 0))
-        q, k = torch.cat([q, sinks], -1), torch.cat([F.pad(k, (0, 1)), only_sink], 2)
-        v, mask = F.pad(v, (0, 1, 0, 1)), F.pad(mask, (0, 1))
-    return q, k, v, mask
+
+def _kept(lse_TN: Tensor, sinks_N: Tensor) -> Tensor:
+    """[T, N], the part of a softmax that a sink leaves to the keys, whose log-sum-exp this is."""
+    return torch.sigmoid(lse_TN - sinks_N.to(lse_TN.dtype))
 
 
 # --- one block mask a pack (CUDA) -------------------------------------------------------------------------------------
@@ -203,8 +210,7 @@ def flex_trees(
     out, aux = flex(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=sinks_N is not None))
     if sinks_N is not None:
         assert aux.lse is not None, "it was asked for"
-        kept = torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[None, :, None])
-        out = out * kept[..., None].to(out.dtype)
+        out = out * _kept(aux.lse.mT, sinks_N).mT[..., None].to(out.dtype)
     return out[0].transpose(0, 1)
 
 

@@ -134,6 +134,30 @@ def test_flex_attention_under_the_block_mask_equals_the_branch_path(name, sinks)
     assert (flex.double() - truth).abs().max() <= 2 * (branches.double() - truth).abs().max()
 
 
+@pytest.mark.parametrize("spread", [1, 3])
+def test_errors_in_bf16_are_at_most_those_of_torchs_own_attention(spread):
+    """Of the result and of all gradients, against fp64 on the same bf16 numbers; a wider spread: peaked weights."""
+    q, k, v = (x.bfloat16() for x in vectors(600, torch.float32))
+    upstream = torch.randn(600, 4, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    layout = Layout(0, ((600, ()),))
+    mask = dense_mask(layout, 600, FULL)
+
+    def of(attend, dtype):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (spread * q, spread * k, v)]
+        out = attend(*inputs)
+        return [out.detach().double(), *(x.double() for x in torch.autograd.grad(out, inputs, upstream.to(dtype)))]
+
+    torchs, branches = (lambda *x: dense_attention(*x, mask)), (lambda *x: tree_attention(*x, layout))
+    of_truth, of_torch, of_branches = (
+        of(torchs, torch.float64),
+        of(torchs, torch.bfloat16),
+        of(branches, torch.bfloat16),
+    )
+    for truth, theirs, ours in zip(of_truth, of_torch, of_branches, strict=True):
+        assert (ours - truth).norm() <= (theirs - truth).norm()
+        assert (ours - truth).norm() <= 0.004 * truth.norm()
+
+
 def test_windows_and_chunks_count_positions_so_a_branch_sees_what_it_would_alone(span):
     """A token late in the pack, of a branch that follows others, has the values of a plain sequence's token."""
     layout = Layout(12, ((30, (25, 40, 25)),))
