@@ -17,11 +17,13 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 QUERIES = 128  # of one call on the CPU: their scores stay in its caches
+EVEN = 32, 64  # the backward's products in bf16 are of multiples of rows and keys: each shape is compiled, and kept
 BLOCK = 128  # tokens of flex_attention's blocks
 PREFIX, PADDING = -1, -2  # in place of a tree's number
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -81,23 +83,27 @@ def _sequences(layout: Layout) -> Iterator[list[slice]]:
             at += branch
 
 
-def _blocks(seen: list[slice], span: Span) -> Iterator[tuple[slice, int, Tensor]]:
-    """Of a sequence QUERIES tokens at a time: their places, how many keys they read, and which of the last they don't.
+def _blocks(seen: list[slice], span: Span, even: bool = False) -> Iterator[tuple[slice, int, int, Tensor]]:
+    """Of a sequence QUERIES tokens at a time: places, how many rows and keys to multiply, which last keys are hidden.
 
-    All others they see. Keys after a block's last query are not multiplied, keys that the mask hides are.
+    All other keys are seen. Those after a block's last query are not multiplied; `even`: but a block of half
+    of QUERIES or more has rows and keys up to multiples of EVEN.
     """
     *others, own = seen
     shift = sum(place.stop - place.start for place in others) - own.start
     for start in range(own.start, own.stop, QUERIES):
         stop = min(start + QUERIES, own.stop)
-        hidden = _hidden(start + shift, stop + shift, start + shift if span == FULL else 0, span)
-        yield slice(start, stop), stop + shift, hidden
+        rows, keys = stop - start, stop + shift
+        if even and 2 * rows >= QUERIES:
+            rows, keys = (-(-size // of) * of for size, of in zip((rows, keys), EVEN, strict=True))
+        yield slice(start, stop), rows, keys, _hidden(start + shift, stop - start, keys, span)
 
 
-@lru_cache(maxsize=128)  # a pack's: every layer asks again; one may take a quarter of a MB
-def _hidden(begin: int, end: int, first: int, span: Span) -> Tensor:
-    """[queries, keys], True where queries `begin` to `end` of a sequence don't see its keys `first` to `end`."""
-    return ~reaches(torch.arange(begin, end)[:, None], torch.arange(first, end), span)
+@lru_cache(maxsize=256)  # a pack's: every layer asks again; one may take a quarter of a MB
+def _hidden(begin: int, queries: int, keys: int, span: Span) -> Tensor:
+    """[queries, last keys], True where these many queries, from position `begin` on, don't see; all others they see."""
+    first = begin if span == FULL else 0
+    return ~reaches(torch.arange(begin, begin + queries)[:, None], torch.arange(first, keys), span)
 
 
 def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
@@ -119,7 +125,7 @@ class _ByBranches(torch.autograd.Function):
     Backward, with P = exp(scale QK' - lse): dV = P'dO, dP = dO V', dS = P * (dP - sum(P * dP)), dQ = scale dS K and
     dK = scale dS'Q (arXiv 2205.14135, appendix B.4, which has sum(dO * O) for that sum). P is divided by its sum, or an
     error of the log-sum-exp moves all of a row. QK' and dO V' are multiplied in fp32; the other three, as on GPUs, in
-    the dtype of the queries, in bf16 at some four times the rate, and summed over blocks in fp32.
+    the dtype of the queries where there are many, in bf16 at some four times the rate, and summed in fp32.
     """
 
     @staticmethod
@@ -127,54 +133,59 @@ class _ByBranches(torch.autograd.Function):
         ctx: Any, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span, sinks_N: Tensor | None
     ) -> Tensor:
         exact, scale = torch.promote_types(q_TNH.dtype, torch.float32), q_TNH.shape[-1] ** -0.5
-        out_TNH = torch.zeros_like(q_TNH, dtype=exact)
-        lse_TN = out_TNH.new_zeros(q_TNH.shape[:2])
+        out_TNH, lse_TN = torch.zeros_like(q_TNH), q_TNH.new_zeros(q_TNH.shape[:2], dtype=exact)
         for seen in _sequences(layout):
             k, v = (_by_heads(x_TGH, seen, exact)[None] for x_TGH in (k_TGH, v_TGH))
-            for own, end, hidden in _blocks(seen, span):
+            for own, _, end, hidden in _blocks(seen, span):
                 q = _by_heads(q_TNH, [own], exact)[None]
                 mask = q.new_zeros(q.shape[2], end)
                 mask[:, -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
                 out, lse = FLASH(q, k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale)
-                out_TNH[own], lse_TN[own] = out[0].transpose(0, 1), lse[0].T
-        if sinks_N is not None:
-            out_TNH *= _kept(lse_TN, sinks_N)[..., None]
+                lse_TN[own] = lse[0].T
+                kept = 1.0 if sinks_N is None else _kept(lse_TN[own], sinks_N)[..., None]
+                out_TNH[own] = kept * out[0].transpose(0, 1)
         ctx.save_for_backward(q_TNH, k_TGH, v_TGH, sinks_N, lse_TN)
         ctx.layout, ctx.span, ctx.scale = layout, span, scale
-        return out_TNH.to(q_TNH.dtype)
+        return out_TNH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q_TNH, k_TGH, v_TGH, sinks_N, lse_TN = ctx.saved_tensors
-        exact, low, groups = lse_TN.dtype, q_TNH.dtype, k_TGH.shape[1]
+        exact, groups = lse_TN.dtype, k_TGH.shape[1]
         kept_TN = torch.ones_like(lse_TN) if sinks_N is None else _kept(lse_TN, sinks_N)
         mean_TN = torch.zeros_like(lse_TN)  # sum(P * dP)
-        q_grad, k_grad, v_grad = (torch.zeros_like(x, dtype=exact) for x in (q_TNH, k_TGH, v_TGH))
+        q_grad, k_grad, v_grad = (torch.zeros_like(q_TNH), *(torch.zeros_like(x, dtype=exact) for x in (k_TGH, v_TGH)))
         for seen in _sequences(ctx.layout):
-            k, v = (_by_heads(x_TGH, seen, exact) for x_TGH in (k_TGH, v_TGH))
-            low_k, k_own, v_own = k.to(low), torch.zeros_like(k), torch.zeros_like(v)
-            for own, end, hidden in _blocks(seen, ctx.span):
-                q, out_grad = (_by_groups(x[own].to(low), groups) for x in (q_TNH, grad_TNH))
-                lse, kept = (_by_groups(x[own], groups)[..., None] for x in (lse_TN, kept_TN))
+            sizes = [place.stop - place.start for place in seen]
+            k, v = (F.pad(_by_heads(x, seen, exact), (0, 0, 0, -sum(sizes) % EVEN[1])) for x in (k_TGH, v_TGH))
+            low_k, k_own, v_own = k.to(q_TNH.dtype), torch.zeros_like(k), torch.zeros_like(v)
+            for own, rows, end, hidden in _blocks(seen, ctx.span, even=exact != q_TNH.dtype):
+                low = q_TNH.dtype if 2 * rows >= QUERIES else exact  # few rows gain nothing by it
+                q, out_grad = (_by_groups(x[own].to(low), groups, rows) for x in (q_TNH, grad_TNH))
+                lse, kept = (_by_groups(x[own, :, None], groups, rows) for x in (lse_TN, kept_TN))
                 p = torch.baddbmm(lse, q.to(exact), k[:, :end].mT, beta=-1, alpha=ctx.scale).exp_()
-                p.unflatten(1, (len(hidden), -1))[..., -hidden.shape[1] :].masked_fill_(hidden[:, None], 0)
+                of_queries = p.unflatten(1, (rows, -1))[:, : len(hidden)]
+                of_queries[..., -hidden.shape[1] :].masked_fill_(hidden[:, None], 0)
                 p *= kept / p.sum(-1, keepdim=True)
                 s_grad = (out_grad.to(exact) @ v[:, :end].mT).mul_(p)
                 mean = s_grad.sum(-1, keepdim=True)
                 s_grad = s_grad.addcmul_(p, mean, value=-1).to(low)
                 v_own[:, :end] += p.to(low).mT @ out_grad
                 k_own[:, :end] += s_grad.mT @ q
-                for total_TNX, part in ((q_grad, s_grad @ low_k[:, :end]), (mean_TN, mean[..., 0])):
-                    total_TNX[own] = part.unflatten(1, (len(hidden), -1)).transpose(0, 1).flatten(1, 2)
-            sizes = [place.stop - place.start for place in seen]
-            for place, of_k, of_v in zip(seen, k_own.split(sizes, 1), v_own.split(sizes, 1), strict=True):
-                k_grad[place] += of_k.transpose(0, 1)
-                v_grad[place] += of_v.transpose(0, 1)
+                for total_TNX, part in (
+                    (q_grad, ctx.scale * (s_grad @ (k if low == exact else low_k)[:, :end])),
+                    (mean_TN, mean[..., 0]),
+                ):
+                    by_query = part.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
+                    total_TNX[own] = by_query[: len(hidden)]
+            for total_TGH, of_own in ((k_grad, k_own), (v_grad, v_own)):
+                for place, part in zip(seen, of_own[:, : sum(sizes)].split(sizes, 1), strict=True):
+                    total_TGH[place] += part.transpose(0, 1)
         sinks_grad = None
         if sinks_N is not None:  # a key of no value: dS = P (0 - sum(P * dP))
             sinks_grad = -(torch.sigmoid(sinks_N - lse_TN) * mean_TN).sum(0).to(sinks_N.dtype)
-        return q_grad.mul_(ctx.scale).to(low), k_grad.mul_(ctx.scale).to(low), v_grad.to(low), None, None, sinks_grad
+        return q_grad, k_grad.mul_(ctx.scale).to(k_TGH.dtype), v_grad.to(v_TGH.dtype), None, None, sinks_grad
 
 
 def _by_heads(x_TNH: Tensor, places: list[slice], dtype: torch.dtype) -> Tensor:
@@ -182,8 +193,10 @@ def _by_heads(x_TNH: Tensor, places: list[slice], dtype: torch.dtype) -> Tensor:
     return torch.cat([x_TNH[place] for place in places]).to(dtype).transpose(0, 1).contiguous()
 
 
-def _by_groups(x_LNX: Tensor, groups: int) -> Tensor:
-    """[G, L x N / G, ...] of [L, N, ...]: the rows of all heads that read the same keys, for one product."""
+def _by_groups(x_LNX: Tensor, groups: int, rows: int) -> Tensor:
+    """[G, L x N / G, ...] of [L, N, ...]: the rows of all heads that read the same keys; zeros up to L = `rows`."""
+    if more := rows - len(x_LNX):
+        x_LNX = F.pad(x_LNX, (0, 0, 0, 0, 0, more))
     return x_LNX.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
 
