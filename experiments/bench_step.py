@@ -37,7 +37,7 @@ PARTS = {  # what a profiled event, or one around it, is called; the first that 
     "loss": ("part: loss",),
     "embedding": ("aten::embedding", "EmbeddingBackward"),
     "gradients added": ("AccumulateGrad",),
-    "attention": ("ByBranches", "scaled_dot_product"),
+    "attention": ("ByBranches",),
     "linear layers": ("aten::mm", "aten::addmm", "aten::linear", "MmBackward", "AddmmBackward"),
 }
 

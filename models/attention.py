@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 QUERIES = 128  # of one call on the CPU: their scores stay in its caches
-EVEN = 32, 64  # the backward's products in bf16 are of multiples of rows and keys: each shape is compiled, and kept
+EVEN = 32, 64  # of which rows and keys of the backward's products in bf16 are multiples
 BLOCK = 128  # tokens of flex_attention's blocks
 PREFIX, PADDING = -1, -2  # in place of a tree's number
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -83,27 +83,20 @@ def _sequences(layout: Layout) -> Iterator[list[slice]]:
             at += branch
 
 
-def _blocks(seen: list[slice], span: Span, even: bool = False) -> Iterator[tuple[slice, int, int, Tensor]]:
-    """Of a sequence QUERIES tokens at a time: places, how many rows and keys to multiply, which last keys are hidden.
-
-    All other keys are seen. Those after a block's last query are not multiplied; `even`: but a block of half
-    of QUERIES or more has rows and keys up to multiples of EVEN.
-    """
+def _blocks(seen: list[slice]) -> Iterator[tuple[slice, int, int]]:
+    """Of a sequence QUERIES tokens at a time: places in the pack, the first one's position, the keys up to the last."""
     *others, own = seen
     shift = sum(place.stop - place.start for place in others) - own.start
     for start in range(own.start, own.stop, QUERIES):
         stop = min(start + QUERIES, own.stop)
-        rows, keys = stop - start, stop + shift
-        if even and 2 * rows >= QUERIES:
-            rows, keys = (-(-size // of) * of for size, of in zip((rows, keys), EVEN, strict=True))
-        yield slice(start, stop), rows, keys, _hidden(start + shift, stop - start, keys, span)
+        yield slice(start, stop), start + shift, stop + shift
 
 
 @lru_cache(maxsize=256)  # a pack's: every layer asks again; one may take a quarter of a MB
-def _hidden(begin: int, queries: int, keys: int, span: Span) -> Tensor:
-    """[queries, last keys], True where these many queries, from position `begin` on, don't see; all others they see."""
+def _hidden(begin: int, end: int, keys: int, span: Span) -> Tensor:
+    """[queries, last keys], True where queries `begin` to `end` of a sequence don't see; keys before these they see."""
     first = begin if span == FULL else 0
-    return ~reaches(torch.arange(begin, begin + queries)[:, None], torch.arange(first, keys), span)
+    return ~reaches(torch.arange(begin, end)[:, None], torch.arange(first, keys), span)
 
 
 def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
@@ -125,7 +118,8 @@ class _ByBranches(torch.autograd.Function):
     Backward, with P = exp(scale QK' - lse): dV = P'dO, dP = dO V', dS = P * (dP - sum(P * dP)), dQ = scale dS K and
     dK = scale dS'Q (arXiv 2205.14135, appendix B.4, which has sum(dO * O) for that sum). P is divided by its sum, or an
     error of the log-sum-exp moves all of a row. QK' and dO V' are multiplied in fp32; the other three, as on GPUs, in
-    the dtype of the queries where there are many, in bf16 at some four times the rate, and summed in fp32.
+    the dtype of the queries where there are many, in bf16 at some four times the rate, and summed in fp32. The library
+    compiles and keeps each shape of a product in bf16: zeros fill them up to few.
     """
 
     @staticmethod
@@ -136,9 +130,9 @@ class _ByBranches(torch.autograd.Function):
         out_TNH, lse_TN = torch.zeros_like(q_TNH), q_TNH.new_zeros(q_TNH.shape[:2], dtype=exact)
         for seen in _sequences(layout):
             k, v = (_by_heads(x_TGH, seen, exact)[None] for x_TGH in (k_TGH, v_TGH))
-            for own, _, end, hidden in _blocks(seen, span):
-                q = _by_heads(q_TNH, [own], exact)[None]
-                mask = q.new_zeros(q.shape[2], end)
+            for own, begin, end in _blocks(seen):
+                q, hidden = _by_heads(q_TNH, [own], exact)[None], _hidden(begin, end, end, span)
+                mask = q.new_zeros(end - begin, end)
                 mask[:, -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
                 out, lse = FLASH(q, k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale)
                 lse_TN[own] = lse[0].T
@@ -154,31 +148,32 @@ class _ByBranches(torch.autograd.Function):
         q_TNH, k_TGH, v_TGH, sinks_N, lse_TN = ctx.saved_tensors
         exact, groups = lse_TN.dtype, k_TGH.shape[1]
         kept_TN = torch.ones_like(lse_TN) if sinks_N is None else _kept(lse_TN, sinks_N)
-        mean_TN = torch.zeros_like(lse_TN)  # sum(P * dP)
+        mean_TN = torch.zeros_like(lse_TN)  # sum(P * dP), where there are sinks
         q_grad, k_grad, v_grad = (torch.zeros_like(q_TNH), *(torch.zeros_like(x, dtype=exact) for x in (k_TGH, v_TGH)))
         for seen in _sequences(ctx.layout):
             sizes = [place.stop - place.start for place in seen]
             k, v = (F.pad(_by_heads(x, seen, exact), (0, 0, 0, -sum(sizes) % EVEN[1])) for x in (k_TGH, v_TGH))
             low_k, k_own, v_own = k.to(q_TNH.dtype), torch.zeros_like(k), torch.zeros_like(v)
-            for own, rows, end, hidden in _blocks(seen, ctx.span, even=exact != q_TNH.dtype):
-                low = q_TNH.dtype if 2 * rows >= QUERIES else exact  # few rows gain nothing by it
+            for own, begin, end in _blocks(seen):
+                rows, keys, low = end - begin, end, exact
+                if q_TNH.dtype != exact and 2 * rows >= QUERIES:  # fewer gain nothing by it
+                    rows, keys = (-(-size // of) * of for size, of in zip((rows, keys), EVEN, strict=True))
+                    low = q_TNH.dtype
                 q, out_grad = (_by_groups(x[own].to(low), groups, rows) for x in (q_TNH, grad_TNH))
                 lse, kept = (_by_groups(x[own, :, None], groups, rows) for x in (lse_TN, kept_TN))
-                p = torch.baddbmm(lse, q.to(exact), k[:, :end].mT, beta=-1, alpha=ctx.scale).exp_()
-                of_queries = p.unflatten(1, (rows, -1))[:, : len(hidden)]
-                of_queries[..., -hidden.shape[1] :].masked_fill_(hidden[:, None], 0)
+                p = torch.baddbmm(lse, q.to(exact), k[:, :keys].mT, beta=-1, alpha=ctx.scale).exp_()
+                hidden = _hidden(begin, end, keys, ctx.span)
+                p.unflatten(1, (rows, -1))[:, : end - begin, :, -hidden.shape[1] :].masked_fill_(hidden[:, None], 0)
                 p *= kept / p.sum(-1, keepdim=True)
-                s_grad = (out_grad.to(exact) @ v[:, :end].mT).mul_(p)
+                s_grad = (out_grad.to(exact) @ v[:, :keys].mT).mul_(p)
                 mean = s_grad.sum(-1, keepdim=True)
                 s_grad = s_grad.addcmul_(p, mean, value=-1).to(low)
-                v_own[:, :end] += p.to(low).mT @ out_grad
-                k_own[:, :end] += s_grad.mT @ q
-                for total_TNX, part in (
-                    (q_grad, ctx.scale * (s_grad @ (k if low == exact else low_k)[:, :end])),
-                    (mean_TN, mean[..., 0]),
-                ):
-                    by_query = part.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
-                    total_TNX[own] = by_query[: len(hidden)]
+                v_own[:, :keys] += p.to(low).mT @ out_grad
+                k_own[:, :keys] += s_grad.mT @ q
+                of_q = s_grad @ (k if low == exact else low_k)[:, :keys]
+                q_grad[own] = ctx.scale * _by_queries(of_q, rows)[: end - begin]
+                if sinks_N is not None:
+                    mean_TN[own] = _by_queries(mean[..., 0], rows)[: end - begin]
             for total_TGH, of_own in ((k_grad, k_own), (v_grad, v_own)):
                 for place, part in zip(seen, of_own[:, : sum(sizes)].split(sizes, 1), strict=True):
                     total_TGH[place] += part.transpose(0, 1)
@@ -198,6 +193,11 @@ def _by_groups(x_LNX: Tensor, groups: int, rows: int) -> Tensor:
     if more := rows - len(x_LNX):
         x_LNX = F.pad(x_LNX, (0, 0, 0, 0, 0, more))
     return x_LNX.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _by_queries(x_GRX: Tensor, rows: int) -> Tensor:
+    """[L, N, ...], what _by_groups made of it."""
+    return x_GRX.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _kept(lse_TN: Tensor, sinks_N: Tensor) -> Tensor:
