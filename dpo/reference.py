@@ -32,7 +32,7 @@ FORWARD = (  # what makes a log-prob of a model's files and tokens, or writes wi
     *("models/padding.py", "models/lora.py", "models/config.py", "models/layouts.py", "models/checkpoint.py"),
     *("models/generate.py", "models/kv_cache.py"),
     *("models/families/*.py", "kernels/linear_*.py", "kernels/row_triton.py", "kernels/triton_parts.py"),
-    *("kernels/tiles.py", "kernels/mxfp4*.py"),
+    *("kernels/tiles.py", "kernels/mxfp4*.py", "kernels/widened.py"),
 )
 
 NO_FORWARD = ("asked", "why", "row_backward", "linear_hidden_grad", "linear_weight_grad", "linear_target_rows")
@@ -68,7 +68,7 @@ def numerics_tag(device: torch.device, dtype: torch.dtype, pack: PackConfig, hea
         "threads": str(torch.get_num_threads()),
         "dtype": str(dtype),
         "pack": f"{pack.tokens} tokens, head chunks of {pack.head_chunk}",
-        "attention": "flex_attention" if device.type == "cuda" else "sdpa per branch",
+        "attention": "flex_attention" if device.type == "cuda" else "branch by branch",
         "code": forward_code(Path(__file__).parents[1]),
         "head": ", ".join(f"{key}: {value}" for key, value in head.items() if key not in NO_FORWARD),
     }

@@ -29,7 +29,7 @@ import transformers
 
 from dpo.config import Config, PackConfig
 from dpo.distributed import Ranks
-from dpo.inputs import DTYPES, cache_folder, judge_settings
+from dpo.inputs import DTYPES, cache_folder, judge_settings, set_up_cpu
 from dpo.judge.local import replies
 from dpo.judge.prompts import COMPARE, judge_messages
 from dpo.logprobs import score_trees
@@ -202,6 +202,7 @@ def main() -> int:
     if asked.client:
         return client(asked.rows or 1000)
     asked.rows = asked.rows or 300
+    set_up_cpu()  # as a run does; for both sides
     print(
         f"{asked.rows} rows, {torch.get_num_threads()} threads, medians of {asked.rounds} in turn; judgments/s (size)\n"
     )

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from kernels import linear_logprobs, preference_loss, selective_log_softmax
 from kernels.linear_logprobs import reference_linear_logprobs
-from kernels.linear_paths import two_limbs_hold
 from kernels.roofline import HEADS, ROWS
+from kernels.widened import multiplies_bf16
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden_TD, weight_VD, targets_T -> log p of the targets [T]
 Result = dict[str, str | float | bool | None]  # one line of the JSON
 FP32_GRADE = 5e-6  # nats rms
-LOGIT_DEVIATION = 1.5  # of the random inputs; the errors of bf16 logits and of two limbs are in proportion to it
+LOGIT_DEVIATION = 1.5  # of the random inputs; the errors of bf16 logits are in proportion to it
 
 
 def inputs(T: int, D: int, V: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,7 +232,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def capability() -> str:
     """What the CPU's products are made of, as far as the torch path cares."""
-    native = "bf16 by two limbs" if two_limbs_hold(torch.bfloat16) else "bf16 widened to fp32"
+    native = "units for bf16" if multiplies_bf16() else "no units for bf16"
     return f"{torch.backends.cpu.get_cpu_capability()}, {native}"
 
 

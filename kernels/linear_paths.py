@@ -8,20 +8,18 @@ gradient gives the sum over rows. What the target itself adds is kept apart in f
 p_y -> 1, W_y - p_y W_y would cancel in bf16.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.backend import log
+from kernels.widened import exact, multiplies_bf16, widened_product
 
 if TYPE_CHECKING:
     from kernels.linear_triton import Softmax
 
 HALF = (torch.bfloat16, torch.float16)
-BLOCK = 512  # words (or rows) of a weight in fp32 at a time, on CPUs; larger ones leave holes in the heap
 LN2 = 0.6931471805599453
 SAVED_PROBS_BYTES = 2**29  # probabilities kept from forward to backward when the head trains; beyond: recomputed
 FUSED_CHUNK_BYTES = 2**29  # scaled exponentials of one chunk of rows of the fused kernels: what may be kept of them
@@ -47,61 +45,6 @@ class Options(NamedTuple):
 # --- logits and softmax of a chunk, in torch ----------------------------------------------------------------------
 
 
-def _two_limbs(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """Fp32-grade logits from two bf16 products.
-
-    The CPU's product accumulates in fp32 but rounds its result to bf16. The second product subtracts the first result
-    inside the accumulator, so what is rounded is the small remainder.
-    """
-    high_CV = hidden_CD @ weight_VD.T
-    low_CV = torch.addmm(high_CV, hidden_CD, weight_VD.T, beta=-1)
-    return high_CV.float().add_(low_CV)
-
-
-@cache
-def two_limbs_hold(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies bf16 itself, two limbs as exactly as they should; tried once, logged where not.
-
-    Without such units a bf16 product is emulated, measured (AVX2) at 6 to 100 times an fp32 product's time.
-    """
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    random = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(rows, 256, generator=random).to(dtype) for rows in (16, 64))
-    exact = hidden.double() @ weight.double().T
-    # Each limb rounds to half an ulp of what the one before left; fp32 sums of 256 terms add a few of its own.
-    allowed = ((torch.finfo(dtype).eps / 2) ** 2 + 16 * torch.finfo(torch.float32).eps) * float(exact.abs().max())
-    holds = native and dtype == torch.bfloat16 and bool((_two_limbs(hidden, weight) - exact).abs().max() <= allowed)
-    if not holds:
-        log.warning("kernels: this CPU has no exact products of two %s limbs; the head is computed in fp32", dtype)
-    return holds
-
-
-def _blocks_in_fp32(x: Tensor) -> Iterator[Tensor]:
-    """BLOCK rows at a time in fp32, each block in the place of the one before."""
-    place = x.new_empty(min(BLOCK, len(x)), x.shape[1], dtype=torch.float32)
-    for block in x.split(BLOCK):
-        yield place[: len(block)].copy_(block)
-
-
-def widened_product(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor | None = None) -> Tensor:
-    """a @ b in fp32 from half precision, a block at a time along the longest side: no fp32 copy of a whole weight."""
-    (M, K), N = a_MK.shape, b_KN.shape[1]
-    out_MN = a_MK.new_empty(M, N, dtype=torch.float32) if out_MN is None else out_MN
-    if max(M, N) < K:
-        out_MN.zero_()
-        for a_MB, b_BN in zip(a_MK.split(BLOCK, 1), _blocks_in_fp32(b_KN), strict=True):
-            out_MN.addmm_(a_MB.float(), b_BN)
-    elif M > N:
-        b_KN = b_KN.float()
-        for a_BK, out_BN in zip(_blocks_in_fp32(a_MK), out_MN.split(BLOCK), strict=True):
-            torch.mm(a_BK, b_KN, out=out_BN)
-    else:
-        a_MK = a_MK.float()
-        for b_BK, out_MB in zip(_blocks_in_fp32(b_KN.T), out_MN.split(BLOCK, 1), strict=True):
-            torch.mm(a_MK, b_BK.T, out=out_MB)
-    return out_MN
-
-
 class Scores(NamedTuple):
     """Per row, over this shard's words: log p of the target; logsumexp and the target's logit (fp64); entropy."""
 
@@ -122,7 +65,7 @@ class Run(NamedTuple):
 
 def _widens(like: Tensor) -> bool:
     """Whether products of tensors like this one are computed in fp32 for want of something better."""
-    return like.dtype in HALF and not like.is_cuda and not two_limbs_hold(like.dtype)
+    return like.dtype in HALF and not like.is_cuda and not (like.dtype == torch.bfloat16 and multiplies_bf16())
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -138,11 +81,7 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> Tensor:
         return torch.mm(hidden_CD, weight_VD.T, out=out_CV)
     if hidden_CD.is_cuda:
         return _product(hidden_CD, weight_VD.T)
-    if _widens(hidden_CD):
-        return widened_product(hidden_CD, weight_VD.T, out_CV)
-    for weight_BD, out_CB in zip(weight_VD.split(BLOCK), out_CV.split(BLOCK, 1), strict=True):
-        out_CB.copy_(_two_limbs(hidden_CD, weight_BD))
-    return out_CV
+    return widened_product(hidden_CD, weight_VD.T, out_CV)
 
 
 def _softmax_in_torch(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Scores, Tensor]:
@@ -216,7 +155,7 @@ def _pad_rows(x_T: Tensor, rows: int) -> Tensor:
 def _concatenated(scores: list[Scores], like: Tensor, entropy: bool) -> Scores:
     """Scores of all rows from those of chunks; empty ones of no chunk."""
     if not scores:
-        empty, empty64 = like.new_empty(0, dtype=_exact(like.dtype)), like.new_empty(0, dtype=torch.float64)
+        empty, empty64 = like.new_empty(0, dtype=exact(like.dtype)), like.new_empty(0, dtype=torch.float64)
         return Scores(empty, empty64, empty64, empty if entropy else None)
     logp, lse, target, entropies = zip(*scores, strict=True)
     return Scores(torch.cat(logp), torch.cat(lse), torch.cat(target), torch.cat(entropies) if entropy else None)
@@ -225,11 +164,7 @@ def _concatenated(scores: list[Scores], like: Tensor, entropy: bool) -> Scores:
 def _place(hidden_TD: Tensor, V: int, o: Options) -> Tensor:
     """Where every chunk's logits, then probabilities, go in turn: allocating each anew would hold two at a time."""
     elsewhere = hidden_TD.is_cuda and hidden_TD.dtype in HALF  # a GPU's product makes its own
-    return hidden_TD.new_empty(0 if elsewhere else o.chunk, V, dtype=_exact(hidden_TD.dtype))
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return hidden_TD.new_empty(0 if elsewhere else o.chunk, V, dtype=exact(hidden_TD.dtype))
 
 
 def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
@@ -237,7 +172,7 @@ def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
     hidden_TD, weight_VD, bias_V, targets_T = inputs
     (T, D), V = hidden_TD.shape, len(weight_VD)
     keep = needs[1] and T * V * hidden_TD.element_size() <= SAVED_PROBS_BYTES
-    others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=_exact(hidden_TD.dtype))
+    others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=exact(hidden_TD.dtype))
     probs_TV = hidden_TD.new_empty((T, V) if keep else (0, V))
     place_CV = _place(hidden_TD, V, o)
     scores = []
@@ -292,8 +227,8 @@ def weight_grad_chunks(scaled_TD: Tensor, inputs: Inputs, kept: list[Tensor], o:
     """-sum_t c_v p_tv scaled_t over the words but the targets, [V, D] in the exact dtype: torch and chunked paths."""
     hidden_TD, weight_VD, bias_V, targets_T = inputs
     if kept:
-        return _product(kept[0].T, scaled_TD).to(_exact(hidden_TD.dtype)).neg_()
-    grad_VD = torch.zeros_like(weight_VD, dtype=_exact(hidden_TD.dtype))
+        return _product(kept[0].T, scaled_TD).to(exact(hidden_TD.dtype)).neg_()
+    grad_VD = torch.zeros_like(weight_VD, dtype=exact(hidden_TD.dtype))
     place_CV = _place(hidden_TD, len(weight_VD), o)
     chunks = (x.split(o.chunk) for x in (hidden_TD, scaled_TD, targets_T))
     for hidden_CD, scaled_CD, targets_C in zip(*chunks, strict=True):

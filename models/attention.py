@@ -7,7 +7,7 @@ A pack is a row of tokens: a prefix that all its trees begin with (often none), 
 by its branches, then padding. A token sees the prefix, its tree's prompt and its own branch, up to its own position,
 and of these what its layer's `Span` leaves: windows and chunks count positions, not places in the pack.
 
-On the CPU each prompt and branch is read QUERIES tokens at a time over (prefix + prompt + itself): calls whose shapes
+On the CPU each prompt and branch is read some tokens at a time over (prefix + prompt + itself): products whose shapes
 depend on nothing else in the pack, which makes alone = packed = shuffled exact. On CUDA it is one flex_attention,
 under a block mask.
 """
@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
-QUERIES = 128  # of one call on the CPU: their scores stay in its caches
-EVEN = 32, 64  # of which rows and keys of the backward's products in bf16 are multiples
+from kernels.widened import exact, fast_products
+
+SCORES = 2**16  # of a head that the CPU makes at a time: they stay in its caches
+QUERIES = 64, 256  # whose they are, at least and at most
+EVEN = 32, 64  # of which their products' rows and keys are multiples
 BLOCK = 128  # tokens of flex_attention's blocks
 PREFIX, PADDING = -1, -2  # in place of a tree's number
-FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 TreeShape = tuple[int, tuple[int, ...]]  # (prompt tokens after the prefix, tokens of each branch)
 
@@ -83,20 +85,40 @@ def _sequences(layout: Layout) -> Iterator[list[slice]]:
             at += branch
 
 
-def _blocks(seen: list[slice]) -> Iterator[tuple[slice, int, int]]:
-    """Of a sequence QUERIES tokens at a time: places in the pack, the first one's position, the keys up to the last."""
-    *others, own = seen
-    shift = sum(place.stop - place.start for place in others) - own.start
-    for start in range(own.start, own.stop, QUERIES):
-        stop = min(start + QUERIES, own.stop)
-        yield slice(start, stop), start + shift, stop + shift
+class _Block(NamedTuple):
+    """Queries of one call: where they stand and what they see, and what zeros fill their products up to."""
+
+    own: slice  # places in the pack
+    begin: int  # the first one's position
+    end: int  # keys up to the last one
+    rows: int
+    keys: int
+    many: bool  # rows, so that a compiled product pays, and in half precision one that may be rounded
 
 
-@lru_cache(maxsize=256)  # a pack's: every layer asks again; one may take a quarter of a MB
-def _hidden(begin: int, end: int, keys: int, span: Span) -> Tensor:
-    """[queries, last keys], True where queries `begin` to `end` of a sequence don't see; keys before these they see."""
+def _blocks(seen: list[slice]) -> Iterator[_Block]:
+    """Of a sequence, as many queries at a time as keep their scores in the caches, evenly."""
+    own = seen[-1]
+    tokens, keys = own.stop - own.start, sum(place.stop - place.start for place in seen)
+    calls = -(-tokens // min(max(SCORES // max(keys, 1), QUERIES[0]), QUERIES[1]))
+    size = max(_even(-(-tokens // max(calls, 1)), EVEN[0]), 1)
+    for start in range(own.start, own.stop, size):
+        stop = min(start + size, own.stop)
+        begin, end, many = keys - own.stop + start, keys - own.stop + stop, stop - start >= QUERIES[0]
+        of_rows, of_keys = EVEN if many else (1, 1)
+        yield _Block(slice(start, stop), begin, end, _even(stop - start, of_rows), _even(end, of_keys), many)
+
+
+def _even(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+@lru_cache(maxsize=256)  # a pack's: every layer asks again; one may take a MB
+def _mask(begin: int, end: int, keys: int, span: Span, dtype: torch.dtype) -> Tensor:
+    """[queries, last keys], -inf where queries `begin` to `end` of a sequence don't see; keys before these they see."""
     first = begin if span == FULL else 0
-    return ~reaches(torch.arange(begin, end)[:, None], torch.arange(first, keys), span)
+    hidden = ~reaches(torch.arange(begin, end)[:, None], torch.arange(first, keys), span)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
@@ -110,82 +132,84 @@ def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
 
 
 class _ByBranches(torch.autograd.Function):
-    """A call of what SDPA runs on the CPU for each block of queries, in fp32 (fp64 in fp64), and its backward by hand.
+    """softmax(scale QK') V for each block of queries, of all heads that read the same keys, and its backward by hand.
 
-    That kernel is slower in bf16, on branches of a few tokens by half. Of a pack are kept queries, keys and values as
-    they came and the log-sum-exp. Autograd would keep fp32 copies, a prompt's keys once for each branch.
+    Kept are queries, keys and values as they came: autograd would keep weights, and a prompt's keys for each branch.
 
-    Backward, with P = exp(scale QK' - lse): dV = P'dO, dP = dO V', dS = P * (dP - sum(P * dP)), dQ = scale dS K and
-    dK = scale dS'Q (arXiv 2205.14135, appendix B.4, which has sum(dO * O) for that sum). P is divided by its sum, or an
-    error of the log-sum-exp moves all of a row. QK' and dO V' are multiplied in fp32; the other three, as on GPUs, in
-    the dtype of the queries where there are many, in bf16 at some four times the rate, and summed in fp32. The library
-    compiles and keeps each shape of a product in bf16: zeros fill them up to few.
+    Backward, with P = softmax(scale QK'): dV = P'dO, dP = dO V', dS = P * (dP - sum(P * dP)), dQ = scale dS K and
+    dK = scale dS'Q (arXiv 2205.14135, appendix B.4, which has sum(dO * O) for that sum). QK', PV and dO V' are in fp32;
+    the other three, as on GPUs, in the dtype of the queries where there are many, and summed in fp32. oneDNN compiles
+    and keeps each shape of a product: zeros fill them up to few.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span, sinks_N: Tensor | None
     ) -> Tensor:
-        exact, scale = torch.promote_types(q_TNH.dtype, torch.float32), q_TNH.shape[-1] ** -0.5
-        out_TNH, lse_TN = torch.zeros_like(q_TNH), q_TNH.new_zeros(q_TNH.shape[:2], dtype=exact)
+        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, sinks_N)
+        ctx.layout, ctx.span, groups = layout, span, k_TGH.shape[1]
+        out_TNH = torch.zeros_like(q_TNH)
         for seen in _sequences(layout):
-            k, v = (_by_heads(x_TGH, seen, exact)[None] for x_TGH in (k_TGH, v_TGH))
-            for own, begin, end in _blocks(seen):
-                q, hidden = _by_heads(q_TNH, [own], exact)[None], _hidden(begin, end, end, span)
-                mask = q.new_zeros(end - begin, end)
-                mask[:, -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
-                out, lse = FLASH(q, k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale)
-                lse_TN[own] = lse[0].T
-                kept = 1.0 if sinks_N is None else _kept(lse_TN[own], sinks_N)[..., None]
-                out_TNH[own] = kept * out[0].transpose(0, 1)
-        ctx.save_for_backward(q_TNH, k_TGH, v_TGH, sinks_N, lse_TN)
-        ctx.layout, ctx.span, ctx.scale = layout, span, scale
+            k, v = (_of_keys(x_TGH, seen, sinks_N) for x_TGH in (k_TGH, v_TGH))
+            for block in _blocks(seen):
+                q = _by_groups(q_TNH[block.own], groups, block.rows)
+                p, keys = _weights(q, k, block, span, sinks_N)
+                with fast_products(p.dtype, block.many):
+                    out = p @ v[:, :keys]
+                out_TNH[block.own] = _by_queries(out, block)
         return out_TNH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
-        q_TNH, k_TGH, v_TGH, sinks_N, lse_TN = ctx.saved_tensors
-        exact, groups = lse_TN.dtype, k_TGH.shape[1]
-        kept_TN = torch.ones_like(lse_TN) if sinks_N is None else _kept(lse_TN, sinks_N)
-        mean_TN = torch.zeros_like(lse_TN)  # sum(P * dP), where there are sinks
-        q_grad, k_grad, v_grad = (torch.zeros_like(q_TNH), *(torch.zeros_like(x, dtype=exact) for x in (k_TGH, v_TGH)))
+        q_TNH, k_TGH, v_TGH, sinks_N = ctx.saved_tensors
+        groups, scale, wide = k_TGH.shape[1], q_TNH.shape[-1] ** -0.5, exact(q_TNH.dtype)
+        q_grad, sinks_grad = torch.zeros_like(q_TNH), q_TNH.new_zeros(q_TNH.shape[1], dtype=wide)
+        k_grad, v_grad = (torch.zeros_like(x, dtype=wide) for x in (k_TGH, v_TGH))
         for seen in _sequences(ctx.layout):
-            sizes = [place.stop - place.start for place in seen]
-            k, v = (F.pad(_by_heads(x, seen, exact), (0, 0, 0, -sum(sizes) % EVEN[1])) for x in (k_TGH, v_TGH))
+            k, v = (_of_keys(x_TGH, seen, sinks_N) for x_TGH in (k_TGH, v_TGH))
             low_k, k_own, v_own = k.to(q_TNH.dtype), torch.zeros_like(k), torch.zeros_like(v)
-            for own, begin, end in _blocks(seen):
-                rows, keys, low = end - begin, end, exact
-                if q_TNH.dtype != exact and 2 * rows >= QUERIES:  # fewer gain nothing by it
-                    rows, keys = (-(-size // of) * of for size, of in zip((rows, keys), EVEN, strict=True))
-                    low = q_TNH.dtype
-                q, out_grad = (_by_groups(x[own].to(low), groups, rows) for x in (q_TNH, grad_TNH))
-                lse, kept = (_by_groups(x[own, :, None], groups, rows) for x in (lse_TN, kept_TN))
-                p = torch.baddbmm(lse, q.to(exact), k[:, :keys].mT, beta=-1, alpha=ctx.scale).exp_()
-                hidden = _hidden(begin, end, keys, ctx.span)
-                p.unflatten(1, (rows, -1))[:, : end - begin, :, -hidden.shape[1] :].masked_fill_(hidden[:, None], 0)
-                p *= kept / p.sum(-1, keepdim=True)
-                s_grad = (out_grad.to(exact) @ v[:, :keys].mT).mul_(p)
-                mean = s_grad.sum(-1, keepdim=True)
-                s_grad = s_grad.addcmul_(p, mean, value=-1).to(low)
-                v_own[:, :keys] += p.to(low).mT @ out_grad
-                k_own[:, :keys] += s_grad.mT @ q
-                of_q = s_grad @ (k if low == exact else low_k)[:, :keys]
-                q_grad[own] = ctx.scale * _by_queries(of_q, rows)[: end - begin]
-                if sinks_N is not None:
-                    mean_TN[own] = _by_queries(mean[..., 0], rows)[: end - begin]
+            for block in _blocks(seen):
+                low = q_TNH.dtype if block.many else wide
+                q, out_grad = (_by_groups(x[block.own].to(low), groups, block.rows) for x in (q_TNH, grad_TNH))
+                p, keys = _weights(q, k, block, ctx.span, sinks_N)
+                with fast_products(low, block.many):
+                    s_grad = (out_grad.to(wide) @ v[:, :keys].mT).mul_(p)
+                    s_grad = s_grad.addcmul_(p, s_grad.sum(-1, keepdim=True), value=-1)
+                    if sinks_N is not None:
+                        sinks_grad += s_grad[..., 0].unflatten(1, (block.rows, -1)).sum(1).flatten()
+                    s_grad = s_grad.to(low)
+                    v_own[:, :keys] += p.to(low).mT @ out_grad
+                    k_own[:, :keys] += s_grad.mT @ q
+                    of_q = s_grad @ (k if low == wide else low_k)[:, :keys]
+                q_grad[block.own] = _by_queries(of_q.mul_(scale), block)
             for total_TGH, of_own in ((k_grad, k_own), (v_grad, v_own)):
-                for place, part in zip(seen, of_own[:, : sum(sizes)].split(sizes, 1), strict=True):
-                    total_TGH[place] += part.transpose(0, 1)
-        sinks_grad = None
-        if sinks_N is not None:  # a key of no value: dS = P (0 - sum(P * dP))
-            sinks_grad = -(torch.sigmoid(sinks_N - lse_TN) * mean_TN).sum(0).to(sinks_N.dtype)
-        return q_grad, k_grad.mul_(ctx.scale).to(k_TGH.dtype), v_grad.to(v_TGH.dtype), None, None, sinks_grad
+                at = int(sinks_N is not None)
+                for place in seen:
+                    stop = at + place.stop - place.start
+                    total_TGH[place] += of_own[:, at:stop].transpose(0, 1)
+                    at = stop
+        of_sinks = None if sinks_N is None else sinks_grad.to(sinks_N.dtype)
+        return q_grad, k_grad.mul_(scale).to(k_TGH.dtype), v_grad.to(v_TGH.dtype), None, None, of_sinks
 
 
-def _by_heads(x_TNH: Tensor, places: list[slice], dtype: torch.dtype) -> Tensor:
-    """[N, tokens, H] of these places, one after the other: a copy, whose layout depends on nothing else in the pack."""
-    return torch.cat([x_TNH[place] for place in places]).to(dtype).transpose(0, 1).contiguous()
+def _of_keys(x_TGH: Tensor, places: list[slice], sinks_N: Tensor | None) -> Tensor:
+    """[G, keys, H] of these places in fp32 (fp64), one after the other; where there are sinks zeros before them."""
+    x_GKH = torch.cat([x_TGH[place] for place in places]).to(exact(x_TGH.dtype)).transpose(0, 1)
+    return F.pad(x_GKH, (0, 0, int(sinks_N is not None), -x_GKH.shape[1] % EVEN[1]))
+
+
+def _weights(q_GRH: Tensor, k_GKH: Tensor, block: _Block, span: Span, sinks_N: Tensor | None) -> tuple[Tensor, int]:
+    """P of a block [G, rows x N / G, keys], and how many keys; a sink is the first one, of no value."""
+    keys = block.keys + int(sinks_N is not None)
+    with fast_products(q_GRH.dtype, block.many):
+        scale, nothing = q_GRH.shape[-1] ** -0.5, k_GKH.new_zeros(())
+        s = torch.baddbmm(nothing, q_GRH.to(k_GKH.dtype), k_GKH[:, :keys].mT, beta=0, alpha=scale)
+    by_query, mask = s.unflatten(1, (block.rows, -1)), _mask(block.begin, block.end, block.keys, span, s.dtype)
+    by_query[:, : len(mask), :, -mask.shape[1] :].add_(mask[:, None])
+    if sinks_N is not None:
+        by_query[..., 0] = sinks_N.to(s.dtype).view(len(s), 1, -1)
+    return s.softmax(-1), keys
 
 
 def _by_groups(x_LNX: Tensor, groups: int, rows: int) -> Tensor:
@@ -195,14 +219,9 @@ def _by_groups(x_LNX: Tensor, groups: int, rows: int) -> Tensor:
     return x_LNX.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _by_queries(x_GRX: Tensor, rows: int) -> Tensor:
-    """[L, N, ...], what _by_groups made of it."""
-    return x_GRX.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def _kept(lse_TN: Tensor, sinks_N: Tensor) -> Tensor:
-    """[T, N], the part of a softmax that a sink leaves to the keys, whose log-sum-exp this is."""
-    return torch.sigmoid(lse_TN - sinks_N.to(lse_TN.dtype))
+def _by_queries(x_GRH: Tensor, block: _Block) -> Tensor:
+    """[L, N, H], what _by_groups made of a block's."""
+    return x_GRH.unflatten(1, (block.rows, -1))[:, : block.end - block.begin].transpose(0, 1).flatten(1, 2)
 
 
 # --- one block mask a pack (CUDA) -------------------------------------------------------------------------------------
@@ -223,7 +242,7 @@ def flex_trees(
     out, aux = flex(q, k, v, block_mask=mask, enable_gqa=True, return_aux=AuxRequest(lse=sinks_N is not None))
     if sinks_N is not None:
         assert aux.lse is not None, "it was asked for"
-        out = out * _kept(aux.lse.mT, sinks_N).mT[..., None].to(out.dtype)
+        out = out * torch.sigmoid(aux.lse - sinks_N.to(aux.lse.dtype)[:, None])[..., None].to(out.dtype)
     return out[0].transpose(0, 1)
 
 

@@ -15,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def exact(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for bf16 and fp16, else the dtype."""
-    return torch.promote_types(dtype, torch.float32)
+from kernels.widened import exact
 
 
 class _Norm(torch.autograd.Function):

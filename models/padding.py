@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.frugal import exact
+from kernels.widened import exact
 from models.moe import RouterLogits
 from models.parts import Linear
 

@@ -84,8 +84,7 @@ def test_of_bf16_no_fp32_copy_is_kept() -> None:
 
 def test_attention_keeps_a_prompt_once_however_many_branches_see_it() -> None:
     q, k, v = leaves((60, 4, 16), (60, 2, 16), (60, 2, 16), dtype=torch.bfloat16)
-    sums = 60 * 4 * 4  # fp32
     for branches in ((20,), (5, 5, 5, 5), (1,) * 20):
         layout = Layout(10, ((30, branches),))
         kept = kept_bytes(lambda layout=layout: tree_attention(q, k, v, layout))
-        assert kept == q.nbytes + k.nbytes + v.nbytes + sums
+        assert kept == q.nbytes + k.nbytes + v.nbytes

@@ -46,7 +46,7 @@ def chunked(monkeypatch):
 NOT_CHUNKED = (  # dW is summed in other chunks, and only the fused path's scaled exponentials can be moved
     claims.chunks_of_rows_and_recomputing_change_no_bits,
     claims.offsets_beyond_two_to_the_31_are_reached,
-    claims.linear_error_is_at_most_twice_torchs_in_bf16_at_odd_sizes,  # two limbs here, fp32 products on a GPU
+    claims.linear_error_is_at_most_twice_torchs_in_bf16_at_odd_sizes,  # on a GPU by products that have fp32 results
     claims.linear_error_is_at_most_twice_torchs_in_fp16,
 )
 
