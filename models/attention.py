@@ -113,11 +113,18 @@ def _even(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-@lru_cache(maxsize=256)  # a pack's: every layer asks again; one may take a MB
-def _mask(begin: int, end: int, keys: int, span: Span, dtype: torch.dtype) -> Tensor:
-    """[queries, last keys], -inf where queries `begin` to `end` of a sequence don't see; keys before these they see."""
-    first = begin if span == FULL else 0
-    hidden = ~reaches(torch.arange(begin, end)[:, None], torch.arange(first, keys), span)
+def _mask(block: _Block, span: Span, dtype: torch.dtype) -> Tensor:
+    """[queries, last keys], -inf where a block's queries don't see; keys before these they see."""
+    if span == FULL:  # a piece of the same triangle wherever it stands
+        triangle = _unseen(0, QUERIES[1], QUERIES[1] + EVEN[1], FULL, dtype)
+        return triangle[: block.end - block.begin, : block.keys - block.begin]
+    return _unseen(block.begin, block.end, block.keys, span, dtype)
+
+
+@lru_cache(maxsize=64)  # a pack's: every layer asks again
+def _unseen(begin: int, end: int, keys: int, span: Span, dtype: torch.dtype) -> Tensor:
+    """[queries, keys], -inf where queries `begin` to `end` of a sequence don't see."""
+    hidden = ~reaches(torch.arange(begin, end)[:, None], torch.arange(keys), span)
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
@@ -205,7 +212,7 @@ def _weights(q_GRH: Tensor, k_GKH: Tensor, block: _Block, span: Span, sinks_N: T
     with fast_products(q_GRH.dtype, block.many):
         scale, nothing = q_GRH.shape[-1] ** -0.5, k_GKH.new_zeros(())
         s = torch.baddbmm(nothing, q_GRH.to(k_GKH.dtype), k_GKH[:, :keys].mT, beta=0, alpha=scale)
-    by_query, mask = s.unflatten(1, (block.rows, -1)), _mask(block.begin, block.end, block.keys, span, s.dtype)
+    by_query, mask = s.unflatten(1, (block.rows, -1)), _mask(block, span, s.dtype)
     by_query[:, : len(mask), :, -mask.shape[1] :].add_(mask[:, None])
     if sinks_N is not None:
         by_query[..., 0] = sinks_N.to(s.dtype).view(len(s), 1, -1)
