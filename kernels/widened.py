@@ -28,7 +28,7 @@ def multiplies_bf16() -> bool:
 def _rounds_to_bf16() -> bool:
     """Whether oneDNN rounds what it multiplies where it may: with AMX; tried once."""
     draw = torch.Generator().manual_seed(0)
-    a, b = torch.randn(128, 256, generator=draw), torch.randn(256, 128, generator=draw)
+    a, b = (torch.randn(256, 256, generator=draw, dtype=torch.float32) for _ in range(2))
     truth = a.double() @ b.double()
     with fast_products(torch.bfloat16):
         error = (a @ b - truth).abs().max() / truth.abs().max()
@@ -40,11 +40,12 @@ def fast_products(dtype: torch.dtype, wanted: bool = True) -> Iterator[None]:
     """Within it products of fp32 tensors are oneDNN's, if nothing is lost by it: of `dtype` bf16 hold bf16 numbers.
 
     Allowed to, it rounds what it multiplies to bf16 where there is AMX, multiplies exactly and sums in fp32; elsewhere
-    it multiplies in fp32, on a Zen 5 at 2 to 3 times the rate of MKL, which has no AVX-512 for AMD.
+    it multiplies in fp32, on a Zen 5 at 2 to 3 times the rate of MKL, which has no AVX-512 for AMD. The setting is the
+    process's, of all its threads.
     """
     products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
-    if wanted and (dtype == torch.bfloat16 or (dtype == torch.float32 and not _rounds_to_bf16())):
+    if wanted and (dtype == torch.bfloat16 or not _rounds_to_bf16()):
         products.fp32_precision = "bf16"
     try:
         yield

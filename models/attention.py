@@ -72,17 +72,17 @@ def tree_attention(
 
 
 def _sequences(layout: Layout) -> Iterator[list[slice]]:
-    """Each prefix, prompt and branch as the places of what its tokens see, in order, its own last."""
+    """Each prefix, prompt and branch of any token as the places of what its tokens see, in order, its own last."""
     seen = [slice(0, layout.prefix)]
-    yield seen
-    at = layout.prefix
+    every, at = [seen], layout.prefix
     for prompt, branches in layout.trees:
         seen = [slice(0, layout.prefix), slice(at, at + prompt)]
-        yield seen
+        every.append(seen)
         at += prompt
         for branch in branches:
-            yield [*seen, slice(at, at + branch)]
+            every.append([*seen, slice(at, at + branch)])
             at += branch
+    return (seen for seen in every if seen[-1].start < seen[-1].stop)
 
 
 class _Block(NamedTuple):
@@ -96,32 +96,33 @@ class _Block(NamedTuple):
     many: bool  # rows, so that a compiled product pays, and in half precision one that may be rounded
 
 
-def _blocks(seen: list[slice]) -> Iterator[_Block]:
-    """Of a sequence, as many queries at a time as keep their scores in the caches, evenly."""
-    own = seen[-1]
-    tokens, keys = own.stop - own.start, sum(place.stop - place.start for place in seen)
-    calls = -(-tokens // min(max(SCORES // max(keys, 1), QUERIES[0]), QUERIES[1]))
-    size = max(_even(-(-tokens // max(calls, 1)), EVEN[0]), 1)
-    for start in range(own.start, own.stop, size):
-        stop = min(start + size, own.stop)
+def _blocks(seen: list[slice], sinks: int) -> Iterator[_Block]:
+    """Of a sequence, as many queries at a time as keep their scores in the caches; no few are left over."""
+    own, keys = seen[-1], sum(place.stop - place.start for place in seen)
+    size = min(max(SCORES // keys, QUERIES[0]), QUERIES[1])
+    calls = -(-(own.stop - own.start) // size)
+    starts = [*range(own.start, own.stop, _even(-(-(own.stop - own.start) // calls), EVEN[0]))]
+    if len(starts) > 1 and own.stop - starts[-1] < QUERIES[0]:
+        starts.pop()
+    for start, stop in zip(starts, [*starts[1:], own.stop], strict=True):
         begin, end, many = keys - own.stop + start, keys - own.stop + stop, stop - start >= QUERIES[0]
         of_rows, of_keys = EVEN if many else (1, 1)
-        yield _Block(slice(start, stop), begin, end, _even(stop - start, of_rows), _even(end, of_keys), many)
+        yield _Block(slice(start, stop), begin, end, _even(stop - start, of_rows), _even(end + sinks, of_keys), many)
 
 
 def _even(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _mask(block: _Block, span: Span, dtype: torch.dtype) -> Tensor:
+def _mask(block: _Block, keys: int, span: Span, dtype: torch.dtype) -> Tensor:
     """[queries, last keys], -inf where a block's queries don't see; keys before these they see."""
     if span == FULL:  # a piece of the same triangle wherever it stands
-        triangle = _unseen(0, QUERIES[1], QUERIES[1] + EVEN[1], FULL, dtype)
-        return triangle[: block.end - block.begin, : block.keys - block.begin]
-    return _unseen(block.begin, block.end, block.keys, span, dtype)
+        most = sum(QUERIES)
+        return _unseen(0, most, most + EVEN[1], FULL, dtype)[: block.end - block.begin, : keys - block.begin]
+    return _unseen(block.begin, block.end, keys, span, dtype)
 
 
-@lru_cache(maxsize=64)  # a pack's: every layer asks again
+@lru_cache(maxsize=256)  # a pack's: every layer asks again; at 8,000 keys one takes 2 MB
 def _unseen(begin: int, end: int, keys: int, span: Span, dtype: torch.dtype) -> Tensor:
     """[queries, keys], -inf where queries `begin` to `end` of a sequence don't see."""
     hidden = ~reaches(torch.arange(begin, end)[:, None], torch.arange(keys), span)
@@ -154,15 +155,15 @@ class _ByBranches(torch.autograd.Function):
         ctx: Any, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, layout: Layout, span: Span, sinks_N: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(q_TNH, k_TGH, v_TGH, sinks_N)
-        ctx.layout, ctx.span, groups = layout, span, k_TGH.shape[1]
+        ctx.layout, ctx.span, ctx.scale = layout, span, q_TNH.shape[-1] ** -0.5
+        groups, sinks = k_TGH.shape[1], int(sinks_N is not None)
         out_TNH = torch.zeros_like(q_TNH)
         for seen in _sequences(layout):
-            k, v = (_of_keys(x_TGH, seen, sinks_N) for x_TGH in (k_TGH, v_TGH))
-            for block in _blocks(seen):
-                q = _by_groups(q_TNH[block.own], groups, block.rows)
-                p, keys = _weights(q, k, block, span, sinks_N)
+            k, v = (_of_keys(x_TGH, seen, sinks) for x_TGH in (k_TGH, v_TGH))
+            for block in _blocks(seen, sinks):
+                p = _weights(_by_groups(q_TNH[block.own], groups, block.rows), k, block, span, sinks_N)
                 with fast_products(p.dtype, block.many):
-                    out = p @ v[:, :keys]
+                    out = p @ v[:, : block.keys]
                 out_TNH[block.own] = _by_queries(out, block)
         return out_TNH
 
@@ -170,60 +171,60 @@ class _ByBranches(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
         q_TNH, k_TGH, v_TGH, sinks_N = ctx.saved_tensors
-        groups, scale, wide = k_TGH.shape[1], q_TNH.shape[-1] ** -0.5, exact(q_TNH.dtype)
+        groups, sinks, wide = k_TGH.shape[1], int(sinks_N is not None), exact(q_TNH.dtype)
         q_grad, sinks_grad = torch.zeros_like(q_TNH), q_TNH.new_zeros(q_TNH.shape[1], dtype=wide)
         k_grad, v_grad = (torch.zeros_like(x, dtype=wide) for x in (k_TGH, v_TGH))
         for seen in _sequences(ctx.layout):
-            k, v = (_of_keys(x_TGH, seen, sinks_N) for x_TGH in (k_TGH, v_TGH))
+            k, v = (_of_keys(x_TGH, seen, sinks) for x_TGH in (k_TGH, v_TGH))
             low_k, k_own, v_own = k.to(q_TNH.dtype), torch.zeros_like(k), torch.zeros_like(v)
-            for block in _blocks(seen):
-                low = q_TNH.dtype if block.many else wide
+            for block in _blocks(seen, sinks):
+                low, keys = q_TNH.dtype if block.many else wide, block.keys
                 q, out_grad = (_by_groups(x[block.own].to(low), groups, block.rows) for x in (q_TNH, grad_TNH))
-                p, keys = _weights(q, k, block, ctx.span, sinks_N)
+                p = _weights(q, k, block, ctx.span, sinks_N)
                 with fast_products(low, block.many):
                     s_grad = (out_grad.to(wide) @ v[:, :keys].mT).mul_(p)
                     s_grad = s_grad.addcmul_(p, s_grad.sum(-1, keepdim=True), value=-1)
-                    if sinks_N is not None:
+                    if sinks:
                         sinks_grad += s_grad[..., 0].unflatten(1, (block.rows, -1)).sum(1).flatten()
                     s_grad = s_grad.to(low)
                     v_own[:, :keys] += p.to(low).mT @ out_grad
                     k_own[:, :keys] += s_grad.mT @ q
                     of_q = s_grad @ (k if low == wide else low_k)[:, :keys]
-                q_grad[block.own] = _by_queries(of_q.mul_(scale), block)
+                q_grad[block.own] = ctx.scale * _by_queries(of_q, block)
+            sizes = [place.stop - place.start for place in seen]
             for total_TGH, of_own in ((k_grad, k_own), (v_grad, v_own)):
-                at = int(sinks_N is not None)
-                for place in seen:
-                    stop = at + place.stop - place.start
-                    total_TGH[place] += of_own[:, at:stop].transpose(0, 1)
-                    at = stop
-        of_sinks = None if sinks_N is None else sinks_grad.to(sinks_N.dtype)
-        return q_grad, k_grad.mul_(scale).to(k_TGH.dtype), v_grad.to(v_TGH.dtype), None, None, of_sinks
+                for place, part in zip(seen, of_own[:, sinks : sinks + sum(sizes)].split(sizes, 1), strict=True):
+                    total_TGH[place] += part.transpose(0, 1)
+        of_sinks = sinks_grad.to(sinks_N.dtype) if sinks else None
+        return q_grad, k_grad.mul_(ctx.scale).to(k_TGH.dtype), v_grad.to(v_TGH.dtype), None, None, of_sinks
 
 
-def _of_keys(x_TGH: Tensor, places: list[slice], sinks_N: Tensor | None) -> Tensor:
-    """[G, keys, H] of these places in fp32 (fp64), one after the other; where there are sinks zeros before them."""
+def _of_keys(x_TGH: Tensor, places: list[slice], sinks: int) -> Tensor:
+    """[G, keys, H] of these places in fp32 (fp64), one after the other; before them zeros for a sink, and behind."""
     x_GKH = torch.cat([x_TGH[place] for place in places]).to(exact(x_TGH.dtype)).transpose(0, 1)
-    return F.pad(x_GKH, (0, 0, int(sinks_N is not None), -x_GKH.shape[1] % EVEN[1]))
+    return F.pad(x_GKH, (0, 0, sinks, -(sinks + x_GKH.shape[1]) % EVEN[1]))
 
 
-def _weights(q_GRH: Tensor, k_GKH: Tensor, block: _Block, span: Span, sinks_N: Tensor | None) -> tuple[Tensor, int]:
-    """P of a block [G, rows x N / G, keys], and how many keys; a sink is the first one, of no value."""
-    keys = block.keys + int(sinks_N is not None)
+def _weights(q_GRH: Tensor, k_GKH: Tensor, block: _Block, span: Span, sinks_N: Tensor | None) -> Tensor:
+    """P of a block [G, rows x N / G, keys]; a sink is the first key, of no value."""
     with fast_products(q_GRH.dtype, block.many):
         scale, nothing = q_GRH.shape[-1] ** -0.5, k_GKH.new_zeros(())
-        s = torch.baddbmm(nothing, q_GRH.to(k_GKH.dtype), k_GKH[:, :keys].mT, beta=0, alpha=scale)
-    by_query, mask = s.unflatten(1, (block.rows, -1)), _mask(block, span, s.dtype)
-    by_query[:, : len(mask), :, -mask.shape[1] :].add_(mask[:, None])
+        s = torch.baddbmm(nothing, q_GRH.to(k_GKH.dtype), k_GKH[:, : block.keys].mT, beta=0, alpha=scale)
+    by_query, keys = s.unflatten(1, (block.rows, -1)), block.keys
     if sinks_N is not None:
-        by_query[..., 0] = sinks_N.to(s.dtype).view(len(s), 1, -1)
-    return s.softmax(-1), keys
+        by_query[..., 0], keys = sinks_N.to(s.dtype).view(len(s), 1, -1), keys - 1
+    mask = _mask(block, keys, span, s.dtype)
+    by_query[:, : len(mask), :, -mask.shape[1] :].add_(mask[:, None])
+    return s.softmax(-1)
 
 
-def _by_groups(x_LNX: Tensor, groups: int, rows: int) -> Tensor:
-    """[G, L x N / G, ...] of [L, N, ...]: the rows of all heads that read the same keys; zeros up to L = `rows`."""
-    if more := rows - len(x_LNX):
-        x_LNX = F.pad(x_LNX, (0, 0, 0, 0, 0, more))
-    return x_LNX.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+def _by_groups(x_LNH: Tensor, groups: int, rows: int) -> Tensor:
+    """[G, L x N / G, H] of [L, N, H]: the rows of all heads that read the same keys; zeros up to L = `rows`.
+
+    Always a copy: products may differ in their last bits by where in memory their factors begin.
+    """
+    padded = F.pad(x_LNH, (0, 0, 0, 0, 0, rows - len(x_LNH)))
+    return padded.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _by_queries(x_GRH: Tensor, block: _Block) -> Tensor:

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from products import Products
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.attention import BLOCK, FULL, QUERIES, Layout, Span, block_mask, flex_trees, tree_attention
+from models.attention import BLOCK, FULL, QUERIES, Layout, Span, _blocks, block_mask, flex_trees, tree_attention
 
 SPANS = {
     "full": FULL,
@@ -22,7 +22,7 @@ LAYOUTS = {
     "trees": (Layout(0, ((40, (30, 5, 0)), (1, (130,)), (20, ()))), 300),
     "a prefix": (Layout(33, ((40, (30, 5, 60)), (7, (1, 90)))), 384),
     "a prefix longer than a block": (Layout(150, ((10, (30, 5)), (7, (150, 20)))), 512),
-    "more queries than a call takes": (Layout(5, ((QUERIES[1] + 6, (QUERIES[1] + 14, 3)),)), 576),
+    "more queries than a call takes": (Layout(5, ((sum(QUERIES) + 6, (sum(QUERIES) + 14, 3)),)), 704),
     "a block that is padding alone": (Layout(0, ((50, (20, 20)),)), 384),
 }
 
@@ -159,24 +159,43 @@ def test_errors_in_bf16_are_at_most_those_of_torchs_own_attention(spread):
         assert (ours - truth).norm() <= torch.finfo(torch.bfloat16).eps / 2 * truth.norm()
 
 
-def test_products_in_bf16_have_few_shapes_for_each_is_compiled_and_kept():
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 3.0, 0.0]).bfloat16()], ids=["", "sinks"])
+def test_compiled_products_have_few_shapes_for_each_is_kept(sinks):
     shapes = set()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
-                a, b = args[-2:]
-                if a.dtype == torch.bfloat16 or torch.backends.mkldnn.matmul.fp32_precision == "bf16":
-                    shapes.add((*a.shape, b.shape[2]))
-            return func(*args, **kwargs or {})
-
     q, k, v = (x.bfloat16().requires_grad_() for x in vectors(1400, torch.float32))
-    for tokens in range(1, 1400, 53):
-        out = tree_attention(q, k, v, Layout(0, ((tokens // 3, (tokens // 2, tokens // 7)),)))
-        with Watch():
-            out.sum().backward()
-    rows, keys = {2 * rows for rows in range(64, 257, 32)}, set(range(64, 1400, 64))
+    with Products(lambda a, b, compiled: compiled and shapes.add((*a.shape, b.shape[2]))):
+        for tokens in range(1, 1400, 53):
+            layout = Layout(0, ((tokens // 3, (tokens // 2, tokens // 7)),))
+            tree_attention(q, k, v, layout, FULL, sinks).sum().backward()
+    rows, keys = {2 * rows for rows in range(64, 321, 32)}, set(range(64, 1400, 64))
     assert shapes and all({*shape[1:]} & rows and set(shape[1:]) <= rows | keys | {16} for shape in shapes)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 3.0, 0.0]).bfloat16()], ids=["", "sinks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_where_onednn_rounds_to_bf16_it_is_given_numbers_that_lose_nothing(monkeypatch, dtype, sinks):
+    monkeypatch.setattr("kernels.widened._rounds_to_bf16", lambda: True)
+    fast = []
+
+    def seen(a, b, compiled):
+        if compiled:
+            assert all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in (a, b))
+            fast.append(a.dtype)
+
+    q, k, v = (x.to(dtype).requires_grad_() for x in vectors(600, torch.float32))
+    with Products(seen):
+        tree_attention(q, k, v, Layout(10, ((150, (200, 5, 90)),)), FULL, sinks).square().sum().backward()
+    assert set(fast) == ({torch.float32, torch.bfloat16} if dtype == torch.bfloat16 else set())
+
+
+def test_no_few_queries_are_left_over_and_a_call_has_at_most_what_the_mask_covers():
+    for before in range(0, 3000, 37):
+        for tokens in (1, 63, 64, 65, 300, 333, 1023):
+            sizes = [
+                block.end - block.begin for block in _blocks([slice(0, before), slice(before, before + tokens)], 0)
+            ]
+            assert sum(sizes) == tokens and max(sizes) <= sum(QUERIES)
+            assert min(sizes) >= QUERIES[0] or len(sizes) == 1
 
 
 def test_windows_and_chunks_count_positions_so_a_branch_sees_what_it_would_alone(span):
