@@ -10,8 +10,8 @@ With a = h W^T + b, z = softcap(a) / temperature and p = softmax(z), log p_y = z
 
 so for any upstream g_T the hidden gradient is g * J, one multiply, and a frozen head costs two matrix products in all.
 A trained head adds one (its probabilities kept, within SAVED_PROBS_BYTES) or two (recomputed beyond it).
-On the torch path every product of the forward pass has the fixed shape of a whole chunk, the last one padded, and the
-fused kernels sum in one fixed order: a row's bits do not depend on its neighbours.
+On the torch path every row of the forward pass has the bits of a whole chunk's, the last one run with fewer rows where
+that changes none, and the fused kernels sum in one fixed order: a row's bits do not depend on its neighbours.
 """
 
 from collections.abc import Sequence

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kernels.linear_triton import Softmax
 
 HALF = (torch.bfloat16, torch.float16)
+FEW_ROWS = 16, 32, 64  # of a chunk, run instead of a whole one where no bit changes
 LN2 = 0.6931471805599453
 SAVED_PROBS_BYTES = 2**29  # probabilities kept from forward to backward when the head trains; beyond: recomputed
 FUSED_CHUNK_BYTES = 2**29  # scaled exponentials of one chunk of rows of the fused kernels: what may be kept of them
@@ -29,6 +30,9 @@ Gather = Callable[[Tensor], Sequence[Tensor]]
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
 """hidden_TD, weight_VD in the hidden's dtype, bias_V, and targets_T as words of this shard, -1 where it has none."""
+
+Head = tuple[Tensor, Tensor | None]
+"""weight_VD and bias_V of these."""
 
 
 class Options(NamedTuple):
@@ -161,29 +165,64 @@ def _concatenated(scores: list[Scores], like: Tensor, entropy: bool) -> Scores:
     return Scores(torch.cat(logp), torch.cat(lse), torch.cat(target), torch.cat(entropies) if entropy else None)
 
 
-def _place(hidden_TD: Tensor, V: int, o: Options) -> Tensor:
+def _place(hidden_TD: Tensor, rows: int, V: int) -> Tensor:
     """Where every chunk's logits, then probabilities, go in turn: allocating each anew would hold two at a time."""
     elsewhere = hidden_TD.is_cuda and hidden_TD.dtype in HALF  # a GPU's product makes its own
-    return hidden_TD.new_empty(0 if elsewhere else o.chunk, V, dtype=exact(hidden_TD.dtype))
+    return hidden_TD.new_empty(0 if elsewhere else rows, V, dtype=exact(hidden_TD.dtype))
+
+
+def _of_chunk(
+    hidden_CD: Tensor, targets_C: Tensor, head: Head, o: Options, place_CV: Tensor, grad: bool
+) -> tuple[Scores, Tensor, Tensor | None]:
+    """Of a chunk: scores, c_v p_v, and (`grad`) sum_{v != y} c_v p_v W_v."""
+    scores, probs_CV = _softmax(hidden_CD, *head, targets_C, o, place_CV)
+    return scores, probs_CV, _product(probs_CV, head[0]) if grad else None
+
+
+_exact_counts: dict[tuple[object, ...], list[int]] = {}
+
+
+def _rows_to_run(rows: int, head: Head, o: Options, grad: bool) -> int:
+    """With how many rows a chunk of so many is run: as few as have, row for row, the bits of a whole chunk's.
+
+    Whether they do depends on the library and the machine, which is asked once for each shape of a head.
+    """
+    weight_VD = head[0]
+    if weight_VD.is_cuda or o.path != "torch" or rows > max(FEW_ROWS):
+        return o.chunk
+    key = (weight_VD.shape, weight_VD.dtype, o, grad)
+    if key not in _exact_counts:
+        draw = torch.Generator().manual_seed(0)
+        hidden_CD = torch.randn(o.chunk, weight_VD.shape[1], generator=draw).to(weight_VD.dtype)
+        targets_C, place_CV = torch.zeros(o.chunk, dtype=torch.int64), _place(hidden_CD, o.chunk, len(weight_VD))
+
+        def values(count: int) -> Tensor:
+            scores, _, others_CD = _of_chunk(hidden_CD[:count], targets_C[:count], head, o, place_CV, grad)
+            return scores.logp_T[:, None] if others_CD is None else torch.cat([scores.logp_T[:, None], others_CD], 1)
+
+        whole = values(o.chunk)
+        _exact_counts[key] = [n for n in FEW_ROWS if n < o.chunk and torch.equal(values(n), whole[:n])]
+    return next((count for count in _exact_counts[key] if rows <= count), o.chunk)
 
 
 def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
-    """The torch and chunked paths, for the gradients (hidden, weight): every product has the shape of a whole chunk."""
+    """The torch and chunked paths, for the gradients (hidden, weight): every row has the bits of a whole chunk's."""
     hidden_TD, weight_VD, bias_V, targets_T = inputs
-    (T, D), V = hidden_TD.shape, len(weight_VD)
+    (T, D), V, head = hidden_TD.shape, len(weight_VD), (weight_VD, bias_V)
     keep = needs[1] and T * V * hidden_TD.element_size() <= SAVED_PROBS_BYTES
     others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=exact(hidden_TD.dtype))
     probs_TV = hidden_TD.new_empty((T, V) if keep else (0, V))
-    place_CV = _place(hidden_TD, V, o)
+    last = _rows_to_run(T % o.chunk, head, o, needs[0]) if T % o.chunk else o.chunk
+    place_CV = _place(hidden_TD, o.chunk if T > o.chunk else last, V)
     scores = []
     for start in range(0, T, o.chunk):
         rows = slice(start, min(start + o.chunk, T))
-        n = rows.stop - start
-        hidden_CD, targets_C = _pad_rows(hidden_TD[rows], o.chunk), _pad_rows(targets_T[rows], o.chunk)
-        scores_C, probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o, place_CV)
+        n, run = rows.stop - start, o.chunk if start + o.chunk <= T else last
+        hidden_CD, targets_C = _pad_rows(hidden_TD[rows], run), _pad_rows(targets_T[rows], run)
+        scores_C, probs_CV, others_CD = _of_chunk(hidden_CD, targets_C, head, o, place_CV, needs[0])
         scores.append(Scores(*(None if x is None else x[:n] for x in scores_C)))  # type: ignore[arg-type]
-        if needs[0]:
-            others_TD[rows] = _product(probs_CV, weight_VD)[:n]
+        if others_CD is not None:
+            others_TD[rows] = others_CD[:n]
         if keep:
             probs_TV[rows] = probs_CV[:n]
     return Run(_concatenated(scores, hidden_TD, o.entropy), others_TD, None, [probs_TV] if keep else [])
@@ -229,7 +268,7 @@ def weight_grad_chunks(scaled_TD: Tensor, inputs: Inputs, kept: list[Tensor], o:
     if kept:
         return _product(kept[0].T, scaled_TD).to(exact(hidden_TD.dtype)).neg_()
     grad_VD = torch.zeros_like(weight_VD, dtype=exact(hidden_TD.dtype))
-    place_CV = _place(hidden_TD, len(weight_VD), o)
+    place_CV = _place(hidden_TD, o.chunk, len(weight_VD))
     chunks = (x.split(o.chunk) for x in (hidden_TD, scaled_TD, targets_T))
     for hidden_CD, scaled_CD, targets_C in zip(*chunks, strict=True):
         probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o, place_CV)[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kernels import linear_logprobs, selective_log_softmax
+from kernels import linear_logprobs, linear_paths, selective_log_softmax
 from kernels.linear_logprobs import IGNORE_INDEX, reference_linear_logprobs
 
 module = importlib.import_module("kernels.linear_logprobs")  # the package's name for it is the function
@@ -82,6 +82,45 @@ def test_a_row_alone_has_the_bits_of_the_row_in_any_batch(dtype):
     whole = linear_logprobs(hidden, weight, targets, chunk_tokens=32)
     for i in (0, 31, 32, 99):
         assert torch.equal(linear_logprobs(hidden[i : i + 1], weight, targets[i : i + 1], chunk_tokens=32)[0], whole[i])
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_few_rows_are_not_filled_up_to_a_chunk_and_keep_their_bits(monkeypatch, dtype, trains):
+    hidden, weight, targets = make(160, 64, 333, dtype)
+    hidden.requires_grad_(trains)
+
+    def run(rows: int) -> tuple[list[int], list[torch.Tensor]]:
+        logp = linear_logprobs(hidden[:rows], weight, targets[:rows])
+        hidden.grad = None
+        if trains:
+            logp.sum().backward()
+        return seen.pop(), [logp.detach(), *([hidden.grad[:rows]] if trains else [])]
+
+    seen, of_chunk = [], linear_paths._of_chunk
+    monkeypatch.setattr(linear_paths, "_exact_counts", {})
+    monkeypatch.setattr(linear_paths, "_of_chunk", lambda h, *rest: (seen.append(len(h)), of_chunk(h, *rest))[1])
+    rows, few = run(12)
+    [exact] = linear_paths._exact_counts.values()
+    assert rows == next(iter(exact), 128)
+    whole = run(128)[1]
+    assert all(torch.equal(one, other[:12]) for one, other in zip(few, whole, strict=True))
+
+
+def test_where_bits_depend_on_the_number_of_rows_a_chunk_is_filled_up(monkeypatch):
+    hidden, weight, targets = make(12, 16, 50, torch.float32)
+    rows, logits = [], linear_paths._logits
+
+    def multiply(hidden_CD, weight_VD, out_CV):
+        rows.append(len(hidden_CD))
+        return logits(hidden_CD, weight_VD, out_CV).mul_(1 + 1e-3 * (len(hidden_CD) in (16, 64)))
+
+    monkeypatch.setattr(linear_paths, "_exact_counts", {})
+    monkeypatch.setattr(linear_paths, "_logits", multiply)
+    linear_logprobs(hidden, weight, targets)
+    assert rows == [128, 16, 32, 64, 32]
+    linear_logprobs(hidden, weight, targets)
+    assert rows[5:] == [32]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
