@@ -213,7 +213,7 @@ def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
     others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=exact(hidden_TD.dtype))
     probs_TV = hidden_TD.new_empty((T, V) if keep else (0, V))
     last = _rows_to_run(T % o.chunk, head, o, needs[0]) if T % o.chunk else o.chunk
-    place_CV = _place(hidden_TD, o.chunk if T > o.chunk else last, V)
+    place_CV = _place(hidden_TD, o.chunk if o.chunk < T else last, V)
     scores = []
     for start in range(0, T, o.chunk):
         rows = slice(start, min(start + o.chunk, T))
