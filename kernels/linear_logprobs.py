@@ -174,8 +174,7 @@ class _LinearLogprobs(torch.autograd.Function):
             scaled_T = total_T if factor_T is None else total_T * factor_T
             scaled_TD = (scaled_T[:, None] * hidden_TD).to(hidden_TD.dtype)
             weight_grad = weight_grad_fused if o.path == "fused" else weight_grad_chunks
-            inputs = (hidden_TD, weight_VD.to(hidden_TD.dtype), bias_V, targets_T)
-            grad_weight_VD = weight_grad(scaled_TD, inputs, kept, o)
+            grad_weight_VD = weight_grad(scaled_TD, (hidden_TD, weight_VD, bias_V, targets_T), kept, o)
             coefficient_T = grad_T * -torch.expm1(logp_T)
             if grad_lse_T is not None:
                 coefficient_T = coefficient_T + grad_lse_T * logp_T.exp()

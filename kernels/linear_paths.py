@@ -29,7 +29,7 @@ Gather = Callable[[Tensor], Sequence[Tensor]]
 """A collective: one rank's tensor in, every rank's out, in rank order."""
 
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
-"""hidden_TD, weight_VD in the hidden's dtype, bias_V, and targets_T as words of this shard, -1 where it has none."""
+"""hidden_TD, weight_VD (of run_* in the hidden's dtype), bias_V, and targets_T as words of this shard, -1: none."""
 
 Head = tuple[Tensor, Tensor | None]
 """weight_VD and bias_V of these."""
@@ -165,17 +165,30 @@ def _concatenated(scores: list[Scores], like: Tensor, entropy: bool) -> Scores:
     return Scores(torch.cat(logp), torch.cat(lse), torch.cat(target), torch.cat(entropies) if entropy else None)
 
 
-def _place(hidden_TD: Tensor, rows: int, V: int) -> Tensor:
-    """Where every chunk's logits, then probabilities, go in turn: allocating each anew would hold two at a time."""
+class Places(NamedTuple):
+    """Where every chunk's logits, then probabilities, go in turn: allocating each anew would hold two at a time.
+
+    `probs_CV`: where they are rounded to, if their product is in half precision on a CPU, whose new pages cost more.
+    """
+
+    logits_CV: Tensor
+    probs_CV: Tensor | None
+
+
+def _places(hidden_TD: Tensor, rows: int, V: int, o: Options, grad: bool) -> Places:
     elsewhere = hidden_TD.is_cuda and hidden_TD.dtype in HALF  # a GPU's product makes its own
-    return hidden_TD.new_empty(0 if elsewhere else rows, V, dtype=exact(hidden_TD.dtype))
+    logits_CV = hidden_TD.new_empty(0 if elsewhere else rows, V, dtype=exact(hidden_TD.dtype))
+    rounded = grad and o.path == "torch" and hidden_TD.dtype in HALF and not (elsewhere or _widens(hidden_TD))
+    return Places(logits_CV, hidden_TD.new_empty(rows, V) if rounded else None)
 
 
 def _of_chunk(
-    hidden_CD: Tensor, targets_C: Tensor, head: Head, o: Options, place_CV: Tensor, grad: bool
+    hidden_CD: Tensor, targets_C: Tensor, head: Head, o: Options, places: Places, grad: bool
 ) -> tuple[Scores, Tensor, Tensor | None]:
     """Of a chunk: scores, c_v p_v, and (`grad`) sum_{v != y} c_v p_v W_v."""
-    scores, probs_CV = _softmax(hidden_CD, *head, targets_C, o, place_CV)
+    scores, probs_CV = _softmax(hidden_CD, *head, targets_C, o, places.logits_CV)
+    if places.probs_CV is not None:
+        probs_CV = places.probs_CV[: len(probs_CV)].copy_(probs_CV)
     return scores, probs_CV, _product(probs_CV, head[0]) if grad else None
 
 
@@ -194,10 +207,11 @@ def _rows_to_run(rows: int, head: Head, o: Options, grad: bool) -> int:
     if key not in _exact_counts:
         draw = torch.Generator().manual_seed(0)
         hidden_CD = torch.randn(o.chunk, weight_VD.shape[1], generator=draw).to(weight_VD.dtype)
-        targets_C, place_CV = torch.zeros(o.chunk, dtype=torch.int64), _place(hidden_CD, o.chunk, len(weight_VD))
+        targets_C = torch.zeros(o.chunk, dtype=torch.int64)
+        places = _places(hidden_CD, o.chunk, len(weight_VD), o, grad)
 
         def values(count: int) -> Tensor:
-            scores, _, others_CD = _of_chunk(hidden_CD[:count], targets_C[:count], head, o, place_CV, grad)
+            scores, _, others_CD = _of_chunk(hidden_CD[:count], targets_C[:count], head, o, places, grad)
             return scores.logp_T[:, None] if others_CD is None else torch.cat([scores.logp_T[:, None], others_CD], 1)
 
         whole = values(o.chunk)
@@ -213,13 +227,13 @@ def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
     others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=exact(hidden_TD.dtype))
     probs_TV = hidden_TD.new_empty((T, V) if keep else (0, V))
     last = _rows_to_run(T % o.chunk, head, o, needs[0]) if T % o.chunk else o.chunk
-    place_CV = _place(hidden_TD, o.chunk if o.chunk < T else last, V)
+    places = _places(hidden_TD, o.chunk if o.chunk < T else last, V, o, needs[0])
     scores = []
     for start in range(0, T, o.chunk):
         rows = slice(start, min(start + o.chunk, T))
         n, run = rows.stop - start, o.chunk if start + o.chunk <= T else last
         hidden_CD, targets_C = _pad_rows(hidden_TD[rows], run), _pad_rows(targets_T[rows], run)
-        scores_C, probs_CV, others_CD = _of_chunk(hidden_CD, targets_C, head, o, place_CV, needs[0])
+        scores_C, probs_CV, others_CD = _of_chunk(hidden_CD, targets_C, head, o, places, needs[0])
         scores.append(Scores(*(None if x is None else x[:n] for x in scores_C)))  # type: ignore[arg-type]
         if others_CD is not None:
             others_TD[rows] = others_CD[:n]
@@ -266,9 +280,10 @@ def weight_grad_chunks(scaled_TD: Tensor, inputs: Inputs, kept: list[Tensor], o:
     """-sum_t c_v p_tv scaled_t over the words but the targets, [V, D] in the exact dtype: torch and chunked paths."""
     hidden_TD, weight_VD, bias_V, targets_T = inputs
     if kept:
-        return _product(kept[0].T, scaled_TD).to(exact(hidden_TD.dtype)).neg_()
+        return _product(kept[0].T, -scaled_TD).to(exact(hidden_TD.dtype))
+    weight_VD = weight_VD.to(hidden_TD.dtype)
     grad_VD = torch.zeros_like(weight_VD, dtype=exact(hidden_TD.dtype))
-    place_CV = _place(hidden_TD, o.chunk, len(weight_VD))
+    place_CV = _places(hidden_TD, o.chunk, len(weight_VD), o, False).logits_CV
     chunks = (x.split(o.chunk) for x in (hidden_TD, scaled_TD, targets_T))
     for hidden_CD, scaled_CD, targets_C in zip(*chunks, strict=True):
         probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o, place_CV)[1]
@@ -282,7 +297,9 @@ def weight_grad_fused(scaled_TD: Tensor, inputs: Inputs, kept: list[Tensor], o: 
 
     hidden_TD, weight_VD, bias_V, targets_T = inputs
     grad_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
-    for i, rows in enumerate(_fused_chunks(len(hidden_TD), len(weight_VD) * hidden_TD.element_size())):
+    chunks = _fused_chunks(len(hidden_TD), len(weight_VD) * hidden_TD.element_size())
+    weight_VD = weight_VD.to(hidden_TD.dtype) if len(kept) < 3 * len(chunks) else weight_VD
+    for i, rows in enumerate(chunks):
         if 3 * i < len(kept):
             chunk = linear_triton.Kept(*kept[3 * i : 3 * i + 3])
         else:

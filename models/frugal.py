@@ -24,7 +24,7 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, weight_D)
         ctx.eps, ctx.late = eps, late
         normal = F.rms_norm(x.to(exact(x.dtype)), (x.shape[-1],), eps=eps)
-        return (normal * weight_D).to(x.dtype) if late else normal.to(x.dtype) * weight_D
+        return (normal * weight_D).to(x.dtype) if late else normal.to(x.dtype).mul_(weight_D)
 
     @staticmethod
     @once_differentiable
@@ -50,7 +50,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
