@@ -9,6 +9,7 @@ p_y -> 1, W_y - p_y W_y would cancel in bf16.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -192,31 +193,45 @@ def _of_chunk(
     return scores, probs_CV, _product(probs_CV, head[0]) if grad else None
 
 
-_exact_counts: dict[tuple[object, ...], list[int]] = {}
+@cache
+def _exact_counts(
+    V: int, D: int, dtype: torch.dtype, chunk: int, entropy: bool, grad: bool, threads: int
+) -> tuple[int, ...]:
+    """Of FEW_ROWS those of which logits, softmax and (`grad`) gradient have, row for row, the bits of a whole chunk's.
+
+    It depends on the library and the machine, which is asked once, by numbers of no meaning.
+    """
+    counts = tuple(count for count in FEW_ROWS if count < chunk)
+    if not counts:
+        return ()
+    draw = torch.Generator().manual_seed(0)
+    hidden_CD = torch.randn(chunk, D, generator=draw, device="cpu").to(dtype)
+    some_WD = torch.randn(min(V, 509), D, generator=draw, device="cpu").mul(D**-0.5).to(dtype)
+    weight_VD = some_WD.repeat(-(-V // len(some_WD)), 1)[:V]
+    targets_C, place_CV = torch.arange(chunk, device="cpu") % V, hidden_CD.new_empty(chunk, V, dtype=exact(dtype))
+
+    def values(count: int) -> list[Tensor]:
+        logits_CV = _logits(hidden_CD[:count], weight_VD, place_CV[:count])
+        first = logits_CV[: max(counts)].clone()
+        scores, probs_CV = _softmax_in_torch(logits_CV, targets_C[:count], entropy)
+        others = [_product(probs_CV, weight_VD)] if grad else []
+        return [first, probs_CV[: max(counts)].clone(), *(x for x in scores if x is not None), *others]
+
+    whole = values(chunk)
+
+    def same(count: int) -> bool:
+        return all(torch.equal(few, all_C[:count]) for few, all_C in zip(values(count), whole, strict=True))
+
+    return tuple(count for count in counts if same(count))
 
 
 def _rows_to_run(rows: int, head: Head, o: Options, grad: bool) -> int:
-    """With how many rows a chunk of so many is run: as few as have, row for row, the bits of a whole chunk's.
-
-    Whether they do depends on the library and the machine, which is asked once for each shape of a head.
-    """
-    weight_VD = head[0]
+    """With how many rows a chunk of so many is run: as few as change none of their bits."""
+    (V, D), weight_VD = head[0].shape, head[0]
     if weight_VD.is_cuda or o.path != "torch" or rows > max(FEW_ROWS):
         return o.chunk
-    key = (weight_VD.shape, weight_VD.dtype, o, grad)
-    if key not in _exact_counts:
-        draw = torch.Generator().manual_seed(0)
-        hidden_CD = torch.randn(o.chunk, weight_VD.shape[1], generator=draw).to(weight_VD.dtype)
-        targets_C = torch.zeros(o.chunk, dtype=torch.int64)
-        places = _places(hidden_CD, o.chunk, len(weight_VD), o, grad)
-
-        def values(count: int) -> Tensor:
-            scores, _, others_CD = _of_chunk(hidden_CD[:count], targets_C[:count], head, o, places, grad)
-            return scores.logp_T[:, None] if others_CD is None else torch.cat([scores.logp_T[:, None], others_CD], 1)
-
-        whole = values(o.chunk)
-        _exact_counts[key] = [n for n in FEW_ROWS if n < o.chunk and torch.equal(values(n), whole[:n])]
-    return next((count for count in _exact_counts[key] if rows <= count), o.chunk)
+    counts = _exact_counts(V, D, weight_VD.dtype, o.chunk, o.entropy, grad, torch.get_num_threads())
+    return next((count for count in counts if rows <= count), o.chunk)
 
 
 def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
