@@ -32,9 +32,6 @@ Gather = Callable[[Tensor], Sequence[Tensor]]
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor]
 """hidden_TD, weight_VD (of run_* in the hidden's dtype), bias_V, and targets_T as words of this shard, -1: none."""
 
-Head = tuple[Tensor, Tensor | None]
-"""weight_VD and bias_V of these."""
-
 
 class Options(NamedTuple):
     """What the paths need to know beside the tensors."""
@@ -183,16 +180,6 @@ def _places(hidden_TD: Tensor, rows: int, V: int, o: Options, grad: bool) -> Pla
     return Places(logits_CV, hidden_TD.new_empty(rows, V) if rounded else None)
 
 
-def _of_chunk(
-    hidden_CD: Tensor, targets_C: Tensor, head: Head, o: Options, places: Places, grad: bool
-) -> tuple[Scores, Tensor, Tensor | None]:
-    """Of a chunk: scores, c_v p_v, and (`grad`) sum_{v != y} c_v p_v W_v."""
-    scores, probs_CV = _softmax(hidden_CD, *head, targets_C, o, places.logits_CV)
-    if places.probs_CV is not None:
-        probs_CV = places.probs_CV[: len(probs_CV)].copy_(probs_CV)
-    return scores, probs_CV, _product(probs_CV, head[0]) if grad else None
-
-
 @cache
 def _exact_counts(
     V: int, D: int, dtype: torch.dtype, chunk: int, entropy: bool, grad: bool, threads: int
@@ -225,33 +212,34 @@ def _exact_counts(
     return tuple(count for count in counts if same(count))
 
 
-def _rows_to_run(rows: int, head: Head, o: Options, grad: bool) -> int:
+def _rows_to_run(rows: int, weight_VD: Tensor, o: Options, grad: bool) -> int:
     """With how many rows a chunk of so many is run: as few as change none of their bits."""
-    (V, D), weight_VD = head[0].shape, head[0]
     if weight_VD.is_cuda or o.path != "torch" or rows > max(FEW_ROWS):
         return o.chunk
-    counts = _exact_counts(V, D, weight_VD.dtype, o.chunk, o.entropy, grad, torch.get_num_threads())
+    counts = _exact_counts(*weight_VD.shape, weight_VD.dtype, o.chunk, o.entropy, grad, torch.get_num_threads())
     return next((count for count in counts if rows <= count), o.chunk)
 
 
 def run_chunks(inputs: Inputs, o: Options, needs: tuple[bool, bool]) -> Run:
     """The torch and chunked paths, for the gradients (hidden, weight): every row has the bits of a whole chunk's."""
     hidden_TD, weight_VD, bias_V, targets_T = inputs
-    (T, D), V, head = hidden_TD.shape, len(weight_VD), (weight_VD, bias_V)
+    (T, D), V = hidden_TD.shape, len(weight_VD)
     keep = needs[1] and T * V * hidden_TD.element_size() <= SAVED_PROBS_BYTES
     others_TD = hidden_TD.new_empty((T, D) if needs[0] else (0, D), dtype=exact(hidden_TD.dtype))
     probs_TV = hidden_TD.new_empty((T, V) if keep else (0, V))
-    last = _rows_to_run(T % o.chunk, head, o, needs[0]) if T % o.chunk else o.chunk
+    last = _rows_to_run(T % o.chunk, weight_VD, o, needs[0]) if T % o.chunk else o.chunk
     places = _places(hidden_TD, o.chunk if o.chunk < T else last, V, o, needs[0])
     scores = []
     for start in range(0, T, o.chunk):
         rows = slice(start, min(start + o.chunk, T))
         n, run = rows.stop - start, o.chunk if start + o.chunk <= T else last
         hidden_CD, targets_C = _pad_rows(hidden_TD[rows], run), _pad_rows(targets_T[rows], run)
-        scores_C, probs_CV, others_CD = _of_chunk(hidden_CD, targets_C, head, o, places, needs[0])
+        scores_C, probs_CV = _softmax(hidden_CD, weight_VD, bias_V, targets_C, o, places.logits_CV)
+        if places.probs_CV is not None:
+            probs_CV = places.probs_CV[:run].copy_(probs_CV)
         scores.append(Scores(*(None if x is None else x[:n] for x in scores_C)))  # type: ignore[arg-type]
-        if others_CD is not None:
-            others_TD[rows] = others_CD[:n]
+        if needs[0]:
+            others_TD[rows] = _product(probs_CV, weight_VD)[:n]
         if keep:
             probs_TV[rows] = probs_CV[:n]
     return Run(_concatenated(scores, hidden_TD, o.entropy), others_TD, None, [probs_TV] if keep else [])

@@ -92,13 +92,13 @@ def test_a_last_chunk_of_few_rows_is_not_filled_up_and_keeps_its_bits(monkeypatc
 
     def run(rows: int) -> tuple[list[int], list[torch.Tensor]]:
         h, seen = hidden[:rows].clone().requires_grad_(trains), []
-        monkeypatch.setattr(linear_paths, "_of_chunk", lambda h, *rest: (seen.append(len(h)), of_chunk(h, *rest))[1])
+        monkeypatch.setattr(linear_paths, "_softmax", lambda h, *rest: (seen.append(len(h)), softmax(h, *rest))[1])
         out = linear_logprobs(h, weight, targets[:rows], bias=bias, softcap=20.0, return_lse=True, return_entropy=True)
         if trains:
             (out.logp_T.sum() + out.lse_T.square().sum()).backward()
         return seen, [x.detach() for x in (*out, h.grad) if x is not None]
 
-    of_chunk = linear_paths._of_chunk
+    softmax = linear_paths._softmax
     logits = {n: linear_paths._logits(hidden[:n], weight, out_of(hidden, n, 1333)) for n in (16, 32, 64, 128)}
     exact = [n for n in (16, 32, 64) if torch.equal(logits[n], logits[128][:n])]
     (rows, few), (tail_rows, tail) = run(12), run(140)
