@@ -28,7 +28,7 @@ from dpo.pairs import TreeSums
 from dpo.routes import routes_of
 from dpo.rows import PairValues, Row, pairs_of, values_of
 from dpo.tokens import Trees, keep_trees, token_trees
-from dpo.trees import PAIR_WEIGHTS, Completion, Pair, Tree
+from dpo.trees import PAIR_WEIGHTS, Completion, Pair, Tree, find_stems
 from models.decoder import Decoder
 from models.errors import UserError
 from models.files import atomic_write_text, read_text, write_json
@@ -85,13 +85,15 @@ def _tree(name: str, asked: Tree, branch: int, sides: Sides, values: PairValues,
     """One question of `asked`, its critiques, and all pairs of a right one with another one."""
     every = sides.right + sides.other
     places = product(range(len(sides.right)), range(len(sides.right), len(every)))
+    branches = tuple(ids[:-1] for ids in every)
     return Tree(
         name,
         asked.prompt + asked.branches[branch],
-        tuple(ids[:-1] for ids in every),
+        branches,
         tuple(Completion(place, 0, ids) for place, ids in enumerate(every)),
         tuple(Pair(*pair, *values.weighed(weight)) for pair in places),
         asked.prefix,
+        find_stems(branches),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo.trees import Tree
-from models.attention import Layout, TreeShape
+from models.attention import Layout, Shape
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,13 @@ def _pieces(index: int, tree: Tree, pack_tokens: int) -> list[_Piece]:
     pieces: list[_Piece] = []
     taken: list[int] = []
     prompt, room = len(tree.prompt) - tree.prefix, pack_tokens - tree.prefix
-    size = prompt
     for branch, tokens in enumerate(tree.branches):
         assert prompt + len(tokens) <= room, f"tree {tree.id}: a branch does not fit the pack"
-        if size + len(tokens) > room:
-            pieces.append(_Piece(index, tuple(taken), size))
-            taken, size = [], prompt
+        if prompt + tree.tokens_of([*taken, branch]) > room:
+            pieces.append(_Piece(index, tuple(taken), prompt + tree.tokens_of(taken)))
+            taken = []
         taken.append(branch)
-        size += len(tokens)
-    return [*pieces, _Piece(index, tuple(taken), size)]
+    return [*pieces, _Piece(index, tuple(taken), prompt + tree.tokens_of(taken))]
 
 
 def _first_fit_decreasing(trees: Sequence[Tree], pack_tokens: int) -> list[list[_Piece]]:
@@ -107,25 +105,39 @@ def _pack(pieces: Sequence[_Piece], trees: Sequence[Tree], slots: dict[tuple[int
     prefix = trees[pieces[0].tree].prefix
     tokens = list(trees[pieces[0].tree].prompt[:prefix])
     positions = list(range(prefix))
-    shapes: list[TreeShape] = []
     scored: list[tuple[int, int, int]] = []
-    for piece in pieces:
-        tree = trees[piece.tree]
-        prompt = len(tree.prompt)
-        tokens += tree.prompt[prefix:]
-        positions += range(prefix, prompt)
-        last_prompt_row = len(tokens) - 1
-        for branch in piece.branches:
-            begin = len(tokens)
-            tokens += tree.branches[branch]
-            positions += range(prompt, prompt + len(tree.branches[branch]))
+
+    def lay(ids: Sequence[int], position: int) -> list[int]:
+        """Tokens that stand behind the last ones; their rows."""
+        rows = list(range(len(tokens), len(tokens) + len(ids)))
+        tokens.extend(ids)
+        positions.extend(range(position, position + len(ids)))
+        return rows
+
+    def lay_branches(piece: _Piece, members: Sequence[int], level: int, rows: list[int]) -> tuple[Shape, ...]:
+        """Branches whose first `level` stems are the same ones; `rows`: of the last prompt token, then of these."""
+        tree, shapes, begin = trees[piece.tree], list[Shape](), len(rows) - 1
+        stems = {branch: tree.stems_of(branch)[level:] for branch in members}
+        for stem in dict.fromkeys(of_branch[0] for of_branch in stems.values() if of_branch):
+            above = [branch for branch in members if stem in stems[branch][:1]]
+            longer = rows + lay(tree.branches[above[0]][begin : stem.end], len(tree.prompt) + begin)
+            shapes.append((stem.end - begin, lay_branches(piece, above, level + 1, longer)))
+        for branch in (branch for branch in members if not stems[branch]):
+            own = tree.branches[branch][begin:]
+            longer = rows + lay(own, len(tree.prompt) + begin)
+            shapes.append(len(own))
             for index, completion in enumerate(tree.completions):
                 if completion.branch == branch:
-                    row = begin + completion.start - 1
-                    rows = [r if r >= begin else last_prompt_row for r in range(row, row + len(completion.targets))]
+                    of_targets = longer[completion.start : completion.start + len(completion.targets)]
                     slot = slots[piece.tree, index]
-                    scored += [(r, target, slot) for r, target in zip(rows, completion.targets, strict=True)]
-        shapes.append((prompt - prefix, tuple(len(tree.branches[branch]) for branch in piece.branches)))
+                    scored.extend((row, x, slot) for row, x in zip(of_targets, completion.targets, strict=True))
+        return tuple(shapes)
+
+    shapes: list[Shape] = []
+    for piece in pieces:
+        prompt = trees[piece.tree].prompt
+        rows = lay(prompt[prefix:], prefix)
+        shapes.append((len(rows), lay_branches(piece, piece.branches, 0, rows[-1:])))
     padding = pack_tokens - len(tokens)
     rows_R, targets_R, completion_R = torch.tensor(scored, dtype=torch.int64).reshape(-1, 3).T.contiguous()
     tokens_T, positions_T = torch.tensor(tokens + [0] * padding), torch.tensor(positions + [0] * padding)

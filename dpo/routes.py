@@ -9,6 +9,7 @@ are, and found again in whatever pack they lie: a byte (two beyond 256 experts) 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from dpo.logprobs import Note, TreeLogps
 from dpo.packing import Pack
 from dpo.store import Values, read_values, write_part
 from dpo.trees import Tree
+from models.attention import runs
 from models.config import ModelConfig
 from models.errors import UserError
 from models.routing import Routing
@@ -28,33 +30,31 @@ from models.routing import Routing
 WINDOW_TREES = 1024  # whose routes are held at once
 
 
-def _address(prefix: int, prompt: np.ndarray, branch: np.ndarray) -> bytes:
-    head = np.array([prefix, len(prompt)])  # where a prefix ends changes no route but by the last bits of its logits
-    return hashlib.blake2b(np.concatenate([head, prompt, branch]).astype("<i8").tobytes(), digest_size=16).digest()
+def _address(path: Sequence[int], tokens: Sequence[int]) -> bytes:
+    """Of a run by where each run on the way ends: that changes no route but by the last bits of its logits."""
+    ids = np.fromiter(chain([len(path)], path, tokens), dtype="<i8")
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
-def tree_addresses(tree: Tree) -> list[bytes]:
-    """Of its prefix, of its prompt, of each branch: those that have tokens."""
-    prompt, none = np.array(tree.prompt), np.array([], dtype=np.int64)
-    ends = [tree.prefix] * bool(tree.prefix) + [len(prompt)]
-    heads = [_address(tree.prefix, prompt[:end], none) for end in ends]
-    return heads + [_address(tree.prefix, prompt, np.array(branch)) for branch in tree.branches if branch]
+def tree_addresses(tree: Tree) -> set[bytes]:
+    """Of its prefix, its prompt, each stem, and the rest of each branch: those that have tokens."""
+    found = set()
+    for branch, ids in enumerate(tree.branches):
+        path, tokens, begin = tree.path(branch), tree.prompt + ids, 0
+        for number, end in enumerate(path, 1):
+            if end > begin:
+                found.add(_address(path[:number], tokens[:end]))
+            begin = end
+    return found
 
 
 def segments(pack: Pack) -> Iterator[tuple[bytes, slice]]:
     """The same of what lies in a pack, with its rows."""
-    tokens_T, prefix, none = pack.tokens_T.numpy(), pack.layout.prefix, np.array([], dtype=np.int64)
-    if prefix:
-        yield _address(prefix, tokens_T[:prefix], none), slice(0, prefix)
-    end = prefix
-    for length, branches in pack.layout.trees:
-        prompt = np.concatenate([tokens_T[:prefix], tokens_T[end : end + length]])
-        yield _address(prefix, prompt, none), slice(end, end + length)
-        end += length
-        for branch in branches:
-            if branch:
-                yield _address(prefix, prompt, tokens_T[end : end + branch]), slice(end, end + branch)
-            end += branch
+    tokens = pack.tokens_T.tolist()
+    for run in runs(pack.layout):
+        path = list(accumulate(place.stop - place.start for place in run.seen))
+        if run.seen[-1].start < run.seen[-1].stop:
+            yield _address(path, [token for place in run.seen for token in tokens[place]]), run.seen[-1]
 
 
 def store_routes(

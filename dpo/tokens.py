@@ -33,7 +33,7 @@ import models.tokenizer
 from dpo.lines import Lines
 from dpo.log import progress
 from dpo.rows import Row
-from dpo.trees import Built, Completion, Pair, Tree, TreeSettings, build_trees
+from dpo.trees import Built, Completion, Pair, Stem, Tree, TreeSettings, build_trees
 from models.files import atomic_folder
 from models.tokenizer import Tokenizer
 
@@ -165,14 +165,14 @@ def _lines(trees: Iterable[Built]) -> Encoded:
         tree = built.tree
         completions = [(c.branch, c.start, c.targets) for c in tree.completions]
         pairs = [(p.winner, p.loser, p.weight, p.margin, p.soft_label, p.twin) for p in tree.pairs]
-        record = (tree.id, tree.prompt, tree.branches, completions, pairs, tree.prefix)
+        record = (tree.id, tree.prompt, tree.branches, completions, pairs, tree.prefix, tree.stems)
         lines.append(json.dumps(record, separators=(",", ":")).encode() + b"\n")
         table.append((len(lines[-1]), built.row, len(completions), len(pairs), built.cut, built.merges))
     return b"".join(lines), np.array(table, np.int64).reshape(-1, len(TABLE))
 
 
 def _decode(line: bytes) -> Tree:
-    name, prompt, branches, completions, pairs, prefix = json.loads(line)
+    name, prompt, branches, completions, pairs, prefix, stems = json.loads(line)
     return Tree(
         name,
         tuple(prompt),
@@ -180,4 +180,5 @@ def _decode(line: bytes) -> Tree:
         tuple(Completion(branch, start, tuple(targets)) for branch, start, targets in completions),
         tuple(Pair(*pair) for pair in pairs),
         prefix,
+        tuple(tuple(Stem(*stem) for stem in of_branch) for of_branch in stems),
     )

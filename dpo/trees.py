@@ -4,16 +4,17 @@ Letters: `L` labels of a judge's template. Read next: dpo/packing.py.
 
 The prompt is run once and every branch once, however many pairs they are in. A completion is scored, not run: its first
 token is scored at the last row of what precedes it, and its last token is never an input. So a verdict costs no token
-at all: the two orders of the answers are two branches, and the last row of each scores both "A" and "B".
+at all: the two orders of the answers are two branches, and the last row of each scores both "A" and "B". What
+several branches begin with is run once, too: an answer that stands first in several questions.
 """
 
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,8 @@ from dpo.judge.prompts import COMPARE, QUESTIONS, SLOTS, Template, asked_by, jud
 from dpo.rows import Row, pairs_of, values_of
 from models.errors import UserError
 from models.tokenizer import Tokenizer
+
+LEAST_SAVED = 32  # tokens, for a stem to pay for the calls that it costs
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,19 @@ class Pair:
     twin: int | None = None
 
 
+class Stem(NamedTuple):
+    """What some branches begin with, after the stem before: its number in the tree, and where in them it ends."""
+
+    number: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Tree:
     """One row's prompt, branches (input tokens after the prompt; may be empty), completions and pairs.
 
-    The first `prefix` tokens of the prompt, fewer than all, are run once for all trees of a pack that begin with them.
+    The first `prefix` tokens of the prompt, fewer than all, are run once for all trees of a pack that begin with them;
+    a stem once for all branches of a pack that begin with it. `stems` has those of each branch; empty: there are none.
     """
 
     id: str
@@ -61,19 +72,38 @@ class Tree:
     completions: tuple[Completion, ...]
     pairs: tuple[Pair, ...]
     prefix: int = 0
+    stems: tuple[tuple[Stem, ...], ...] = ()
 
     @property
     def tokens(self) -> int:
-        return len(self.prompt) + sum(map(len, self.branches))
+        return len(self.prompt) + self.tokens_of(range(len(self.branches)))
+
+    def path(self, branch: int) -> tuple[int, ...]:
+        """Where on the way to its end each run of tokens ends: prefix, prompt, stems, what is its own."""
+        ends = (0, *(end for _, end in self.stems_of(branch)), len(self.branches[branch]))
+        return (self.prefix, *(len(self.prompt) + end for end in ends))
+
+    def stems_of(self, branch: int) -> tuple[Stem, ...]:
+        return self.stems[branch] if self.stems else ()
+
+    def tokens_of(self, branches: Iterable[int]) -> int:
+        """Of these branches together, each stem once."""
+        own, of_stems = 0, {}
+        for branch in branches:
+            begin = 0
+            for number, end in self.stems_of(branch):
+                of_stems[number], begin = end - begin, end
+            own += len(self.branches[branch]) - begin
+        return own + sum(of_stems.values())
 
     def key(self, completion: int) -> bytes:
         """Content address of a completion's log-probs: prompt, branch, and what of it is scored (16 bytes).
 
-        Where the prefix ends is part of it: it changes no value, but the shapes that the values' last bits come from.
+        Where prefix and stems end is part of it: they change no value, but the shapes its last bits come from.
         """
         c = self.completions[completion]
-        branch = self.branches[c.branch]
-        head = (self.prefix, len(self.prompt), len(branch), c.start, len(c.targets))
+        branch, path = self.branches[c.branch], self.path(c.branch)
+        head = (len(path), *path, c.start, len(c.targets))
         ids = np.fromiter(chain(head, self.prompt, branch, c.targets), dtype="<i8")
         return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
@@ -112,6 +142,30 @@ def answers_of(row: Row, pairs: Sequence[tuple[int, int]]) -> dict[str, str]:
     return {answer: thinking.get(answer, "") for i, j in pairs for answer in (row.chosen[i], row.rejected[j])}
 
 
+def find_stems(branches: Sequence[Sequence[int]], least: int = LEAST_SAVED) -> tuple[tuple[Stem, ...], ...]:
+    """What branches have alike at their beginnings, where a stem saves at least so many tokens; empty for none."""
+    stems: list[tuple[Stem, ...]] = [()] * len(branches)
+    numbers = count()
+
+    def part(members: Sequence[int], begin: int, at: int) -> None:
+        """Of members alike up to `at`, those alike beyond it; their last stem ends at `begin`."""
+        alike: dict[int, list[int]] = {}
+        for branch in members:
+            if at < len(branches[branch]):
+                alike.setdefault(branches[branch][at], []).append(branch)
+        for group in alike.values():
+            if len(group) > 1:
+                end = at + len(os.path.commonprefix([tuple(branches[branch][at:]) for branch in group]))
+                pays = (len(group) - 1) * (end - begin) >= least
+                stem = (Stem(next(numbers), end),) if pays else ()
+                for branch in group:
+                    stems[branch] += stem
+                part(group, end if pays else begin, end)
+
+    part(range(len(branches)), 0, 0)
+    return tuple(stems) if any(stems) else ()
+
+
 def response_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings) -> Tree:
     """prompt -> chosen against rejected: a branch for each distinct answer that a pair needs."""
     prompt, pairs = tuple(tokenizer.prompt_ids(row.prompt)), pairs_of(row, settings.pairs_per_row)
@@ -119,14 +173,16 @@ def response_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings) -> Tre
     scored = [tuple(tokenizer.completion_ids(row.prompt, *thought)) for thought in thinking.items()]
     place = {answer: branch for branch, answer in enumerate(thinking)}
     weight = PAIR_WEIGHTS[settings.pair_weight](len(pairs))
+    branches = tuple(tokens[:-1] for tokens in scored)
     return Tree(
         row.id,
         prompt,
-        tuple(tokens[:-1] for tokens in scored),
+        branches,
         tuple(Completion(branch, 0, tokens) for branch, tokens in enumerate(scored)),
         tuple(
             Pair(place[row.chosen[i]], place[row.rejected[j]], *values_of(row, i, j).weighed(weight)) for i, j in pairs
         ),
+        stems=find_stems(branches),
     )
 
 
@@ -193,6 +249,7 @@ def verdict_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings, prefix:
             Pair(2 * b + b % 2, 2 * b + 1 - b % 2, *of_pair.weighed(weight), b ^ 1) for b, of_pair in enumerate(values)
         ),
         len(prefix) if len(prefix) < len(prompt) and prompt[: len(prefix)] == prefix else 0,
+        find_stems(branches),
     )
 
 
@@ -202,6 +259,7 @@ def one_order(tree: Tree, seed: int) -> Tree:
     return replace(
         tree,
         branches=tuple(tree.branches[b] for b in kept),
+        stems=tuple(map(tree.stems_of, kept)) if tree.stems else (),
         completions=tuple(
             replace(tree.completions[2 * b + label], branch=place) for place, b in enumerate(kept) for label in (0, 1)
         ),

@@ -1,13 +1,15 @@
 """Judging speed: a local judge's verdicts against transformers', and what asking an endpoint costs.
 
-    python -m experiments.bench_judge [--rows 300] [--rounds 3] [--packs 1024 1472 2176 4096] [--batches 1 2 4 8 16]
+    python -m experiments.bench_judge [--rows 300] [--answers 2] [--rounds 3] [--packs 1024 1472 2176 4096]
+                                      [--batches 1 2 4 8 16]
     python -m experiments.bench_judge --client [--rows 1000]
 
-Verdicts: rows of 428 tokens in each order (a request of 85 words, two answers of 145, the judge's words), SmolLM2-135M,
-a judgment being one order of one row; tokens are made beforehand on both sides. transformers runs the orders sorted by
-length, in padded batches with logits_to_keep=1; of both sides the fastest size, found on the first rows, is raced over
-all of them, in turn. Client: python -m dpo.judge against a server on the loopback that answers at once; then 5 % of its
-replies are faults; then the client is killed in the middle. Nothing else may run meanwhile.
+Verdicts: 428 tokens in each order (a request of 85 words, two answers of 145, the judge's words), SmolLM2-135M, a
+judgment being one order of one pair, the row's first answer with each of its others; tokens are made beforehand on both
+sides. transformers runs the orders sorted by length, in padded batches with logits_to_keep=1; of both sides the fastest
+size, found on the first rows, is raced over all of them, in turn. Client: python -m dpo.judge against a server on the
+loopback that answers at once; then 5 % of its replies are faults; then the client is killed in the middle. Nothing else
+may run meanwhile.
 Read next: dpo/judge/local.py, dpo/judge/endpoint.py.
 """
 
@@ -27,7 +29,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from dpo.config import Config, PackConfig
+from dpo.config import Config, JudgeConfig, PackConfig
 from dpo.distributed import Ranks
 from dpo.inputs import DTYPES, cache_folder, judge_settings, set_up_cpu
 from dpo.judge.local import replies
@@ -52,8 +54,8 @@ Judge = Callable[[int, int], list[float]]
 """Pack or batch size, and how many rows, to the log-odds of A of each order."""
 
 
-def made_rows(n: int) -> list[Row]:
-    """Rows that share no more than chance."""
+def made_rows(n: int, answers: int = 2) -> list[Row]:
+    """Rows that share no more than chance; of RewardBench 2's have four answers, the first the right one."""
 
     def text(name: str, words: int) -> str:
         draw = random.Random(name)
@@ -65,7 +67,7 @@ def made_rows(n: int) -> list[Row]:
             "made",
             ({"role": "user", "content": text(f"request {i}", 85)},),
             (text(f"chosen {i}", 145),),
-            (text(f"rejected {i}", 145),),
+            tuple(text(f"rejected {i}" + ("" if one == 1 else f" {one}"), 145) for one in range(1, answers)),
             f"{i}",
         )
         for i in range(n)
@@ -75,7 +77,7 @@ def made_rows(n: int) -> list[Row]:
 def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -> tuple[dict[str, Judge], float]:
     """Both sides, and the mean number of tokens of a judgment."""
     tokenizer = load_tokenizer(folder)
-    config = Config(exp="bench", pack=PackConfig(tokens=4096))
+    config = Config(exp="bench", pack=PackConfig(tokens=4096), judge=JudgeConfig(pairs_per_row=0))
     trees = token_trees(rows, tokenizer, judge_settings(config, sighted=True), cache)
     ours = load_decoder(folder, weight_dtype=dtype, compute_dtype=dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -83,8 +85,10 @@ def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -
     orders = [
         tokenizer.prompt_ids(judge_messages(row.prompt, answers, COMPARE))
         for row in rows
-        for answers in ((row.chosen[0], row.rejected[0]), (row.rejected[0], row.chosen[0]))
+        for rejected in row.rejected
+        for answers in ((row.chosen[0], rejected), (rejected, row.chosen[0]))
     ]
+    asked = len(orders) // len(rows)
     a, b = (completion.targets[0] for completion in trees[0].completions[:2])
 
     def of_ours(pack: int, n: int) -> list[float]:
@@ -94,9 +98,9 @@ def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -
 
     @torch.inference_mode()
     def of_theirs(batch: int, n: int) -> list[float]:
-        odds = [0.0] * (2 * n)
-        by_length = sorted(range(2 * n), key=lambda i: len(orders[i]))
-        for begin in range(0, 2 * n, batch):
+        odds = [0.0] * (asked * n)
+        by_length = sorted(range(asked * n), key=lambda i: len(orders[i]))
+        for begin in range(0, asked * n, batch):
             some = by_length[begin : begin + batch]
             width = max(len(orders[i]) for i in some)
             pad = [width - len(orders[i]) for i in some]
@@ -114,8 +118,8 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     """A line of the table."""
     folder = resolve_model_path(asked.model, cache)
     with tempfile.TemporaryDirectory() as scratch:
-        both, tokens = judges(folder, dtype, made_rows(asked.rows), Path(scratch))
-    few = min(asked.rows, 16)
+        both, tokens = judges(folder, dtype, made_rows(asked.rows, asked.answers), Path(scratch))
+    few = min(asked.rows, 32 // asked.answers)
     sizes = {}
     for (side, judge), tried in zip(both.items(), (asked.packs, asked.batches), strict=True):
         judge(tried[0], 2)  # warms up
@@ -127,7 +131,8 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     for _ in range(asked.rounds):
         for side, judge in both.items():
             times[side].append(timed_s(partial(judge, sizes[side], asked.rows), "cpu"))
-    mine, their = (2 * asked.rows / statistics.median(times[side]) for side in both)
+    judgments = 2 * (asked.answers - 1) * asked.rows
+    mine, their = (judgments / statistics.median(times[side]) for side in both)
     return (
         f"| {dtype} | {tokens:.0f} | {mine:.2f} ({sizes['ours']}) | {their:.2f} ({sizes['transformers']}) | "
         f"**{mine / their:.2f}** | {gap:.2g} |"
@@ -195,6 +200,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--rows", type=int)
+    parser.add_argument("--answers", type=int, default=2, help="of a row, the first the right one (default: 2)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--packs", type=int, nargs="+", default=[1024, 1472, 2176, 4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
@@ -204,7 +210,8 @@ def main() -> int:
     asked.rows = asked.rows or 300
     set_up_cpu()  # as a run does; for both sides
     print(
-        f"{asked.rows} rows, {torch.get_num_threads()} threads, medians of {asked.rounds} in turn; judgments/s (size)\n"
+        f"{asked.rows} rows of {asked.answers} answers, {torch.get_num_threads()} threads, "
+        f"medians of {asked.rounds} in turn; judgments/s (size)\n"
     )
     print("| dtype | tokens | ours (pack) | transformers (batch) | ratio | largest difference of log-odds |")
     print("|---|" + "---:|" * 5)

@@ -28,6 +28,7 @@ from dpo.packing import Pack, pack_share
 from dpo.policy import load_policy
 from dpo.settings import load_config
 from kernels.bench import capability, in_turn_s, timed_s
+from models.attention import runs
 from models.decoder import Decoder
 from models.parts import Linear
 
@@ -55,11 +56,9 @@ def useful_flop(packs: Sequence[Pack], policy: Decoder, rank: int) -> dict[str, 
     adapters = sum(rank * sum(linear.weight.shape) for linear in linears)
     pairs, tokens = 0, sum(pack.layout.tokens for pack in packs)
     for pack in packs:
-        prefix = pack.layout.prefix
-        parts = [(0, prefix)]  # (tokens that it sees before it, its own)
-        for prompt, branches in pack.layout.trees:
-            parts += [(prefix, prompt), *((prefix + prompt, branch) for branch in branches)]
-        pairs += sum(own * before + own * (own + 1) // 2 for before, own in parts)
+        for run in runs(pack.layout):
+            *before, own = (place.stop - place.start for place in run.seen)
+            pairs += own * sum(before) + own * (own + 1) // 2
     config, scored = policy.config, sum(len(pack.rows_R) for pack in packs)
     head = 2.0 * scored * config.hidden * config.vocab
     return {

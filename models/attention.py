@@ -4,17 +4,18 @@ Letters: `T` tokens of a pack, `P` of a prompt, `L` of a branch, `N` heads, `G` 
 blocks of BLOCK query and key tokens. Read next: models/decoder.py.
 
 A pack is a row of tokens: a prefix that all its trees begin with (often none), then the trees, each a prompt followed
-by its branches, then padding. A token sees the prefix, its tree's prompt and its own branch, up to its own position,
-and of these what its layer's `Span` leaves: windows and chunks count positions, not places in the pack.
+by its branches, then padding. Branches that begin alike may have that once, as a stem of theirs, and so on. A token
+sees what it goes on from (prefix, prompt, stems) and its own run of tokens, up to its own position, and of these what
+its layer's `Span` leaves: windows and chunks count positions, not places in the pack.
 
-On the CPU each prompt and branch is read some tokens at a time over (prefix + prompt + itself): products whose shapes
-depend on nothing else in the pack, which makes alone = packed = shuffled exact. On CUDA it is one flex_attention,
-under a block mask.
+On the CPU each run is read some tokens at a time over (what it goes on from + itself): products whose shapes depend on
+nothing else in the pack, which makes alone = packed = shuffled exact. On CUDA it is one flex_attention, under a block
+mask.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +29,46 @@ SCORES = 2**16  # of a head that the CPU makes at a time: they stay in its cache
 QUERIES = 64, 256  # whose they are, at least and at most
 EVEN = 32, 64  # of which their products' rows and keys are multiples
 BLOCK = 128  # tokens of flex_attention's blocks
-PREFIX, PADDING = -1, -2  # in place of a tree's number
 
-TreeShape = tuple[int, tuple[int, ...]]  # (prompt tokens after the prefix, tokens of each branch)
+Shape: TypeAlias = "int | tuple[int, tuple[Shape, ...]]"
+"""Tokens of a branch; or of a prompt or stem, and the shapes of what goes on from it."""
 
 
 class Layout(NamedTuple):
     """What stands where in a pack: tokens of the shared prefix, then the trees in order; the rest is padding."""
 
     prefix: int
-    trees: tuple[TreeShape, ...]
+    trees: tuple[Shape, ...]
 
     @property
     def tokens(self) -> int:
         """All but the padding."""
-        return self.prefix + sum(prompt + sum(branches) for prompt, branches in self.trees)
+        return max(run.seen[-1].stop for run in runs(self))
+
+
+class Run(NamedTuple):
+    """Tokens of a prefix, prompt, stem or branch, perhaps none."""
+
+    seen: tuple[slice, ...]  # places in the pack of all that they see, in order, their own last
+    last: int  # number of the last run that sees them
+
+
+@lru_cache(maxsize=64)  # every layer of a pack asks again
+def runs(layout: Layout) -> list[Run]:
+    """Of a pack in its order, so that those which see a run follow it, without a gap."""
+    found: list[Run] = []
+
+    def add(shape: Shape, before: tuple[slice, ...], at: int) -> int:
+        own, rest = (shape, ()) if isinstance(shape, int) else shape
+        number, end = len(found), at + own
+        found.append(Run((*before, slice(at, end)), number))
+        for part in rest:
+            end = add(part, found[number].seen, end)
+        found[number] = found[number]._replace(last=len(found) - 1)
+        return end
+
+    add(layout, (), 0)
+    return found
 
 
 class Span(NamedTuple):
@@ -71,20 +97,6 @@ def tree_attention(
 # --- branch by branch (CPU) -------------------------------------------------------------------------------------------
 
 
-def _sequences(layout: Layout) -> Iterator[list[slice]]:
-    """Each prefix, prompt and branch of any token as the places of what its tokens see, in order, its own last."""
-    seen = [slice(0, layout.prefix)]
-    every, at = [seen], layout.prefix
-    for prompt, branches in layout.trees:
-        seen = [slice(0, layout.prefix), slice(at, at + prompt)]
-        every.append(seen)
-        at += prompt
-        for branch in branches:
-            every.append([*seen, slice(at, at + branch)])
-            at += branch
-    return (seen for seen in every if seen[-1].start < seen[-1].stop)
-
-
 class _Block(NamedTuple):
     """Queries of one call: where they stand and what they see, and what zeros fill their products up to."""
 
@@ -96,7 +108,7 @@ class _Block(NamedTuple):
     many: bool  # rows, so that a compiled product pays, and in half precision one that may be rounded
 
 
-def _blocks(seen: list[slice], sinks: int) -> Iterator[_Block]:
+def _blocks(seen: Sequence[slice], sinks: int) -> Iterator[_Block]:
     """Of a sequence, as many queries at a time as keep their scores in the caches; no few are left over."""
     own, keys = seen[-1], sum(place.stop - place.start for place in seen)
     size = min(max(SCORES // keys, QUERIES[0]), QUERIES[1])
@@ -158,7 +170,7 @@ class _ByBranches(torch.autograd.Function):
         ctx.layout, ctx.span, ctx.scale = layout, span, q_TNH.shape[-1] ** -0.5
         groups, sinks = k_TGH.shape[1], int(sinks_N is not None)
         out_TNH = torch.zeros_like(q_TNH)
-        for seen in _sequences(layout):
+        for seen in (run.seen for run in runs(layout) if run.seen[-1].start < run.seen[-1].stop):
             k, v = (_of_keys(x_TGH, seen, sinks) for x_TGH in (k_TGH, v_TGH))
             for block in _blocks(seen, sinks):
                 p = _weights(_by_groups(q_TNH[block.own], groups, block.rows), k, block, span, sinks_N)
@@ -174,7 +186,7 @@ class _ByBranches(torch.autograd.Function):
         groups, sinks, wide = k_TGH.shape[1], int(sinks_N is not None), exact(q_TNH.dtype)
         q_grad, sinks_grad = torch.zeros_like(q_TNH), q_TNH.new_zeros(q_TNH.shape[1], dtype=wide)
         k_grad, v_grad = (torch.zeros_like(x, dtype=wide) for x in (k_TGH, v_TGH))
-        for seen in _sequences(ctx.layout):
+        for seen in (run.seen for run in runs(ctx.layout) if run.seen[-1].start < run.seen[-1].stop):
             k, v = (_of_keys(x_TGH, seen, sinks) for x_TGH in (k_TGH, v_TGH))
             low_k, k_own, v_own = k.to(q_TNH.dtype), torch.zeros_like(k), torch.zeros_like(v)
             for block in _blocks(seen, sinks):
@@ -199,7 +211,7 @@ class _ByBranches(torch.autograd.Function):
         return q_grad, k_grad.mul_(ctx.scale).to(k_TGH.dtype), v_grad.to(v_TGH.dtype), None, None, of_sinks
 
 
-def _of_keys(x_TGH: Tensor, places: list[slice], sinks: int) -> Tensor:
+def _of_keys(x_TGH: Tensor, places: Sequence[slice], sinks: int) -> Tensor:
     """[G, keys, H] of these places in fp32 (fp64), one after the other; before them zeros for a sink, and behind."""
     x_GKH = torch.cat([x_TGH[place] for place in places]).to(exact(x_TGH.dtype)).transpose(0, 1)
     return F.pad(x_GKH, (0, 0, sinks, -(sinks + x_GKH.shape[1]) % EVEN[1]))
@@ -255,15 +267,14 @@ def flex_trees(
 
 
 def token_places(layout: Layout, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(tree, branch, position) of each of a pack's `tokens` [T]: PREFIX and PADDING are trees; branch -1 = a prompt."""
-    places = [(PREFIX, -1, position) for position in range(layout.prefix)]
-    for tree, (prompt, branches) in enumerate(layout.trees):
-        end = layout.prefix + prompt
-        places += [(tree, -1, position) for position in range(layout.prefix, end)]
-        places += [(tree, b, end + i) for b, size in enumerate(branches) for i in range(size)]
-    places += [(PADDING, -1, 0)] * (tokens - len(places))
-    tree_T, branch_T, position_T = torch.tensor(places).T.contiguous()
-    return tree_T, branch_T, position_T
+    """(number of its run, of the last that sees it, position) of each of a pack's `tokens` [T]; none sees padding."""
+    found, places = runs(layout), []
+    for number, run in enumerate(found):
+        *before, own = (place.stop - place.start for place in run.seen)
+        places += [(number, run.last, sum(before) + i) for i in range(own)]
+    places += [(len(found), -1, 0)] * (tokens - len(places))
+    run_T, last_T, position_T = torch.tensor(places).T.contiguous()
+    return run_T, last_T, position_T
 
 
 @lru_cache(maxsize=16)  # every layer of a pack asks again, in the forward and, recomputed, in the backward
@@ -272,11 +283,10 @@ def block_mask(layout: Layout, tokens: int, span: Span, device: torch.device) ->
 
     Blocks whose tokens all see each other are marked full, so that the kernel evaluates no mask in them.
     """
-    tree_T, branch_T, position_T = (x.to(device) for x in token_places(layout, tokens))
+    run_T, last_T, position_T = (x.to(device) for x in token_places(layout, tokens))
 
     def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (tree_T[q] == tree_T[k]) & ((branch_T[k] == -1) | (branch_T[q] == branch_T[k]))
-        shown = (tree_T[q] != PADDING) & ((tree_T[k] == PREFIX) | own)
+        shown = (run_T[k] <= run_T[q]) & (run_T[q] <= last_T[k])
         return shown & reaches(position_T[q], position_T[k], span)
 
     blocks = -(-tokens // BLOCK)

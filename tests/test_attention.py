@@ -24,21 +24,25 @@ LAYOUTS = {
     "a prefix longer than a block": (Layout(150, ((10, (30, 5)), (7, (150, 20)))), 512),
     "more queries than a call takes": (Layout(5, ((sum(QUERIES) + 6, (sum(QUERIES) + 14, 3)),)), 704),
     "a block that is padding alone": (Layout(0, ((50, (20, 20)),)), 384),
+    "stems": (Layout(4, ((40, ((30, (5, (25, (9, 0, 70)), 0)), 12)), (20, ((8, (3, 4)), (0, (2, 2)))), (9, ()))), 320),
 }
 
 
 def dense_mask(layout: Layout, tokens: int, span: Span) -> torch.Tensor:
     """[T, T] by the words of the definition, token by token."""
-    prefix = [("prefix", None, position) for position in range(layout.prefix)]
-    who = list(prefix)
-    for tree, (prompt, branches) in enumerate(layout.trees):
-        who += [(tree, None, layout.prefix + i) for i in range(prompt)]
-        for branch, size in enumerate(branches):
-            who += [(tree, branch, layout.prefix + prompt + i) for i in range(size)]
+    who: list[tuple[tuple[int, ...], int]] = []  # the way from the prefix to the token's run, and its position
+
+    def add(shape, way: tuple[int, ...], begin: int) -> None:
+        own, rest = (shape, ()) if isinstance(shape, int) else shape
+        who.extend((way, begin + i) for i in range(own))
+        for number, part in enumerate(rest):
+            add(part, (*way, number), begin + own)
+
+    add(layout, (), 0)
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for q, (tree, branch, position) in enumerate(who):
-        for k, (other_tree, other_branch, other_position) in enumerate(who):
-            before = other_tree == "prefix" or (other_tree == tree and other_branch in (None, branch))
+    for q, (way, position) in enumerate(who):
+        for k, (other_way, other_position) in enumerate(who):
+            before = way[: len(other_way)] == other_way
             near = span.window is None or position - other_position < span.window
             chunk = span.chunk is None or position // span.chunk == other_position // span.chunk
             mask[q, k] = before and other_position <= position and near and chunk
@@ -211,11 +215,14 @@ def test_windows_and_chunks_count_positions_so_a_branch_sees_what_it_would_alone
 def test_random_layouts_agree_with_the_dense_mask():
     draw = random.Random(0)
     for _ in range(20):
-        trees = tuple(
-            (draw.randint(1, 60), tuple(draw.randint(0, 40) for _ in range(draw.randint(0, 4)))) for _ in range(3)
-        )
-        layout = Layout(draw.choice([0, 1, 40]), trees)
-        tokens = layout.prefix + sum(prompt + sum(branches) for prompt, branches in trees) + draw.randint(0, 100)
+
+        def shape(depth: int):
+            if depth == 0 or draw.random() < 0.3:
+                return draw.randint(0, 40)
+            return draw.randint(0, 40), tuple(shape(depth - 1) for _ in range(draw.randint(0, 4)))
+
+        layout = Layout(draw.choice([0, 1, 40]), tuple(shape(3) for _ in range(2)))
+        tokens = layout.tokens + draw.randint(1, 100)
         span = Span(draw.choice([None, 5, 50]), draw.choice([None, 16]))
         mask = block_mask(layout, tokens, span, torch.device("cpu"))
         every = torch.arange(tokens)

@@ -34,3 +34,13 @@ def test_linear_layers_and_head_count_every_product_of_a_full_pack_once(tiny_fol
     assert counted[aten.mm] + counted.get(aten.addmm, 0) == flop["linear layers"] + flop["head"] - first
     visible = 20 * 21 // 2 + 12 * 20 + 12 * 13 // 2
     assert flop["attention"] == 12 * visible * len(policy.config.layers) * policy.config.heads * policy.config.head_dim
+
+
+def test_attention_counts_what_is_seen_of_stems_too(tiny_folder: Path) -> None:
+    policy = load_decoder(tiny_folder, weight_dtype=torch.float32, compute_dtype=torch.float32)
+    layout, none = Layout(2, ((3, ((4, (5, 1)), 6)),)), torch.zeros(0, dtype=torch.int64)
+    pack = Pack(torch.arange(32), torch.arange(32), layout, none, none, none)
+    runs = (0, 2), (2, 3), (5, 4), (9, 5), (9, 1), (5, 6)  # tokens before and own
+    visible = sum(sum(range(before + 1, before + own + 1)) for before, own in runs)
+    per_pair = 12 * len(policy.config.layers) * policy.config.heads * policy.config.head_dim
+    assert useful_flop([pack], policy, 0)["attention"] == visible * per_pair

@@ -13,7 +13,7 @@ from dpo.losses import pair_losses
 from dpo.packing import pack_trees
 from dpo.pairs import PairLogps, reference_sums
 from dpo.step import accumulate_gradients
-from dpo.trees import Completion, Pair, Tree
+from dpo.trees import Completion, Pair, Tree, find_stems
 from models.decoder import Decoder, load_decoder, next_token_logits
 from models.errors import UserError
 from models.tiny import FAMILIES, write_tiny_model
@@ -25,13 +25,17 @@ PREFIXES = ((), tuple(range(1, 20)), tuple(range(2, 21)))  # trees with the same
 
 
 def random_tree(seed: int) -> Tree:
-    """A tree of 1 to 4 branches, one-token answers and answers scored only at their end among them."""
+    """A tree of 1 to 4 branches, one-token answers, answers scored only at their end, and stems in stems among them."""
     draw = random.Random(seed)
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(draw.randrange(259) for _ in range(n))
 
-    branches = tuple(tokens(draw.choice([0, 1, 5, 17, 40])) for _ in range(draw.randint(1, 4)))
+    stems = (), tokens(9)
+    stems = (*stems, stems[1] + tokens(4))
+    branches = tuple(
+        (draw.choice(stems) + tokens(draw.choice([0, 1, 5, 17, 40])))[:40] for _ in range(draw.randint(1, 4))
+    )
     completions: list[Completion] = []
     for b, branch in enumerate(branches):
         if draw.random() < 0.5:
@@ -43,7 +47,8 @@ def random_tree(seed: int) -> Tree:
     pairs = tuple(Pair(i, i + 1, draw.choice([1.0, 0.5])) for i in range(len(completions) - 1))
     prompt = tokens(draw.randint(1, 60))
     prefix = draw.choice(PREFIXES)
-    return Tree(f"t{seed}", prefix + prompt, branches, tuple(completions), pairs, len(prefix))
+    found = find_stems(branches, least=1)
+    return Tree(f"t{seed}", prefix + prompt, branches, tuple(completions), pairs, len(prefix), found)
 
 
 def model(folder, dtype: torch.dtype, trains: bool = False) -> Decoder:

@@ -14,11 +14,11 @@ from dpo.config import Config
 from dpo.logprobs import pack_logps, score_trees
 from dpo.packing import pack_trees
 from dpo.pairs import reference_sums
-from dpo.routes import Routes, keeps_routes, routes_of, segments, store_missing, store_routes, tree_addresses
+from dpo.routes import Routes, _address, keeps_routes, routes_of, segments, store_missing, store_routes, tree_addresses
 from dpo.settings import load_config
 from dpo.step import accumulate_gradients, means
 from dpo.store import read_values
-from dpo.trees import Completion, Tree
+from dpo.trees import Completion, Stem, Tree
 from models.decoder import Decoder
 from models.errors import UserError
 from models.moe import MoE
@@ -92,7 +92,10 @@ def test_where_the_prefix_and_the_prompt_end_is_in_the_address():
     tree = Tree("t", (1, 2, 3, 4), ((5, 6),), (Completion(0, 0, (5, 6, 7)),), (), 2)
     others = replace(tree, prefix=0), replace(tree, prefix=1), replace(tree, prompt=(1, 2, 3), branches=((4, 5, 6),))
     for other in others:
-        assert set(tree_addresses(tree)[1:]).isdisjoint(tree_addresses(other)[bool(other.prefix) :])
+        assert tree_addresses(tree) & tree_addresses(other) <= {_address((2,), (1, 2))}
+    stemmed = [replace(tree, stems=((Stem(0, 1),),) * bool(stem)) for stem in (0, 1)]
+    addresses = [tree_addresses(one) for one in stemmed]
+    assert [len(found) for found in addresses] == [3, 4] and len(addresses[0] & addresses[1]) == 2
 
 
 def test_routes_are_a_byte_each_and_the_same_whatever_they_were_packed_with(model, folder, tmp_path):

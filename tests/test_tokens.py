@@ -69,12 +69,14 @@ def store_of(cache: Path) -> Path:
 
 @pytest.mark.parametrize("settings", [RESPONSES, VERDICTS], ids=["responses", "verdicts"])
 def test_stored_trees_are_those_that_were_built_to_the_last_bit(tmp_path, tokenizer, settings):
-    trees, built = token_trees(ROWS, tokenizer, settings, tmp_path), plain(ROWS, tokenizer, settings)
+    rows = [*ROWS, dataclasses.replace(ROWS[0], id="r3", chosen=("February. " * 40,))]
+    trees, built = token_trees(rows, tokenizer, settings, tmp_path), plain(rows, tokenizer, settings)
+    assert bool(built[2].stems) == (settings == VERDICTS)  # there the long answer stands first in two questions
     assert list(trees) == built and trees[-1] == built[-1] and trees[:1] == built[:1] and trees[::-1] == built[::-1]
     assert trees.column("pairs") == [len(tree.pairs) for tree in built]
     assert [trees[1].key(c) for c in range(2)] == [built[1].key(c) for c in range(2)]
     with pytest.raises(IndexError):
-        trees[2]
+        trees[3]
 
 
 def test_rows_are_tokenised_once_and_found_again(tmp_path, tokenizer, tokenised):

@@ -3,13 +3,26 @@
 import dataclasses
 import functools
 import itertools
+import random
 
 import pytest
 
 import dpo.trees
 from dpo.packing import pack_trees
 from dpo.rows import Row, pairs_of, read_rows, write_rows
-from dpo.trees import Completion, Pair, Tree, TreeSettings, response_tree, verdict_tree
+from dpo.trees import (
+    LEAST_SAVED,
+    Completion,
+    Pair,
+    Stem,
+    Tree,
+    TreeSettings,
+    find_stems,
+    one_order,
+    response_tree,
+    verdict_tree,
+)
+from models.attention import runs
 from models.errors import UserError
 from models.tokenizer import Tokenizer, load_tokenizer
 
@@ -177,6 +190,97 @@ def test_a_branch_never_becomes_empty_even_where_one_order_begins_as_another_end
     assert all(tree.branches) and tree.branches[0][0] != tree.branches[1][0]
 
 
+# --- what branches begin with ----------------------------------------------------------------------------------------
+
+
+def shared_by(branches, stems) -> dict[int, tuple[set[tuple[int, ...]], int, int]]:
+    """By a stem's number: the ways that lead through it, how many branches have it, how many tokens it has."""
+    found: dict[int, tuple[set[tuple[int, ...]], int, int]] = {}
+    for branch, of_branch in zip(branches, stems, strict=True):
+        ends = [0, *(stem.end for stem in of_branch)]
+        for begin, stem in zip(ends, of_branch, strict=False):
+            ways, count, _ = found.get(stem.number, (set(), 0, 0))
+            found[stem.number] = ways | {branch[: stem.end]}, count + 1, stem.end - begin
+    return found
+
+
+@pytest.mark.parametrize("least", [1, 3, 8])
+def test_stems_are_what_branches_begin_with_each_saves_enough_and_of_one_token_all_are_found(least):
+    draw = random.Random(0)
+    for _ in range(100):
+        branches = tuple(
+            tuple(draw.randrange(2) for _ in range(draw.randint(0, 12))) for _ in range(draw.randint(1, 6))
+        )
+        stems = find_stems(branches, least=least) or ((),) * len(branches)
+        shared = shared_by(branches, stems)
+        assert all(len(ways) == 1 for ways, _, _ in shared.values())
+        assert all((count - 1) * tokens >= least for _, count, tokens in shared.values())
+        tree = Tree("t", (1,), branches, (), (), stems=stems)
+        if least == 1:  # then every beginning is run once
+            every = {branch[:end] for branch in branches for end in range(1, len(branch) + 1)}
+            assert tree.tokens_of(range(len(branches))) == len(every)
+        saved = sum((count - 1) * tokens for _, count, tokens in shared.values())
+        assert tree.tokens_of(range(len(branches))) == sum(map(len, branches)) - saved
+
+
+LONG = dataclasses.replace(
+    ROW,
+    chosen=("The second month of the year is February. " * 9,),
+    rejected=("March. " * 30, "May? " * 40, "No. " * 35),
+)
+
+
+def test_an_answer_that_stands_first_in_several_questions_is_run_once_for_them(tokenizer):
+    tree = verdict_tree(LONG, tokenizer, PAIRS)
+    assert len(tree.branches) == 6 and len({stems[:1] for stems in tree.stems}) == 2
+    assert [bool(stems) for stems in tree.stems] == [True, False] * 3  # the right answer first; each other one once
+    (stem,) = tree.stems[0]
+    assert LONG.chosen[0].strip() in tokenizer.decode(tree.branches[0][: stem.end])
+    assert tree.tokens == len(tree.prompt) + sum(map(len, tree.branches)) - 2 * stem.end
+    (batch,) = pack_trees([tree], 8192)
+    (pack,) = batch.packs
+    assert pack.layout.tokens == tree.tokens
+    written = {tokenizer.decode(sequence) for sequence in _scored_in(pack)}
+    assert written == {tokenizer.decode(scored_sequence(tree, completion)) for completion in tree.completions}
+
+
+def _scored_in(pack) -> list[list[int]]:
+    """What each scored token of a pack is behind, by what its layout says is seen, and the token itself."""
+    found = []
+    for row, target in zip(pack.rows_R.tolist(), pack.targets_R.tolist(), strict=True):
+        (run,) = (run for run in runs(pack.layout) if run.seen[-1].start <= row < run.seen[-1].stop)
+        *before, own = run.seen
+        places = [place for part in before for place in range(part.start, part.stop)] + [*range(own.start, row + 1)]
+        assert pack.positions_T[places].tolist() == list(range(len(places)))
+        found.append([*pack.tokens_T[places].tolist(), target])
+    return found
+
+
+def test_a_tree_that_is_cut_between_packs_runs_a_stem_in_each_of_those_that_need_it(tokenizer):
+    tree = verdict_tree(LONG, tokenizer, PAIRS)
+    room = len(tree.prompt) + max(map(len, tree.branches)) + 8
+    (batch,) = pack_trees([tree], room)
+    assert len(batch.packs) > 2 and all(pack.layout.tokens <= room for pack in batch.packs)
+    scored = [sequence for pack in batch.packs for sequence in _scored_in(pack)]
+    assert sorted(scored) == sorted(list(scored_sequence(tree, completion)) for completion in tree.completions)
+
+
+def test_one_order_keeps_the_addresses_of_both_orders(tokenizer):
+    tree = verdict_tree(LONG, tokenizer, PAIRS)
+    one = one_order(tree, 0)
+    every = {tree.key(c) for c in range(len(tree.completions))}
+    assert len(one.branches) == 3 and {one.key(c) for c in range(len(one.completions))} < every
+
+
+def test_answers_that_begin_alike_share_it_and_short_beginnings_are_left(tokenizer):
+    alike = "The second month of the year is " * 6
+    row = dataclasses.replace(ROW, chosen=(alike + "February.",), rejected=(alike + "March.", "It is May."))
+    tree = response_tree(row, tokenizer, PAIRS)
+    assert [len(stems) for stems in tree.stems] == [1, 1, 0] and tree.stems[0] == tree.stems[1]
+    assert tree.stems[0][0].end >= LEAST_SAVED
+    assert response_tree(ROW, tokenizer, PAIRS).stems == ()
+
+
 # --- weights, addresses, lengths ------------------------------------------------------------------------------------
 
 
@@ -189,6 +293,9 @@ def test_a_pair_weighs_one_or_all_pairs_of_a_row_together_do(tokenizer, build, p
 
 BASE = Tree("t", (5, 6, 7), ((8, 9), (8,)), (Completion(0, 1, (9, 2)), Completion(1, 0, (8, 2))), (Pair(0, 1, 1.0),))
 CHANGED = {
+    "a stem": dataclasses.replace(BASE, stems=((Stem(0, 1),), (Stem(0, 1),))),
+    "end of the stem": dataclasses.replace(BASE, stems=((Stem(0, 2),), ())),
+    "a stem more": dataclasses.replace(BASE, stems=((Stem(0, 1), Stem(1, 2)), ())),
     "end of the prefix": dataclasses.replace(BASE, prefix=2),
     "prompt token": dataclasses.replace(BASE, prompt=(5, 6, 1)),
     "prompt longer by a token of the branch": dataclasses.replace(BASE, prompt=(5, 6, 7, 8), branches=((9,), (8,))),
