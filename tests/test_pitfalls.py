@@ -189,20 +189,20 @@ def test_lengths_are_those_of_the_scored_tokens_alone(tiny_folder, name):
 def test_padding_lies_right_and_positions_count_from_zero():
     for batch in pack_trees([random_tree(seed) for seed in range(20)], 256):
         for pack in batch.packs:
-            positions, prefix = pack.positions_T.tolist(), pack.layout.prefix
-            used = prefix + sum(prompt + sum(branches) for prompt, branches in pack.layout.trees)
-            assert positions[0] == 0 and positions[used:] == [0] * (256 - used)
+            positions, row = pack.positions_T.tolist(), 0
+
+            def check(shape, begin):  # each run goes on from the end of what it sees, wherever it lies
+                nonlocal row
+                own, rest = (shape, ()) if isinstance(shape, int) else shape
+                assert positions[row : row + own] == list(range(begin, begin + own))  # noqa: B023
+                row += own
+                for part in rest:
+                    check(part, begin + own)  # noqa: B023
+
+            check(pack.layout, 0)
+            used = row
+            assert used == pack.layout.tokens and positions[0] == 0 and positions[used:] == [0] * (256 - used)
             assert not pack.tokens_T[used:].any() and pack.rows_R.max() < used
-            row = prefix
-            assert positions[:row] == list(range(row))
-            for prompt, branches in pack.layout.trees:
-                end = prefix + prompt
-                assert positions[row : row + prompt] == list(range(prefix, end))
-                row += prompt
-                for branch in branches:  # each goes on from the prompt's end, wherever it lies
-                    assert positions[row : row + branch] == list(range(end, end + branch))
-                    row += branch
-            assert row == used
 
 
 # --- whole commands -------------------------------------------------------------------------------------------------

@@ -375,8 +375,7 @@ def test_a_pack_runs_the_prefix_of_its_trees_once_and_keeps_other_prefixes_apart
     (batch,) = pack_trees(sighted, 2048)
     (pack,) = batch.packs
     assert pack.layout.prefix == sighted[0].prefix > 0
-    trees = sum(prompt + sum(branches) for prompt, branches in pack.layout.trees)
-    assert pack.layout.prefix + trees == sum(tree.tokens for tree in sighted) - sighted[0].prefix
+    assert pack.layout.tokens == sum(tree.tokens for tree in sighted) - sighted[0].prefix
     mixed = [pack for batch in pack_trees([*sighted, *blind], 2048) for pack in batch.packs]
     assert sorted(pack.layout.prefix for pack in mixed) == sorted([sighted[0].prefix, blind[0].prefix])
 
