@@ -1,15 +1,15 @@
 """Judging speed: a local judge's verdicts against transformers', and what asking an endpoint costs.
 
-    python -m experiments.bench_judge [--rows 300] [--answers 2] [--rounds 3] [--packs 1024 1472 2176 4096]
-                                      [--batches 1 2 4 8 16]
+    python -m experiments.bench_judge [--rows 300] [--answers 2 | --data rows.jsonl] [--rounds 3]
+                                      [--packs 1024 1472 2176 4096] [--batches 1 2 4 8 16]
     python -m experiments.bench_judge --client [--rows 1000]
 
 Verdicts: 428 tokens in each order (a request of 85 words, two answers of 145, the judge's words), SmolLM2-135M, a
-judgment being one order of one pair, the row's first answer with each of its others; tokens are made beforehand on both
-sides. transformers runs the orders sorted by length, in padded batches with logits_to_keep=1; of both sides the fastest
-size, found on the first rows, is raced over all of them, in turn. Client: python -m dpo.judge against a server on the
-loopback that answers at once; then 5 % of its replies are faults; then the client is killed in the middle. Nothing else
-may run meanwhile.
+judgment being one order of one pair, the row's first answer with each of its others; or rows of a file, drawn from
+those that every pack holds, with all their pairs. Tokens are made beforehand on both sides. transformers runs the
+orders sorted by length, in padded batches with logits_to_keep=1; of both sides the fastest size, found on the first
+rows, is raced over all of them, in turn. Client: python -m dpo.judge against a server on the loopback that answers at
+once; then 5 % of its replies are faults; then the client is killed in the middle. Nothing else may run meanwhile.
 Read next: dpo/judge/local.py, dpo/judge/endpoint.py.
 """
 
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -33,14 +34,14 @@ from dpo.config import Config, JudgeConfig, PackConfig
 from dpo.distributed import Ranks
 from dpo.inputs import DTYPES, cache_folder, judge_settings, set_up_cpu
 from dpo.judge.local import replies
-from dpo.judge.prompts import COMPARE, judge_messages
+from dpo.judge.prompts import COMPARE, QUESTIONS, judge_messages
 from dpo.logprobs import score_trees
-from dpo.rows import Row, write_rows
+from dpo.rows import Row, pairs_of, read_rows, write_rows
 from dpo.tokens import token_trees
 from kernels.bench import timed_s
 from models.decoder import load_decoder
 from models.gguf_import import resolve_model_path
-from models.tokenizer import load_tokenizer
+from models.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -74,21 +75,21 @@ def made_rows(n: int, answers: int = 2) -> list[Row]:
     ]
 
 
-def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -> tuple[dict[str, Judge], float]:
-    """Both sides, and the mean number of tokens of a judgment."""
+def orders_of(row: Row, tokenizer: Tokenizer) -> list[list[int]]:
+    """The judge's whole prompt for all pairs of a row in both orders."""
+    questions = QUESTIONS["compare"](row, pairs_of(row, 0), 0)
+    return [tokenizer.prompt_ids(judge_messages(row.prompt, answers, COMPARE)) for answers in questions]
+
+
+def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -> tuple[dict[str, Judge], list[int]]:
+    """Both sides, and the tokens of each judgment."""
     tokenizer = load_tokenizer(folder)
     config = Config(exp="bench", pack=PackConfig(tokens=4096), judge=JudgeConfig(pairs_per_row=0))
     trees = token_trees(rows, tokenizer, judge_settings(config, sighted=True), cache)
     ours = load_decoder(folder, weight_dtype=dtype, compute_dtype=dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     ranks = Ranks(0, 1, torch.device("cpu"))
-    orders = [
-        tokenizer.prompt_ids(judge_messages(row.prompt, answers, COMPARE))
-        for row in rows
-        for rejected in row.rejected
-        for answers in ((row.chosen[0], rejected), (rejected, row.chosen[0]))
-    ]
-    asked = len(orders) // len(rows)
+    orders = [orders_of(row, tokenizer) for row in rows]
     a, b = (completion.targets[0] for completion in trees[0].completions[:2])
 
     def of_ours(pack: int, n: int) -> list[float]:
@@ -98,28 +99,39 @@ def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -
 
     @torch.inference_mode()
     def of_theirs(batch: int, n: int) -> list[float]:
-        odds = [0.0] * (asked * n)
-        by_length = sorted(range(asked * n), key=lambda i: len(orders[i]))
-        for begin in range(0, asked * n, batch):
+        every = [ids for of_row in orders[:n] for ids in of_row]
+        odds = [0.0] * len(every)
+        by_length = sorted(range(len(every)), key=lambda i: len(every[i]))
+        for begin in range(0, len(every), batch):
             some = by_length[begin : begin + batch]
-            width = max(len(orders[i]) for i in some)
-            pad = [width - len(orders[i]) for i in some]
-            ids = torch.tensor([[0] * more + list(orders[i]) for i, more in zip(some, pad, strict=True)])
+            width = max(len(every[i]) for i in some)
+            pad = [width - len(every[i]) for i in some]
+            ids = torch.tensor([[0] * more + list(every[i]) for i, more in zip(some, pad, strict=True)])
             mask = torch.tensor([[0] * more + [1] * (width - more) for more in pad])
             logits = theirs(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits[:, -1].float()
             for i, value in zip(some, (logits[:, a] - logits[:, b]).tolist(), strict=True):
                 odds[i] = value
         return odds
 
-    return {"ours": of_ours, "transformers": of_theirs}, statistics.fmean(map(len, orders))
+    return {"ours": of_ours, "transformers": of_theirs}, [len(ids) for of_row in orders for ids in of_row]
+
+
+def drawn_rows(path: Path, n: int, tokenizer: Tokenizer, most: int) -> list[Row]:
+    """So many rows of a file, drawn from those of which no order of a pair has more than `most` tokens."""
+    rows = list(read_rows(path))
+    random.Random("rows").shuffle(rows)
+    return list(islice((row for row in rows if max(map(len, orders_of(row, tokenizer))) <= most), n))
 
 
 def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     """A line of the table."""
     folder = resolve_model_path(asked.model, cache)
+    rows = made_rows(asked.rows, asked.answers)
+    if asked.data:
+        rows = drawn_rows(asked.data, asked.rows, load_tokenizer(folder), min(asked.packs))
     with tempfile.TemporaryDirectory() as scratch:
-        both, tokens = judges(folder, dtype, made_rows(asked.rows, asked.answers), Path(scratch))
-    few = min(asked.rows, 32 // asked.answers)
+        both, tokens = judges(folder, dtype, rows, Path(scratch))
+    few = min(len(rows), 32 // asked.answers)
     sizes = {}
     for (side, judge), tried in zip(both.items(), (asked.packs, asked.batches), strict=True):
         judge(tried[0], 2)  # warms up
@@ -130,12 +142,11 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     times: dict[str, list[float]] = {side: [] for side in both}
     for _ in range(asked.rounds):
         for side, judge in both.items():
-            times[side].append(timed_s(partial(judge, sizes[side], asked.rows), "cpu"))
-    judgments = 2 * (asked.answers - 1) * asked.rows
-    mine, their = (judgments / statistics.median(times[side]) for side in both)
+            times[side].append(timed_s(partial(judge, sizes[side], len(rows)), "cpu"))
+    mine, their = (len(tokens) / statistics.median(times[side]) for side in both)
     return (
-        f"| {dtype} | {tokens:.0f} | {mine:.2f} ({sizes['ours']}) | {their:.2f} ({sizes['transformers']}) | "
-        f"**{mine / their:.2f}** | {gap:.2g} |"
+        f"| {dtype} | {len(tokens)} | {statistics.fmean(tokens):.0f} | {mine:.2f} ({sizes['ours']}) | "
+        f"{their:.2f} ({sizes['transformers']}) | **{mine / their:.2f}** | {gap:.2g} |"
     )
 
 
@@ -201,6 +212,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--rows", type=int)
     parser.add_argument("--answers", type=int, default=2, help="of a row, the first the right one (default: 2)")
+    parser.add_argument("--data", type=Path, help="rows to draw from, instead of made ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--packs", type=int, nargs="+", default=[1024, 1472, 2176, 4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
@@ -210,11 +222,13 @@ def main() -> int:
     asked.rows = asked.rows or 300
     set_up_cpu()  # as a run does; for both sides
     print(
-        f"{asked.rows} rows of {asked.answers} answers, {torch.get_num_threads()} threads, "
+        f"{asked.rows} rows of {asked.data or f'{asked.answers} answers'}, {torch.get_num_threads()} threads, "
         f"medians of {asked.rounds} in turn; judgments/s (size)\n"
     )
-    print("| dtype | tokens | ours (pack) | transformers (batch) | ratio | largest difference of log-odds |")
-    print("|---|" + "---:|" * 5)
+    print(
+        "| dtype | judgments | tokens | ours (pack) | transformers (batch) | ratio | largest difference of log-odds |"
+    )
+    print("|---|" + "---:|" * 6)
     cache = cache_folder(Config(exp="bench"))
     for dtype in asked.dtype:
         print(race(asked, DTYPES[dtype], cache), flush=True)
