@@ -58,12 +58,12 @@ class _Piece:
 
 
 def _pieces(index: int, tree: Tree, pack_tokens: int) -> list[_Piece]:
-    """The tree whole, or cut between branches into pieces that fit a pack."""
+    """The tree whole, or cut between branches into pieces that fit a pack, those with the same stems side by side."""
     pieces: list[_Piece] = []
     taken: list[int] = []
     prompt, room = len(tree.prompt) - tree.prefix, pack_tokens - tree.prefix
-    for branch, tokens in enumerate(tree.branches):
-        assert prompt + len(tokens) <= room, f"tree {tree.id}: a branch does not fit the pack"
+    assert prompt + max(map(len, tree.branches), default=0) <= room, f"tree {tree.id}: a branch does not fit the pack"
+    for branch in sorted(range(len(tree.branches)), key=tree.stems_of):
         if prompt + tree.tokens_of([*taken, branch]) > room:
             pieces.append(_Piece(index, tuple(taken), prompt + tree.tokens_of(taken)))
             taken = []

@@ -31,7 +31,7 @@ WINDOW_TREES = 1024  # whose routes are held at once
 
 
 def _address(path: Sequence[int], tokens: Sequence[int]) -> bytes:
-    """Of a run by where each run on the way ends: that changes no route but by the last bits of its logits."""
+    """Of a run of tokens, with all before it; where these end changes no route but by the last bits of its logits."""
     ids = np.fromiter(chain([len(path)], path, tokens), dtype="<i8")
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 

@@ -4,8 +4,8 @@ Letters: `L` labels of a judge's template. Read next: dpo/packing.py.
 
 The prompt is run once and every branch once, however many pairs they are in. A completion is scored, not run: its first
 token is scored at the last row of what precedes it, and its last token is never an input. So a verdict costs no token
-at all: the two orders of the answers are two branches, and the last row of each scores both "A" and "B". What
-several branches begin with is run once, too: an answer that stands first in several questions.
+at all: the two orders of the answers are two branches, and the last row of each scores both "A" and "B". What several
+branches begin with is run once, too: an answer that stands first in several questions.
 """
 
 import hashlib
