@@ -4,8 +4,8 @@ Letters: `T` tokens of a pack, `R` scored tokens, `S` completions of a batch, `B
 
 Every pack has one fixed shape, filled by first-fit-decreasing bin packing and padded, so that a token's values do not
 depend on its neighbours; models/padding.py leaves out of it what changes no bit. Trees that begin with the same prefix
-lie in the same packs, which run it once. A tree larger than a pack is split between branches, its prompt repeated;
-packs that share a tree's pairs form one batch and are differentiated together.
+lie in the same packs, which run it once. A tree larger than a pack is split between branches, with its prompt and stems
+repeated; packs that share a tree's pairs form one batch and are differentiated together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -115,20 +115,25 @@ def _pack(pieces: Sequence[_Piece], trees: Sequence[Tree], slots: dict[tuple[int
         return rows
 
     def lay_branches(piece: _Piece, members: Sequence[int], level: int, rows: list[int]) -> tuple[Shape, ...]:
-        """Branches whose first `level` stems are the same ones; `rows`: of the last prompt token, then of these."""
-        tree, shapes, begin = trees[piece.tree], list[Shape](), len(rows) - 1
+        """Branches whose first `level` stems are the same ones; `rows`: of the last prompt token, then of these stems.
+
+        A completion is scored from the row before its first token on.
+        """
+        tree, begin = trees[piece.tree], len(rows) - 1
+        shapes: list[Shape] = []
         stems = {branch: tree.stems_of(branch)[level:] for branch in members}
         for stem in dict.fromkeys(of_branch[0] for of_branch in stems.values() if of_branch):
-            above = [branch for branch in members if stem in stems[branch][:1]]
-            longer = rows + lay(tree.branches[above[0]][begin : stem.end], len(tree.prompt) + begin)
-            shapes.append((stem.end - begin, lay_branches(piece, above, level + 1, longer)))
+            alike = [branch for branch in members if stem in stems[branch][:1]]
+            (shared,) = {tree.branches[branch][begin : stem.end] for branch in alike}
+            way = rows + lay(shared, len(tree.prompt) + begin)
+            shapes.append((len(shared), lay_branches(piece, alike, level + 1, way)))
         for branch in (branch for branch in members if not stems[branch]):
             own = tree.branches[branch][begin:]
-            longer = rows + lay(own, len(tree.prompt) + begin)
+            way = rows + lay(own, len(tree.prompt) + begin)
             shapes.append(len(own))
             for index, completion in enumerate(tree.completions):
                 if completion.branch == branch:
-                    of_targets = longer[completion.start : completion.start + len(completion.targets)]
+                    of_targets = way[completion.start : completion.start + len(completion.targets)]
                     slot = slots[piece.tree, index]
                     scored.extend((row, x, slot) for row, x in zip(of_targets, completion.targets, strict=True))
         return tuple(shapes)

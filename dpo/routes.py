@@ -2,8 +2,9 @@
 
 Letters: `L` sparse layers, `T` tokens of a pack, `E` experts, `K` experts per token. Read next: models/routing.py.
 
-A token's route depends on what it sees alone, so prefixes, prompts and branches are addressed by content, as log-probs
-are, and found again in whatever pack they lie: a byte (two beyond 256 experts) for each token, layer and choice.
+A token's route depends on what it sees alone, so prefixes, prompts, stems and branches are addressed by content, as
+log-probs are, and found again in whatever pack they lie: a byte (two beyond 256 experts) for each token, layer and
+choice.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ def segments(pack: Pack) -> Iterator[tuple[bytes, slice]]:
     tokens = pack.tokens_T.tolist()
     for run in runs(pack.layout):
         path = list(accumulate(place.stop - place.start for place in run.seen))
-        if run.seen[-1].start < run.seen[-1].stop:
+        if run.tokens:
             yield _address(path, [token for place in run.seen for token in tokens[place]]), run.seen[-1]
 
 

@@ -99,7 +99,8 @@ class Tree:
     def key(self, completion: int) -> bytes:
         """Content address of a completion's log-probs: prompt, branch, and what of it is scored (16 bytes).
 
-        Where prefix and stems end is part of it: they change no value, but the shapes its last bits come from.
+        Where prefix and stems end is part of it: they change no value, but the shapes its last bits come from. So it
+        depends on the tree's other branches where these begin alike.
         """
         c = self.completions[completion]
         branch, path = self.branches[c.branch], self.path(c.branch)
@@ -147,22 +148,20 @@ def find_stems(branches: Sequence[Sequence[int]], least: int = LEAST_SAVED) -> t
     stems: list[tuple[Stem, ...]] = [()] * len(branches)
     numbers = count()
 
-    def part(members: Sequence[int], begin: int, at: int) -> None:
-        """Of members alike up to `at`, those alike beyond it; their last stem ends at `begin`."""
+    parts: list[tuple[Sequence[int], int, int]] = [(range(len(branches)), 0, 0)]
+    while parts:
+        members, begin, at = parts.pop()  # they are alike up to `at`; their last stem ends at `begin`
         alike: dict[int, list[int]] = {}
         for branch in members:
             if at < len(branches[branch]):
                 alike.setdefault(branches[branch][at], []).append(branch)
-        for group in alike.values():
-            if len(group) > 1:
-                end = at + len(os.path.commonprefix([tuple(branches[branch][at:]) for branch in group]))
-                pays = (len(group) - 1) * (end - begin) >= least
-                stem = (Stem(next(numbers), end),) if pays else ()
-                for branch in group:
-                    stems[branch] += stem
-                part(group, end if pays else begin, end)
-
-    part(range(len(branches)), 0, 0)
+        for group in (group for group in alike.values() if len(group) > 1):
+            end = at + len(os.path.commonprefix([tuple(branches[branch][at:]) for branch in group]))
+            pays = (len(group) - 1) * (end - begin) >= least
+            stem = (Stem(next(numbers), end),) if pays else ()
+            for branch in group:
+                stems[branch] += stem
+            parts.append((group, end if pays else begin, end))
     return tuple(stems) if any(stems) else ()
 
 
@@ -254,7 +253,10 @@ def verdict_tree(row: Row, tokenizer: Tokenizer, settings: TreeSettings, prefix:
 
 
 def one_order(tree: Tree, seed: int) -> Tree:
-    """Of verdict_tree's `compare` each pair in one order alone, drawn by the seed; the prompt stays as it is."""
+    """Of verdict_tree's `compare` each pair in one order alone, drawn by the seed.
+
+    Prompt and stems stay as they are, though one branch may have a stem to itself: so do the addresses, and the bits.
+    """
     kept = [b + random.Random(f"{seed} {tree.id} {b}").randrange(2) for b in range(0, len(tree.branches), 2)]
     return replace(
         tree,

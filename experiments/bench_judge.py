@@ -24,24 +24,23 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 import transformers
 
-from dpo.config import Config, JudgeConfig, PackConfig
+from dpo.config import Config, DataConfig, JudgeConfig, PackConfig
 from dpo.distributed import Ranks
 from dpo.inputs import DTYPES, cache_folder, judge_settings, set_up_cpu
 from dpo.judge.local import replies
-from dpo.judge.prompts import COMPARE, QUESTIONS, judge_messages
 from dpo.logprobs import score_trees
-from dpo.rows import Row, pairs_of, read_rows, write_rows
+from dpo.rows import Row, read_rows, write_rows
 from dpo.tokens import token_trees
+from dpo.trees import Tree
 from kernels.bench import timed_s
 from models.decoder import load_decoder
 from models.gguf_import import resolve_model_path
-from models.tokenizer import Tokenizer, load_tokenizer
+from models.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -56,7 +55,7 @@ Judge = Callable[[int, int], list[float]]
 
 
 def made_rows(n: int, answers: int = 2) -> list[Row]:
-    """Rows that share no more than chance; of RewardBench 2's have four answers, the first the right one."""
+    """Rows that share no more than chance, the first answer the right one; RewardBench 2's have four answers."""
 
     def text(name: str, words: int) -> str:
         draw = random.Random(name)
@@ -75,31 +74,29 @@ def made_rows(n: int, answers: int = 2) -> list[Row]:
     ]
 
 
-def orders_of(row: Row, tokenizer: Tokenizer) -> list[list[int]]:
-    """The judge's whole prompt for all pairs of a row in both orders."""
-    questions = QUESTIONS["compare"](row, pairs_of(row, 0), 0)
-    return [tokenizer.prompt_ids(judge_messages(row.prompt, answers, COMPARE)) for answers in questions]
+def trees_of(rows: Sequence[Row], n: int, most: int, folder: Path) -> list[Tree]:
+    """Of the first `n` rows that packs of `most` tokens hold, all pairs in both orders."""
+    data, judge = DataConfig(too_long="drop"), JudgeConfig(pairs_per_row=0)
+    config = Config(exp="bench", data=data, pack=PackConfig(tokens=most), judge=judge)
+    with tempfile.TemporaryDirectory() as scratch:
+        return list(token_trees(rows, load_tokenizer(folder), judge_settings(config, sighted=True), Path(scratch))[:n])
 
 
-def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -> tuple[dict[str, Judge], list[int]]:
-    """Both sides, and the tokens of each judgment."""
-    tokenizer = load_tokenizer(folder)
-    config = Config(exp="bench", pack=PackConfig(tokens=4096), judge=JudgeConfig(pairs_per_row=0))
-    trees = token_trees(rows, tokenizer, judge_settings(config, sighted=True), cache)
+def judges(folder: Path, dtype: torch.dtype, trees: Sequence[Tree]) -> dict[str, Judge]:
+    """Both sides, on the same tokens."""
     ours = load_decoder(folder, weight_dtype=dtype, compute_dtype=dtype)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     ranks = Ranks(0, 1, torch.device("cpu"))
-    orders = [orders_of(row, tokenizer) for row in rows]
     a, b = (completion.targets[0] for completion in trees[0].completions[:2])
 
     def of_ours(pack: int, n: int) -> list[float]:
-        some = [trees[i] for i in range(n)]
+        some = trees[:n]
         said = replies(some, score_trees(ours, some, PackConfig(tokens=pack), ranks, "ours"))
         return [float(odds) for reply_QL in said for odds in reply_QL[:, 0] - reply_QL[:, 1]]
 
     @torch.inference_mode()
     def of_theirs(batch: int, n: int) -> list[float]:
-        every = [ids for of_row in orders[:n] for ids in of_row]
+        every = [tree.prompt + branch for tree in trees[:n] for branch in tree.branches]
         odds = [0.0] * len(every)
         by_length = sorted(range(len(every)), key=lambda i: len(every[i]))
         for begin in range(0, len(every), batch):
@@ -113,28 +110,20 @@ def judges(folder: Path, dtype: torch.dtype, rows: Sequence[Row], cache: Path) -
                 odds[i] = value
         return odds
 
-    return {"ours": of_ours, "transformers": of_theirs}, [len(ids) for of_row in orders for ids in of_row]
-
-
-def drawn_rows(path: Path, n: int, tokenizer: Tokenizer, most: int) -> list[Row]:
-    """So many rows of a file, drawn from those of which no order of a pair has more than `most` tokens."""
-    rows = list(read_rows(path))
-    random.Random("rows").shuffle(rows)
-    return list(islice((row for row in rows if max(map(len, orders_of(row, tokenizer))) <= most), n))
+    return {"ours": of_ours, "transformers": of_theirs}
 
 
 def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     """A line of the table."""
     folder = resolve_model_path(asked.model, cache)
-    rows = made_rows(asked.rows, asked.answers)
-    if asked.data:
-        rows = drawn_rows(asked.data, asked.rows, load_tokenizer(folder), min(asked.packs))
-    with tempfile.TemporaryDirectory() as scratch:
-        both, tokens = judges(folder, dtype, rows, Path(scratch))
-    few = min(len(rows), 32 // asked.answers)
+    rows = list(read_rows(asked.data)) if asked.data else made_rows(asked.rows, asked.answers)
+    random.Random("rows").shuffle(rows)
+    trees = trees_of(rows, asked.rows, min(asked.packs), folder)
+    tokens = [len(tree.prompt) + len(branch) for tree in trees for branch in tree.branches]
+    both, few = judges(folder, dtype, trees), min(len(trees), 8)
     sizes = {}
     for (side, judge), tried in zip(both.items(), (asked.packs, asked.batches), strict=True):
-        judge(tried[0], 2)  # warms up
+        judge(tried[0], 1)  # warms up
         times_s = {size: timed_s(partial(judge, size, few), "cpu") for size in tried}
         sizes[side] = min(times_s, key=times_s.__getitem__)
     one, other = (both[side](sizes[side], few) for side in both)
@@ -142,10 +131,10 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     times: dict[str, list[float]] = {side: [] for side in both}
     for _ in range(asked.rounds):
         for side, judge in both.items():
-            times[side].append(timed_s(partial(judge, sizes[side], len(rows)), "cpu"))
+            times[side].append(timed_s(partial(judge, sizes[side], len(trees)), "cpu"))
     mine, their = (len(tokens) / statistics.median(times[side]) for side in both)
     return (
-        f"| {dtype} | {len(tokens)} | {statistics.fmean(tokens):.0f} | {mine:.2f} ({sizes['ours']}) | "
+        f"| {dtype} | {len(trees)} | {len(tokens)} | {statistics.fmean(tokens):.0f} | {mine:.2f} ({sizes['ours']}) | "
         f"{their:.2f} ({sizes['transformers']}) | **{mine / their:.2f}** | {gap:.2g} |"
     )
 
@@ -220,15 +209,18 @@ def main() -> int:
     if asked.client:
         return client(asked.rows or 1000)
     asked.rows = asked.rows or 300
+    if asked.answers < 2 or min(asked.rows, asked.rounds) < 1:
+        parser.error("--answers must be 2 or more, --rows and --rounds 1 or more")
     set_up_cpu()  # as a run does; for both sides
     print(
-        f"{asked.rows} rows of {asked.data or f'{asked.answers} answers'}, {torch.get_num_threads()} threads, "
+        f"Rows of {asked.data or f'{asked.answers} answers'}, {torch.get_num_threads()} threads, "
         f"medians of {asked.rounds} in turn; judgments/s (size)\n"
     )
     print(
-        "| dtype | judgments | tokens | ours (pack) | transformers (batch) | ratio | largest difference of log-odds |"
+        "| dtype | rows | judgments | tokens | ours (pack) | transformers (batch) | ratio | "
+        "largest difference of log-odds |"
     )
-    print("|---|" + "---:|" * 6)
+    print("|---|" + "---:|" * 7)
     cache = cache_folder(Config(exp="bench"))
     for dtype in asked.dtype:
         print(race(asked, DTYPES[dtype], cache), flush=True)

@@ -38,7 +38,7 @@ PARTS = {  # what a profiled event, or one around it, is called; the first that 
     "loss": ("part: loss",),
     "embedding": ("aten::embedding", "EmbeddingBackward"),
     "gradients added": ("AccumulateGrad",),
-    "attention": ("ByBranches",),
+    "attention": ("ByRuns",),
     "linear layers": ("aten::mm", "aten::addmm", "aten::linear", "MmBackward", "AddmmBackward"),
 }
 
@@ -57,8 +57,7 @@ def useful_flop(packs: Sequence[Pack], policy: Decoder, rank: int) -> dict[str, 
     pairs, tokens = 0, sum(pack.layout.tokens for pack in packs)
     for pack in packs:
         for run in runs(pack.layout):
-            *before, own = (place.stop - place.start for place in run.seen)
-            pairs += own * sum(before) + own * (own + 1) // 2
+            pairs += run.tokens * run.before + run.tokens * (run.tokens + 1) // 2
     config, scored = policy.config, sum(len(pack.rows_R) for pack in packs)
     head = 2.0 * scored * config.hidden * config.vocab
     return {

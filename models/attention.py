@@ -43,7 +43,7 @@ class Layout(NamedTuple):
     @property
     def tokens(self) -> int:
         """All but the padding."""
-        return max(run.seen[-1].stop for run in runs(self))
+        return runs(self)[-1].seen[-1].stop
 
 
 class Run(NamedTuple):
@@ -52,9 +52,18 @@ class Run(NamedTuple):
     seen: tuple[slice, ...]  # places in the pack of all that they see, in order, their own last
     last: int  # number of the last run that sees them
 
+    @property
+    def tokens(self) -> int:
+        return self.seen[-1].stop - self.seen[-1].start
+
+    @property
+    def before(self) -> int:
+        """How many tokens their first one sees beside itself."""
+        return sum(place.stop - place.start for place in self.seen[:-1])
+
 
 @lru_cache(maxsize=64)  # every layer of a pack asks again
-def runs(layout: Layout) -> list[Run]:
+def runs(layout: Layout) -> tuple[Run, ...]:
     """Of a pack in its order, so that those which see a run follow it, without a gap."""
     found: list[Run] = []
 
@@ -68,7 +77,7 @@ def runs(layout: Layout) -> list[Run]:
         return end
 
     add(layout, (), 0)
-    return found
+    return tuple(found)
 
 
 class Span(NamedTuple):
@@ -91,10 +100,10 @@ def tree_attention(
     if q_TNH.is_cuda:
         return flex_trees(q_TNH, k_TGH, v_TGH, layout, span, sinks_N, _compiled_flex())
     assert layout.tokens <= len(q_TNH), f"trees of {layout.tokens} tokens in a pack of {len(q_TNH)}"
-    return _ByBranches.apply(q_TNH, k_TGH, v_TGH, layout, span, sinks_N)
+    return _ByRuns.apply(q_TNH, k_TGH, v_TGH, layout, span, sinks_N)
 
 
-# --- branch by branch (CPU) -------------------------------------------------------------------------------------------
+# --- run by run (CPU) -------------------------------------------------------------------------------------------------
 
 
 class _Block(NamedTuple):
@@ -151,10 +160,10 @@ def reaches(query: Tensor, key: Tensor, span: Span) -> Tensor:
     return sees
 
 
-class _ByBranches(torch.autograd.Function):
+class _ByRuns(torch.autograd.Function):
     """softmax(scale QK') V for each block of queries, of all heads that read the same keys, and its backward by hand.
 
-    Kept are queries, keys and values as they came: autograd would keep weights, and a prompt's keys for each branch.
+    Kept are queries, keys and values as they came: autograd would keep weights, and keys for each run that sees them.
 
     Backward, with P = softmax(scale QK'): dV = P'dO, dP = dO V', dS = P * (dP - sum(P * dP)), dQ = scale dS K and
     dK = scale dS'Q (arXiv 2205.14135, appendix B.4, which has sum(dO * O) for that sum). QK', PV and dO V' are in fp32;
@@ -170,7 +179,7 @@ class _ByBranches(torch.autograd.Function):
         ctx.layout, ctx.span, ctx.scale = layout, span, q_TNH.shape[-1] ** -0.5
         groups, sinks = k_TGH.shape[1], int(sinks_N is not None)
         out_TNH = torch.zeros_like(q_TNH)
-        for seen in (run.seen for run in runs(layout) if run.seen[-1].start < run.seen[-1].stop):
+        for seen in (run.seen for run in runs(layout) if run.tokens):
             k, v = (_of_keys(x_TGH, seen, sinks) for x_TGH in (k_TGH, v_TGH))
             for block in _blocks(seen, sinks):
                 p = _weights(_by_groups(q_TNH[block.own], groups, block.rows), k, block, span, sinks_N)
@@ -186,7 +195,7 @@ class _ByBranches(torch.autograd.Function):
         groups, sinks, wide = k_TGH.shape[1], int(sinks_N is not None), exact(q_TNH.dtype)
         q_grad, sinks_grad = torch.zeros_like(q_TNH), q_TNH.new_zeros(q_TNH.shape[1], dtype=wide)
         k_grad, v_grad = (torch.zeros_like(x, dtype=wide) for x in (k_TGH, v_TGH))
-        for seen in (run.seen for run in runs(ctx.layout) if run.seen[-1].start < run.seen[-1].stop):
+        for seen in (run.seen for run in runs(ctx.layout) if run.tokens):
             k, v = (_of_keys(x_TGH, seen, sinks) for x_TGH in (k_TGH, v_TGH))
             low_k, k_own, v_own = k.to(q_TNH.dtype), torch.zeros_like(k), torch.zeros_like(v)
             for block in _blocks(seen, sinks):
@@ -270,8 +279,7 @@ def token_places(layout: Layout, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """(number of its run, of the last that sees it, position) of each of a pack's `tokens` [T]; none sees padding."""
     found, places = runs(layout), []
     for number, run in enumerate(found):
-        *before, own = (place.stop - place.start for place in run.seen)
-        places += [(number, run.last, sum(before) + i) for i in range(own)]
+        places += [(number, run.last, run.before + i) for i in range(run.tokens)]
     places += [(len(found), -1, 0)] * (tokens - len(places))
     run_T, last_T, position_T = torch.tensor(places).T.contiguous()
     return run_T, last_T, position_T

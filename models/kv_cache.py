@@ -3,10 +3,10 @@
 Letters: `S` live sequences, `P` stretches of a level, `T` tokens of the prefill, `N` heads, `G` kv heads, `R` query
 heads of a kv head (N = GR), `H` head width, `W` keys that a sequence's softmax has columns for, `Z` keys or H.
 
-Prompts are run as preference trees are: what all of them begin with, what a prompt's branches share, each branch. These
-are three levels of stretches; a stretch's keys and values are kept once, of which a layer with a window or chunk keeps
-what is still seen. On each level the queries of all sequences that continue one stretch are one product with its keys;
-then comes a sequence's own product with what it added. No key is copied. Read next: models/generate.py.
+Prompts are run as preference trees without stems: what all begin with, what a prompt's branches share, each branch.
+These are three levels of stretches; a stretch's keys and values are kept once, of which a layer with a window or chunk
+keeps what is still seen. On each level the queries of all sequences that continue one stretch are one product with its
+keys; then comes a sequence's own product with what it added. No key is copied. Read next: models/generate.py.
 """
 
 from typing import NamedTuple

@@ -13,7 +13,7 @@ from dpo.losses import pair_losses
 from dpo.packing import pack_trees
 from dpo.pairs import PairLogps, reference_sums
 from dpo.step import accumulate_gradients
-from dpo.trees import Completion, Pair, Tree, find_stems
+from dpo.trees import Completion, Pair, Stem, Tree, find_stems
 from models.decoder import Decoder, load_decoder, next_token_logits
 from models.errors import UserError
 from models.tiny import FAMILIES, write_tiny_model
@@ -129,20 +129,18 @@ def test_weights_that_are_not_finite_are_named(tiny_folder):
         score_trees(decoder, [random_tree(0)], CONFIG.pack, ALONE, "reference")
 
 
-def test_a_branch_is_worth_the_same_whatever_other_branches_its_tree_has(tiny_folder):
+@pytest.mark.parametrize("stems", [(), ((Stem(0, 2),), (Stem(0, 2),), (), ())], ids=["", "stems"])
+def test_a_branch_is_worth_the_same_whatever_other_branches_its_tree_has(tiny_folder, stems):
+    """By the same stems, which are part of its address."""
     decoder = model(tiny_folder, torch.bfloat16)
-    tree = Tree(
-        "t",
-        tuple(range(20)),
-        ((1, 2, 3), (4, 5), ()),
-        (Completion(0, 0, (1, 2, 3, 2)), Completion(1, 0, (4, 5, 2)), Completion(2, 0, (7,))),
-        (),
-    )
+    branches = ((1, 2, 3), (1, 2), (4, 5), ())
+    answers = tuple(Completion(b, 0, (*branch, 2)) for b, branch in enumerate(branches))
+    tree = Tree("t", tuple(range(20)), branches, answers, (), stems=stems)
     whole = score_trees(decoder, [tree], CONFIG.pack, ALONE, "test")[0]
     for c, completion in enumerate(tree.completions):
-        single = Tree(
-            "s", tree.prompt, (tree.branches[completion.branch],), (Completion(0, 0, completion.targets),), ()
-        )
+        own, scored = tree.branches[completion.branch], Completion(0, 0, completion.targets)
+        single = Tree("s", tree.prompt, (own,), (scored,), (), stems=stems[c : c + 1])
+        assert single.key(0) == tree.key(c)
         assert np.array_equal(score_trees(decoder, [single], CONFIG.pack, ALONE, "test")[0][0], whole[c])
 
 

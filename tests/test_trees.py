@@ -223,6 +223,11 @@ def test_stems_are_what_branches_begin_with_each_saves_enough_and_of_one_token_a
         assert tree.tokens_of(range(len(branches))) == sum(map(len, branches)) - saved
 
 
+def test_branches_of_which_each_begins_with_the_one_before_are_found_whatever_their_number():
+    branches = [(7,) * n for n in range(1, 1200)]
+    assert len(find_stems(branches)) == len(branches)
+
+
 LONG = dataclasses.replace(
     ROW,
     chosen=("The second month of the year is February. " * 9,),

@@ -65,7 +65,7 @@ def written(pen: Pen, trees: Sequence[Tree]) -> Iterator[list[Answer]]:
         for batch in _batches(trees, config.critiques.batch // pen.samples):
             keys = [
                 [f"{tree.key(first).hex()}-{n}" for first in _firsts(tree) for n in range(pen.samples)]
-                for tree in batch
+                for tree in (replace(tree, stems=()) for tree in batch)  # which generation does not have
             ]
             if any(key not in kept for of_tree in keys for key in of_tree):
                 for key, answer in zip(chain(*keys), chain(*_write(pen, batch)), strict=True):
