@@ -1,5 +1,6 @@
 """Runs a function in several processes, ranks of one gloo group."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dpo.distributed import Ranks, leave_ranks
+from dpo.distributed import Ranks, end_process, leave_ranks
 
 
 def _enter(rank: int, world: int, folder: Path, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
@@ -18,6 +19,8 @@ def _enter(rank: int, world: int, folder: Path, function: Callable[..., object],
     ranks = Ranks(rank, world, torch.device("cpu"))
     torch.save(function(ranks, *arguments), folder / f"{rank}.pt")
     leave_ranks(ranks)
+    os.environ["WORLD_SIZE"] = str(world)  # as torchrun says that there are others
+    end_process(0)
 
 
 def on_ranks(world: int, folder: Path, function: Callable[..., object], *arguments: object) -> list[object]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dpo import plan
 from dpo.adamw import AdamW
 from dpo.checkpoint import trained_parameters
-from dpo.distributed import Ranks, join_ranks, leave_ranks
+from dpo.distributed import Ranks, end_process, join_ranks, leave_ranks
 from dpo.packing import empty_pack, pack_trees
 from dpo.plan import Cluster, Lengths, Plan, Work, planner, published_name, read_shape, stated_tree, work_of
 from dpo.policy import load_policy
@@ -125,6 +125,7 @@ def as_rank(rank: int, cases: list[Case], folder: Path) -> None:
     if rank == 0:
         (folder / "measured.json").write_text(json.dumps(measured))
     leave_ranks(ranks)
+    end_process(0)
 
 
 @pytest.fixture(scope="module")
