@@ -61,7 +61,8 @@ bench-generate: .venv/.installed ## decoding speed against transformers, both in
 	$(BIN)/python -m experiments.bench_generate --dtype $(DTYPES)
 
 bench-judge: .venv/.installed ## verdicts a second against transformers, and an endpoint's client (as above)
-	$(BIN)/python -m experiments.bench_judge --dtype $(DTYPES)
+	$(BIN)/python -m experiments.bench_judge --dtype $(DTYPES) --answers 4 --rows 100
+	$(BIN)/python -m experiments.bench_judge --dtype $(DTYPES) --answers 2
 	$(BIN)/python -m experiments.bench_judge --client
 
 bench-fsdp: .venv/.installed ## FSDP2 on CPU ranks: overhead, memory, loading (minutes; nothing else may run)
