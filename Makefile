@@ -60,8 +60,8 @@ bench-moe: .venv/.installed ## a step with MXFP4 experts that stay packed, again
 bench-generate: .venv/.installed ## decoding speed against transformers, both in one process (minutes; nothing else may run)
 	$(BIN)/python -m experiments.bench_generate --dtype $(DTYPES)
 
-bench-judge: .venv/.installed ## verdicts a second against transformers, and an endpoint's client (as above)
-	$(BIN)/python -m experiments.bench_judge --dtype $(DTYPES) --answers 4 --rows 100
+bench-judge: .venv/.installed ## verdicts a second against transformers, and an endpoint's client (50 minutes; nothing else may run)
+	$(BIN)/python -m experiments.bench_judge --dtype $(DTYPES) --answers 4 --rounds 2
 	$(BIN)/python -m experiments.bench_judge --dtype $(DTYPES) --answers 2
 	$(BIN)/python -m experiments.bench_judge --client
 

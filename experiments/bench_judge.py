@@ -4,7 +4,7 @@
                                       [--packs 1024 1472 2176 4096] [--batches 1 2 4 8 16]
     python -m experiments.bench_judge --client [--rows 1000]
 
-Verdicts: 428 tokens in each order (a request of 85 words, two answers of 145, the judge's words), SmolLM2-135M, a
+Verdicts: 500 tokens in each order (a request of 85 words, two answers of 181, the judge's words), SmolLM2-135M, a
 judgment being one order of one pair, the row's first answer with each of its others; or rows of a file, drawn from
 those that every pack holds, with all their pairs. Tokens are made beforehand on both sides. transformers runs the
 orders sorted by length, in padded batches with logits_to_keep=1; of both sides the fastest size, found on the first
@@ -66,8 +66,8 @@ def made_rows(n: int, answers: int = 2) -> list[Row]:
             f"row-{i}",
             "made",
             ({"role": "user", "content": text(f"request {i}", 85)},),
-            (text(f"chosen {i}", 145),),
-            tuple(text(f"rejected {i}" + ("" if one == 1 else f" {one}"), 145) for one in range(1, answers)),
+            (text(f"chosen {i}", 181),),
+            tuple(text(f"rejected {i}" + ("" if one == 1 else f" {one}"), 181) for one in range(1, answers)),
             f"{i}",
         )
         for i in range(n)
