@@ -138,7 +138,7 @@ def environment() -> dict[str, object]:
     return {
         "start_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "git": _git_state(),
+        "git": git_state(Path(__file__).resolve().parents[1]),
         "source": source_digest(),
         "hub": revisions(),
         "python": platform.python_version(),
@@ -170,10 +170,12 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _git_state() -> dict[str, object] | None:
-    """Commit and whether files differ from it; None where this code is not the top of a checkout, or git is absent."""
-    root = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch"]
+def git_state(root: Path) -> dict[str, object] | None:
+    """Commit and whether files differ from it; None where this folder is not the top of a checkout, or git is absent.
+
+    Kept results do not count, for a sweep that keeps its own there changes them as it goes.
+    """
+    command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--", ".", ":!experiments/results"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):

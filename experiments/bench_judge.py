@@ -132,10 +132,12 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
     for _ in range(asked.rounds):
         for side, judge in both.items():
             times[side].append(timed_s(partial(judge, sizes[side], len(trees)), "cpu"))
-    mine, their = (len(tokens) / statistics.median(times[side]) for side in both)
+    rates = {side: [len(tokens) / time_s for time_s in times[side]] for side in both}
+    mine, their = (statistics.median(rates[side]) for side in both)
+    each = ", ".join(f"{x:.2f} to {y:.2f}" for x, y in zip(*rates.values(), strict=True))
     return (
         f"| {dtype} | {len(trees)} | {len(tokens)} | {statistics.fmean(tokens):.0f} | {mine:.2f} ({sizes['ours']}) | "
-        f"{their:.2f} ({sizes['transformers']}) | **{mine / their:.2f}** | {gap:.2g} |"
+        f"{their:.2f} ({sizes['transformers']}) | **{mine / their:.2f}** | {each} | {gap:.2g} |"
     )
 
 
@@ -217,10 +219,10 @@ def main() -> int:
         f"medians of {asked.rounds} in turn; judgments/s (size)\n"
     )
     print(
-        "| dtype | rows | judgments | tokens | ours (pack) | transformers (batch) | ratio | "
+        "| dtype | rows | judgments | tokens | ours (pack) | transformers (batch) | ratio | each round | "
         "largest difference of log-odds |"
     )
-    print("|---|" + "---:|" * 7)
+    print("|---|" + "---:|" * 8)
     cache = cache_folder(Config(exp="bench"))
     for dtype in asked.dtype:
         print(race(asked, DTYPES[dtype], cache), flush=True)

@@ -36,7 +36,8 @@ class Shape(NamedTuple):
 
 def rows_to_run(model: nn.Module, tokens: int, pack: int, dtype: torch.dtype) -> int:
     """Of a pack, whose first `tokens` rows are no padding, how many are run through this model's layers on the CPU."""
-    return next(rows for rows in exact_counts(frozenset(_shapes(model, dtype)), pack) if rows >= tokens)
+    counts = exact_counts(frozenset(_shapes(model, dtype)), pack, torch.get_num_threads())
+    return next(rows for rows in counts if rows >= tokens)
 
 
 def _shapes(model: nn.Module, dtype: torch.dtype) -> Iterator[Shape]:
@@ -49,8 +50,11 @@ def _shapes(model: nn.Module, dtype: torch.dtype) -> Iterator[Shape]:
 
 
 @cache
-def exact_counts(shapes: frozenset[Shape], pack: int) -> tuple[int, ...]:
-    """Numbers of rows, the least first, whose products have the bits that they have among `pack` rows; `pack` last."""
+def exact_counts(shapes: frozenset[Shape], pack: int, threads: int) -> tuple[int, ...]:
+    """Numbers of rows, the least first, whose products have the bits that they have among `pack` rows; `pack` last.
+
+    `threads`: how many this process has now, for a library may share its work out otherwise among others.
+    """
     step = ROWS * -(-pack // (ROWS * COUNTS))
     counts = list(range(step, pack, step))
     for outputs, inputs, rank, bias, dtype in shapes if counts else ():

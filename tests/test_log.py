@@ -14,7 +14,7 @@ import torch
 
 import dpo.log
 from dpo.config import Config, LogConfig, config_dict
-from dpo.log import MetricsLog, environment, peak_rss_mib, progress, source_digest, stage
+from dpo.log import MetricsLog, environment, git_state, peak_rss_mib, progress, source_digest, stage
 from models.errors import UserError
 
 CONFIG = Config(exp="trial")
@@ -222,6 +222,27 @@ def test_the_environment_is_json_and_names_machine_versions_command_and_commit()
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if head.returncode == 0:
         assert found["git"]["commit"] == head.stdout.strip() and isinstance(found["git"]["dirty"], bool)
+
+
+def test_a_commit_is_as_it_was_whatever_results_a_sweep_keeps_in_the_tree(tmp_path: Path) -> None:
+    source, result = tmp_path / "dpo" / "loop.py", tmp_path / "experiments" / "results" / "q_a" / "arms.json"
+
+    def git(*words: str) -> None:
+        names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *names, *words], check=True, capture_output=True)
+
+    for file in (source, result):
+        file.parent.mkdir(parents=True)
+        file.write_text("1\n")
+    assert git_state(tmp_path) is None
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    result.write_text("2\n")
+    state = git_state(tmp_path)
+    assert state and len(str(state["commit"])) == 40 and state["dirty"] is False
+    source.write_text("2\n")
+    assert git_state(tmp_path) == state | {"dirty": True}
 
 
 def test_where_git_is_absent_there_is_no_commit(monkeypatch, tmp_path: Path) -> None:

@@ -88,15 +88,15 @@ def test_where_bits_depend_on_the_number_of_rows_all_are_run(monkeypatch):
     monkeypatch.setattr(
         padding, "_product", lambda bias, x, *rest: multiply(bias, x, *rest) + (len(x) % 128 == 64) * 1e-3
     )
-    assert exact_counts(frozenset([even]), 320) == (64, 192, 320)  # as 320, which is no multiple of 128 either
+    assert exact_counts(frozenset([even]), 320, 2) == (64, 192, 320)  # as 320, which is no multiple of 128 either
     monkeypatch.setattr(padding, "_product", lambda bias, x, *rest: multiply(bias, x, *rest) + len(x))
-    assert exact_counts(frozenset([even]), 640) == (640,)
+    assert exact_counts(frozenset([even]), 640, 2) == (640,)
 
 
 @pytest.mark.parametrize("pack", [1, 63, 64, 512, 896, 1984, 8192])
 def test_some_sixteen_even_counts_are_tried_and_the_pack_is_always_one(monkeypatch, pack):
     monkeypatch.setattr(padding, "_product", lambda bias, x, *rest: x[:, :1])
-    counts = exact_counts(frozenset([Shape(1, 1, 0, False, torch.float64)]), pack)
+    counts = exact_counts(frozenset([Shape(1, 1, 0, False, torch.float64)]), pack, 2)
     assert counts[-1] == pack and len(counts) <= 17 and all(rows % 64 == 0 for rows in counts[:-1])
     assert pack <= 64 or len(counts) > 1
 
