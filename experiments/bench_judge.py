@@ -134,7 +134,7 @@ def race(asked: argparse.Namespace, dtype: torch.dtype, cache: Path) -> str:
             times[side].append(timed_s(partial(judge, sizes[side], len(trees)), "cpu"))
     rates = {side: [len(tokens) / time_s for time_s in times[side]] for side in both}
     mine, their = (statistics.median(rates[side]) for side in both)
-    each = ", ".join(f"{x:.2f} to {y:.2f}" for x, y in zip(*rates.values(), strict=True))
+    each = ", ".join(f"{x:.2f} / {y:.2f}" for x, y in zip(*rates.values(), strict=True))
     return (
         f"| {dtype} | {len(trees)} | {len(tokens)} | {statistics.fmean(tokens):.0f} | {mine:.2f} ({sizes['ours']}) | "
         f"{their:.2f} ({sizes['transformers']}) | **{mine / their:.2f}** | {each} | {gap:.2g} |"
