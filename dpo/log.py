@@ -171,10 +171,7 @@ def cpu_name() -> str:
 
 
 def git_state(root: Path) -> dict[str, object] | None:
-    """Commit and whether files differ from it; None where this folder is not the top of a checkout, or git is absent.
-
-    Kept results do not count, for a sweep that keeps its own there changes them as it goes.
-    """
+    """Commit and whether files, but kept results, differ from it; None where git or a checkout is absent."""
     command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--", ".", ":!experiments/results"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -51,10 +51,7 @@ def _shapes(model: nn.Module, dtype: torch.dtype) -> Iterator[Shape]:
 
 @cache
 def exact_counts(shapes: frozenset[Shape], pack: int, threads: int) -> tuple[int, ...]:
-    """Numbers of rows, the least first, whose products have the bits that they have among `pack` rows; `pack` last.
-
-    `threads`: how many this process has now, for a library may share its work out otherwise among others.
-    """
+    """Numbers of rows, the least first, of whose products each row has the bits it has among `pack`; `pack` last."""
     step = ROWS * -(-pack // (ROWS * COUNTS))
     counts = list(range(step, pack, step))
     for outputs, inputs, rank, bias, dtype in shapes if counts else ():
