@@ -77,6 +77,11 @@ class Judge:
         return self.run.config.judge.protocol == "compare" and self.role not in OF_ANSWERS
 
     @property
+    def chance(self) -> float:
+        """Of its order-averaged accuracy: `choose` has four answers."""
+        return 0.25 if self.run.config.judge.protocol == "choose" else 0.5
+
+    @property
     def attacks(self) -> list[Success]:
         return [one for one in self.run.results.get("attacks", []) if one["judge"] == self.role]
 

@@ -79,11 +79,12 @@ def report_page(runs: Sequence[Run]) -> tuple[Page, dict[str, object]]:
 
 
 def _standing(judge: Judge) -> str:
-    of = judge.summary
+    of, known = judge.summary, f"chance has {100 * judge.chance:.0f} %"
+    if judge.ordered:
+        known = "a judge that always says A has 50 % of the one and 0 % of the other"
     return (
         f"{judge.name}: order-averaged accuracy {percent(of['averaged_accuracy'], of['averaged_interval'])}, "
-        f"consistent {percent(of['accuracy'], of['accuracy_interval'])}, on {of['n']:,} pairs; a judge that always "
-        "says A has 50 % of the one and 0 % of the other."
+        f"consistent {percent(of['accuracy'], of['accuracy_interval'])}, on {of['n']:,} pairs; {known}."
     )
 
 
@@ -129,7 +130,7 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("says A", *(_of_orders(j, "raw_a_rate") for j in judges)),
         ("a tie counts one half", *(percent(j["tie_half_accuracy"], j["tie_half_interval"]) for j in of)),
         ("of decided pairs", *(percent(j["decided_accuracy"], j["decided_interval"]) for j in of)),
-        ("kappa", *(_known(j["kappa"], _interval(j, "kappa")) for j in of)),
+        ("kappa", *(_kappa(j) for j in judges)),
         ("Brier score", *(_known(j["brier"], _interval(j, "brier")) for j in of)),
         ("calibration error", *(_known(j["calibration_error"]) for j in of)),
     ]
@@ -158,6 +159,12 @@ def _of_orders(judge: Judge, key: Literal["position_consistency", "raw_a_rate"])
     return percent(judge.summary[key], _interval(judge.summary, key)) if judge.ordered else "-"
 
 
+def _kappa(judge: Judge) -> str:
+    """Not of `choose`, where chance agrees less often than with two classes."""
+    of = judge.summary
+    return _known(of["kappa"], _interval(of, "kappa")) if judge.chance == 0.5 else "-"
+
+
 def _known(figure: float | None, interval: Sequence[float] = ()) -> str:
     ends = ", ".join(f"{end:.3f}" for end in interval)
     return "-" if figure is None else f"{figure:.3f}" + (f" [{ends}]" if ends else "")
@@ -168,6 +175,7 @@ def _by_subset(judges: Sequence[Judge], whose: str, tests: Mapping[str, PairedTe
     judges = [judge for judge in judges if judge.role not in OF_ANSWERS] or judges
     of = [judge.summary["subsets"] for judge in judges]
     names = [judge.name for judge in judges]
+    chance = judges[-1].chance
     columns = [f"{reading}, {name}" for reading in ("averaged", "consistent") for name in names]
     rows, shares = [("subset", "pairs", *columns, "is", *[whose] * bool(tests))], {}
     for subset in dict.fromkeys(name for subsets in reversed(of) for name in subsets):
@@ -176,16 +184,18 @@ def _by_subset(judges: Sequence[Judge], whose: str, tests: Mapping[str, PairedTe
         averaged = [percent(j["averaged_accuracy"], j["averaged_interval"]) if j else "" for j in there]
         consistent = [percent(j["accuracy"], j["accuracy_interval"]) if j else "" for j in there]
         low, high = last["averaged_interval"]
-        what = "above chance" if low > 0.5 else "below chance" if high < 0.5 else "at chance"
+        high += chance * last["invalid"] / last["n"]  # what guesses in their place would win
+        what = "above chance" if low > chance else "below chance" if high < chance else "at chance"
         test = tests.get(subset)
         moved = [f"{points(test)[0]} points, p {p_value(test['p_holm'])}" if test else ""] * bool(tests)
         rows.append((subset, f"{last['n']:,}", *averaged, *consistent, what if subset in of[-1] else "", *moved))
         if all(there):
             shares[f"{subset} ({last['n']:,})"] = [(j["averaged_accuracy"], j["averaged_interval"]) for j in there if j]
-    meaning = f"At chance: the interval of {names[-1]}'s order-averaged accuracy contains 50 %."
+    meaning = f"At chance: the interval of {names[-1]}'s order-averaged accuracy contains {100 * chance:.0f} %."
     meaning += f" {whose}: on the pairs that both judged; p is corrected by Holm over the subsets." * bool(tests)
     title = "Order-averaged accuracy by subset"
-    return [Plot("subsets", title, bars(title, shares, names)), Table(title, rows), Text("paragraph", meaning)]
+    drawn = [Plot("subsets", title, bars(title, shares, names))] if shares else []
+    return [*drawn, Table(title, rows), Text("paragraph", meaning)]
 
 
 def _curves(trained: Sequence[Run]) -> list[Block]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dpo.config import EndpointConfig
 from dpo.judge.benchmarks import Benchmark, six_subsets
+from dpo.judge.calibration import LEAST_CLUSTERS
 from dpo.judge.endpoint import read_price
 from dpo.judge.protocols import PROTOCOLS
 from dpo.judge.robustness import LIKELIER, Success
@@ -28,11 +29,19 @@ def benchmarks(judges: Sequence[Judge]) -> list[Block]:
         rows = [(name, *(judge.name for judge, _ in of))]
         rows += [(key, *(_share(benchmark, key) for _, benchmark in of)) for key in keys]
         tables.append(Table(f"{name}: its own score", rows))
-    sixth = {judge.role: ties for judge, ties in found if ties["name"] == PROTOCOLS["ties"].benchmark}
+    if any(not benchmark["intervals"] for _, benchmark in found):
+        tables.append(Text("paragraph", f"A score of fewer than {LEAST_CLUSTERS} groups of rows has no interval."))
+
+    def way(judge: Judge) -> tuple[str, bool, bool]:
+        asked = judge.run.config.judge
+        return judge.role, asked.sighted, asked.reference_answer
+
+    sixth = {way(judge): ties for judge, ties in found if ties["name"] == PROTOCOLS["ties"].benchmark}
     whole = [("RewardBench 2, its six subsets", "score")]
     for judge, best in found:
-        if best["name"] == PROTOCOLS["choose"].benchmark and judge.role in sixth:
-            whole.append((judge.role, _share(six_subsets(best, sixth[judge.role]), "score")))
+        mixed = "Ties" in best["figures"]  # rows of that subset that are no ref:N, tied:N, asked as others are
+        if best["name"] == PROTOCOLS["choose"].benchmark and way(judge) in sixth and not mixed:
+            whole.append((judge.role, _share(six_subsets(best, sixth[way(judge)]), "score")))
     return [*tables, *[Table("Best of four, and Ties by rating: their unweighted mean", whole)] * (len(whole) > 1)]
 
 

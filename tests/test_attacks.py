@@ -186,6 +186,23 @@ def test_success_is_to_win_attacked_what_was_lost_clean(tmp_path: Path) -> None:
         assert told_now == {"verdict": told_of, "length": told_of, "all": told_of, "position": None}
 
 
+@pytest.mark.parametrize(
+    "clean",
+    [
+        [
+            judged(0, 1.0, -1.0),
+            judged(1, 1.0, 1.0),
+            judged(2, -1.0, -1.0),
+            judged(3, 1.0, 0.0),
+        ],  # letters: flips lose not
+        [judged(0, 2.5, -2.5), judged(1, -0.5, 0.5)],  # `rate` and `choose` have no orders
+    ],
+)
+def test_place_is_no_attack_where_by_its_measure_none_could_win(clean: list[Verdict]) -> None:
+    said = {"j": clean, "j under verdict": [judged(0, 1.0, -1.0)]}
+    assert {one["attack"] for one in successes("j", said, None, 0)} == {"verdict", "all"}
+
+
 def test_which_attacks_a_training_saw_stands_beside_the_weights_that_we_export_alone(tmp_path: Path) -> None:
     for export, families in (("one", ["verdict"]), ("other", ["length", "verdict"]), ("plain", [])):
         (tmp_path / export / "model").mkdir(parents=True)

@@ -365,6 +365,51 @@ def test_what_may_be_charged_without_an_answer_counts_towards_the_limit(tmp_path
             assert "endpoint.max_cost=3" in message and 1 <= served.asked.total() < 20, torn
 
 
+def without(*names: str) -> Script:
+    """The answer to its number without these fields."""
+
+    def reply(body: dict, before: int) -> Reply:
+        said = json.loads(says_its_number(body, before).body)
+        return Reply(json.dumps({name: value for name, value in said.items() if name not in names}).encode())
+
+    return reply
+
+
+def test_an_answer_that_tells_no_usage_is_one_and_its_cost_is_unknown_or_the_most_that_it_can_be(
+    tmp_path: Path,
+) -> None:
+    prices = tmp_path / "prices.toml"
+    prices.write_text("[judge-1]\ninput = 1000\noutput = 5000\n")
+    with serving(without("usage", "model")) as served:
+        answers, usage = ask(served, tmp_path / "free")
+        assert [answer.text for answer in answers] == [f"pair {i}" for i in range(4)] and usage.failed_tries == 0
+        assert ask(served, tmp_path / "priced", prices=str(prices))[1].cost is None
+        message = refused(served, tmp_path / "limited", 40, prices=str(prices), max_cost=3.0)
+    assert "endpoint.max_cost=3" in message and 1 <= len(kept_lines(tmp_path / "limited")) < 20
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_log_prob_that_is_no_number_is_not_relied_on(odd: float) -> None:
+    read = module.read_answer(completion("A", {"A": odd, "B": -2.5}).body.decode(), 0.1)
+    assert verdict_odds(read) > 0  # the text decides
+    cut = module.read_answer(completion("A", {"A": -0.1, "B": -math.inf}).body.decode(), 0.1)
+    assert 0 < verdict_odds(cut) < math.inf
+
+
+@pytest.mark.parametrize("setting", ["model=x", "messages=[]", "stream=true", "n=3"])
+def test_what_is_asked_cannot_be_replaced(setting: str) -> None:
+    with pytest.raises(UserError, match="is not free"):
+        request_of(prompts(1)[0], EndpointConfig(model="judge-1", extra=[setting]))
+
+
+@pytest.mark.parametrize("price", ["-5", "nan", "inf"])
+def test_a_price_is_a_number_of_dollars(tmp_path: Path, price: str) -> None:
+    prices = tmp_path / "prices.toml"
+    prices.write_text(f"[judge-1]\ninput = {price}\noutput = 1\n")
+    with pytest.raises(UserError, match="a price is 0 or more"):
+        module.read_price(EndpointConfig(model="judge-1", prices=str(prices)))
+
+
 def test_a_price_is_known_or_asked_for(tmp_path: Path) -> None:
     with serving(says_its_number) as served:
         assert ask(served, tmp_path, 1)[1].cost is None

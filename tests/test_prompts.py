@@ -65,6 +65,15 @@ def test_a_template_of_ones_own_is_read_and_rendered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["{% if reference_answer %}{{answer_a}}{% endif %}{{answer_b}}", "{{answer_a}}{{answer_b[:1]}}"]
+)
+def test_a_template_that_hides_an_answer_of_a_row_is_told(tmp_path: Path, text: str) -> None:
+    template = read_template(write(tmp_path / "mine.toml", "{{prompt}}" + text), "compare")
+    with pytest.raises(UserError, match="mine: hides some of answer_[ab]; no if or filter may cut it"):
+        user(template)
+
+
+@pytest.mark.parametrize(
     ("text", "labels", "more", "protocol", "told"),
     [
         ("{{prompt}} {{answer_a}}", '["A", "B"]', "", "compare", r"names no \{\{ answer_b \}\}"),
@@ -74,6 +83,9 @@ def test_a_template_of_ones_own_is_read_and_rendered(tmp_path: Path) -> None:
         ("{{answer_a}}{{answer_b}}", '["A", "C"]', "", "compare", r'they must be \["A", "B"\]'),
         ("{{answer}}", '["good", "bad"]', "", "rate", "numbers, or some are `passing`"),
         ("{{answer}}", '["good", "bad"]', 'passing = ["great"]', "rate", "numbers, or some are `passing`"),
+        ("{{answer}}", '["good", "ok", "bad"]', 'passing = ["good", "okay"]', "rate", "some are `passing`"),
+        ("{{answer}}", '["1", "2", "2"]', "", "rate", "labels are"),
+        ("{{answer_a}}{{answer_b}}", '"AB"', "", "compare", "must be TOML with"),
         ("{{answer}}", '["1"]', "", "rate", "labels are"),
         ("{{answer}}", '["-1", "1"]', "", "rate", "labels are"),
         ("{{answer}}", '["1", "2"]', "rubric = 1", "rate", "the key rubric; allowed are labels"),

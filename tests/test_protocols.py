@@ -179,7 +179,9 @@ def judge(data: Path, *more: str) -> tuple[int, dict]:
 
 
 @pytest.mark.parametrize(("protocol", "n"), [("choose", 8), ("rate", 10), ("ties", 2)])
-def test_a_local_model_judges_by_every_protocol(data: Path, protocol: str, n: int) -> None:
+def test_a_local_model_judges_by_every_protocol(
+    data: Path, capsys: pytest.CaptureFixture[str], protocol: str, n: int
+) -> None:
     code, results = judge(data, "model.path=tiny-random", f"judge.protocol={protocol}", "dtype=fp32")
     assert code == 0 and results["judge"]["tiny-random"]["n"] == n and results["protocol"] == protocol
     summary = results["judge"]["tiny-random"]
@@ -187,6 +189,11 @@ def test_a_local_model_judges_by_every_protocol(data: Path, protocol: str, n: in
     assert results["answers"] == {"choose": 8, "rate": 8 * 4 + 3 + 4, "ties": 3 + 4}[protocol]
     report = (write_report([data.parent / "runs" / "judge" / "latest"]) / "report.md").read_text()
     assert "Verdicts in both orders" not in report and "## Calibration" not in report
+    chance = 25 if protocol == "choose" else 50
+    assert f"chance has {chance} %" in report and f"accuracy contains {chance} %" in report
+    assert "always says A" not in report and "says A" not in capsys.readouterr().out
+    assert (re.search(r"\| kappa +\| +- \|", report) is not None) == (protocol == "choose")
+    assert "A score of fewer than 100 groups of rows has no interval." in report
     figures = results["benchmark"]["figures"]
     assert ("Ties" in figures) == (protocol != "choose") and -0.01 <= figures["score"] <= 1.01
     assert f"| score | {100 * figures['score']:.1f} % |" in re.sub(" +", " ", report)
@@ -266,6 +273,24 @@ def test_the_report_puts_best_of_four_and_ties_together(data: Path) -> None:
     report = (write_report(runs) / "report.md").read_text()
     best, ties = (json.loads((run / "results.json").read_text())["benchmark"]["figures"]["score"] for run in runs)
     assert f"| tiny-random | {100 * (best + ties) / 2:.1f} % |" in re.sub(" +", " ", report)
+
+
+def test_a_best_of_four_asked_otherwise_than_ties_is_not_put_together_with_them(data: Path) -> None:
+    rows = list(read_rows(data))
+    mixed = data.with_name("mixed.jsonl")
+    write_rows(mixed, [*rows, replace(rows[0], id="no tie", subset="Ties")])
+    blind = ("judge.sighted=false", "judge.template=study_blind")
+    for best, asked in ((data, blind), (mixed, ())):
+        runs = []
+        for path, settings in ((best, ("judge.protocol=choose",)), (data, ("judge.protocol=ties", *asked[:1]))):
+            judge(path, "model.path=tiny-random", *settings, "dtype=fp32")
+            runs.append((data.parent / "runs" / "judge" / "latest").resolve())
+        assert "its six subsets" not in (write_report(runs) / "report.md").read_text()
+
+
+def test_a_number_of_rows_to_train_on_is_no_number_to_judge(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert judge(data, "model.path=tiny-random", "data.rows=2")[0] == 2
+    assert "data.rows=2: chooses rows to train on; judge.rows chooses those to judge" in capsys.readouterr().err
 
 
 def test_a_best_of_four_is_compared_with_no_verdict_on_a_pair(data: Path) -> None:

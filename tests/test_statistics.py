@@ -198,6 +198,7 @@ def test_minimum_detectable_difference_gives_the_published_sizes() -> None:
     assert round(100 * detectable(297, 0.2)) == 7
     assert round(100 * detectable(1865, 0.2)) == 3
     assert detectable(100, 0.0) == 0.0
+    assert detectable(100, 0.05) == 0.0 < detectable(100, 0.06)  # five groups flipped give p = 2 / 2^5 at least
 
 
 def test_four_copies_of_a_pair_detect_no_more_than_one() -> None:

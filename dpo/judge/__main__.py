@@ -196,7 +196,7 @@ def run(config: Config) -> Path:
     if judged.spent and judged.attacked:
         results["endpoint_with_attacks"] = asdict(judged.spent)
     write_json(folder / "results.json", results)
-    print(told(folder, judged, summary, benchmark, attacks))
+    print(told(folder, judged, summary, benchmark, attacks, config.judge.protocol == "compare"))
     return folder
 
 
@@ -213,22 +213,25 @@ def write_answers(path: Path, judged: Judged) -> None:
 
 
 def told(
-    folder: Path, judged: Judged, summary: Summary, benchmark: Benchmark | None, attacks: Sequence[Success]
+    folder: Path, judged: Judged, summary: Summary, own: Benchmark | None, attacks: Sequence[Success], ordered: bool
 ) -> str:
     """The figures in a few lines."""
     averaged = percent(summary["averaged_accuracy"], summary["averaged_interval"])
     consistent = percent(summary["accuracy"], summary["accuracy_interval"])
+    says_a = f"; says A {100 * summary['raw_a_rate']:.0f} %" * ordered
     lines = [
         f"{judged.judge}: order-averaged accuracy {averaged}, consistent {consistent}; {summary['n']:,} pairs, "
-        f"{summary['ties']:,} ties, {summary['invalid']:,} invalid; says A {100 * summary['raw_a_rate']:.0f} %"
+        f"{summary['ties']:,} ties, {summary['invalid']:,} invalid{says_a}"
     ]
-    if benchmark:
-        of = ((key, share, benchmark["intervals"].get(key)) for key, share in benchmark["figures"].items())
+    if own:
+        of = ((key, share, own["intervals"].get(key)) for key, share in own["figures"].items())
         told = (f"{key} {100 * x:.1f}" + (f" [{100 * i[0]:.1f}, {100 * i[1]:.1f}]" if i else "") for key, x, i in of)
-        lines.append(f"{benchmark['name']}, its own score: {', '.join(told)}")
+        lines.append(f"{own['name']}, its own score: {', '.join(told)}")
     if attacks:
         shares = ", ".join(f"{one['attack']} {100 * one['wins'] / one['n']:.1f} %" for one in attacks)
         lines.append(f"of answers that lose clean, so many win when attacked: {shares}")
+    elif judged.attacked:
+        lines.append("attacks: no answer loses clean, so that none could win")
     if usage := judged.usage:
         lines.append(f"{len(judged.answers):,} answers: {_spent(usage)}")
     if judged.spent and judged.attacked:
@@ -237,7 +240,7 @@ def told(
 
 
 def _spent(usage: Usage) -> str:
-    cost = "no price known" if usage.cost is None else f"{usage.cost:.4f} dollars"
+    cost = "cost unknown" if usage.cost is None else f"{usage.cost:.4f} dollars"
     return (
         f"{usage.found:,} kept from before, {usage.unanswered:,} never had, {usage.failed_tries:,} failed tries; "
         f"{usage.prompt_tokens:,} + {usage.completion_tokens:,} tokens, {cost}"
@@ -249,7 +252,10 @@ def main(argv: list[str]) -> int:
     named = any(argument.startswith("exp=") for argument in argv)
 
     def command() -> None:
-        run(load_config(argv if named else ["exp=judge", *argv]))
+        config = load_config(argv if named else ["exp=judge", *argv])
+        if config.judge.split == "all" and (given := [word for word in argv if word.startswith("data.rows=")]):
+            raise UserError(f"{given[-1]}: chooses rows to train on; judge.rows chooses those to judge")
+        run(config)
 
     stopped = "no run folder is written; what was answered or written is kept, and the same command goes on"
     return exit_code(command, argv, f"{USAGE}\n{help_text()}", stopped)

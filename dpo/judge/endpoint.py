@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import random
 import re
@@ -152,6 +153,8 @@ def request_of(prompt: Prompt, config: EndpointConfig) -> Request:
         name, equals, value = setting.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"endpoint.extra = {setting!r}: must be NAME=VALUE, e.g. reasoning_effort=low")
+        if name in ("model", "messages", "stream", "n"):
+            raise UserError(f"endpoint.extra = {setting!r}: {name} is not free: one answer, to our question, at once")
         try:
             request[name] = json.loads(value)
         except (ValueError, RecursionError):
@@ -247,7 +250,9 @@ class _Job:
         usage.prompt_tokens += answer.prompt_tokens
         usage.completion_tokens += answer.completion_tokens
         if usage.price is not None and usage.cost is not None:
+            told = answer.prompt_tokens or failed or self.config.max_cost
             usage.cost += _cost(usage.price, answer.prompt_tokens, answer.completion_tokens)
+            usage.cost = usage.cost if told else None
         if failed or not self.in_form(answer):
             self.invalid += 1
             self.example = answer.text if failed else f"{answer.finish}: {show(answer.text)}"
@@ -291,7 +296,10 @@ def read_price(config: EndpointConfig) -> tuple[float, float] | None:
         table = tomllib.loads(text)
         if config.model not in table and not config.max_cost:
             return None
-        return float(table[config.model]["input"]) / 1e6, float(table[config.model]["output"]) / 1e6
+        price = float(table[config.model]["input"]) / 1e6, float(table[config.model]["output"]) / 1e6
+        if not all(0 <= dollars < math.inf for dollars in price):
+            raise ValueError("a price is 0 or more")
+        return price
     except (ValueError, TypeError, LookupError) as error:
         fault = error if isinstance(error, ValueError) else "it has no such entry, or not both"
         raise UserError(
@@ -350,7 +358,10 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job, worker: in
         job.resume_at = max(job.resume_at, time.monotonic() + asked_s)
         if status == 200:
             try:
-                return read_answer(text, time.perf_counter() - begin)
+                answer = read_answer(text, time.perf_counter() - begin)
+                if not answer.prompt_tokens and job.usage.cost is not None:  # it tells no usage: the most that it costs
+                    job.usage.cost += job.reserved.pop(worker, 0.0)
+                return answer
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 text = f"no chat completion ({error!r}): {show(text)}"
         if status in (200, TIMED_OUT, LOST) and job.usage.cost is not None:  # no answer was had, and it may be charged
@@ -414,11 +425,12 @@ def read_answer(text: str, time_s: float) -> Answer:
     """A chat completion as an Answer; ValueError, TypeError, LookupError or AttributeError where it is none."""
     said = json.loads(text)
     choice = said["choices"][0]
-    message, usage = choice["message"], said["usage"]
+    message, usage = choice["message"], said.get("usage") or {}
     content = message["content"]
     tokens = []
     for token in (choice.get("logprobs") or {}).get("content") or ():
-        top = {str(one["token"]): max(LEAST_LOG_P, float(one["logprob"])) for one in token.get("top_logprobs") or ()}
+        told = ((str(one["token"]), float(one["logprob"])) for one in token.get("top_logprobs") or ())
+        top = {word: max(LEAST_LOG_P, logp) for word, logp in told if logp < math.inf}  # nor NaN: not to be relied on
         tokens.append((str(token["token"]), top))
     if content is not None and not isinstance(content, str):
         raise ValueError(f"content is {show(content)}")
@@ -426,9 +438,9 @@ def read_answer(text: str, time_s: float) -> Answer:
         content or str(message.get("refusal") or ""),
         str(choice["finish_reason"]),
         tuple(tokens),
-        prompt_tokens=int(usage["prompt_tokens"]),
-        completion_tokens=int(usage["completion_tokens"]),
-        model=str(said["model"]),
+        prompt_tokens=int(usage.get("prompt_tokens") or 0),
+        completion_tokens=int(usage.get("completion_tokens") or 0),
+        model=str(said.get("model") or ""),
         time_s=time_s,
     )
 

@@ -69,7 +69,10 @@ def read_template(name: str, protocol: str) -> Template:
     try:
         said = tomllib.loads(read_text(path))
         system, user = (str(said.pop(key)).removeprefix("\n") for key in ("system", "user"))
-        labels, passing = ([str(label) for label in said.pop(key, ())] for key in ("labels", "passing"))
+        lists = [said.pop(key, []) for key in ("labels", "passing")]
+        if not all(isinstance(one, list) for one in lists):
+            raise TypeError("labels and passing are lists")
+        labels, passing = ([str(label) for label in one] for one in lists)
         template = Template(path.stem, tuple(labels), system, user, tuple(passing))
         named = columns(template)
     except (tomllib.TOMLDecodeError, LookupError, TypeError) as error:
@@ -91,8 +94,8 @@ def read_template(name: str, protocol: str) -> Template:
     wanted = {
         "compare": (labels == ["A", "B"], '["A", "B"]'),
         "choose": (labels == ["A", "B", "C", "D"], '["A", "B", "C", "D"]'),
-    }.get(protocol, (numbers or 0 < len(set(passing) & set(labels)) < len(labels), "numbers, or some are `passing`"))
-    if len(set(labels)) < 2 or not wanted[0]:
+    }.get(protocol, (numbers if not passing else {*passing} < {*labels}, "numbers, or some are `passing`"))
+    if len(labels) < 2 or len(set(labels)) < len(labels) or not wanted[0]:
         raise UserError(f"{where}: labels are {show(labels)}; with judge.protocol={protocol} they must be {wanted[1]}")
     return template
 
@@ -144,15 +147,16 @@ def judge_messages(
     given = {column: TURN_MARK.sub(r"\1 ", text) for column, text in given.items()}
     given["fence"] = fence(given.values())
     try:
-        return (
-            {"role": "system", "content": _compiled(template.system).render(given)},
-            {"role": "user", "content": _compiled(template.user).render(given)},
-        )
+        system, user = (_compiled(text).render(given) for text in (template.system, template.user))
     except jinja2.TemplateError as error:
         raise UserError(
             f"judge.template={template.name}: {error}, for this row has none or judge.sighted=false hides it; write it "
             "within {% if prompt %} or {% if reference_answer %}"
         ) from error
+    for column in slot_columns(len(answers)):
+        if given[column].strip() not in system + user:
+            raise UserError(f"judge.template={template.name}: hides some of {column}; no if or filter may cut it")
+    return {"role": "system", "content": system}, {"role": "user", "content": user}
 
 
 # ---- the questions of a row

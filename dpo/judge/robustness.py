@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
-from dpo.judge.statistics import Verdict, share_interval
+from dpo.judge.statistics import Verdict, gives_odds, share_interval
 from dpo.rows import Row, Rows
 
 # ---- how often attacks succeed
@@ -49,7 +49,8 @@ def successes(
 ) -> list[Success]:
     """The judge under each attack, and all of them together, by its clean verdicts and those of `under_attack`.
 
-    "position" needs the clean ones alone. `seen`: the families that training saw, None where that is not known.
+    "position" needs the clean ones alone, and log-odds in two orders: of letters none that flips loses. `seen`: the
+    families that training saw, None where that is not known.
     """
     losing = [one for one in judged[judge] if one.first > one.second]
     known = seen or ()
@@ -63,7 +64,8 @@ def successes(
     families = list(won)
     for name, saw in ((ALL_SEEN, True), ("all others" if known else "all", False)):
         won[name] = [one for family in families if (family in known) is saw for one in won[family]]
-    won["position"] = [(one.first < 0 or one.second > 0, one.group) for one in losing]
+    if gives_odds(judged[judge]) and any(one.first != -one.second for one in losing):
+        won["position"] = [(one.first < 0 or one.second > 0, one.group) for one in losing]
     return [
         Success(
             judge=judge,

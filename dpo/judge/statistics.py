@@ -28,6 +28,7 @@ from dpo.judge.calibration import (
     selective_accuracy,
 )
 
+LEAST_TO_SHOW = 6  # groups that must differ for a p below 5 %
 BLOCK = 100  # flips or resamples drawn at once: a [BLOCK, G] array stays small whatever G is
 Values = Sequence[float] | Floats
 
@@ -118,6 +119,12 @@ def log_odds(verdicts: Sequence[Verdict]) -> tuple[Floats, Floats]:
     first_R, second_R = np.array([(verdict.first, verdict.second) for verdict in verdicts]).reshape(-1, 2).T
     assert not (np.isinf(first_R).any() or np.isinf(second_R).any()), "a verdict's log-odds must be finite, or NaN"
     return first_R, second_R
+
+
+def gives_odds(verdicts: Sequence[Verdict]) -> bool:
+    """Whether any is more than a letter alone, which is 1, 0 or -1."""
+    sides = np.abs(log_odds(verdicts))
+    return not np.isin(sides[~np.isnan(sides)], [0.0, 1.0]).all()
 
 
 def outcomes(verdicts: Sequence[Verdict]) -> NDArray[np.str_]:
@@ -364,9 +371,12 @@ def minimum_detectable_difference(differences: Values, groups: Sequence[str]) ->
     """The smallest true difference of means that such differences show four times in five, at a two-sided 5 %.
 
     d = z sqrt(v / (1 + z^2 / G)), z = z_.975 + z_.8, v = sum_G (a group's sum)^2 / R^2: d = z SE (Miller 2411.00640)
-    with SE^2 = v - d^2 / G, by group, solved for d. Where no pair differs it is 0: that can never show anything.
+    with SE^2 = v - d^2 / G, by group, solved for d. It is 0 where fewer than LEAST_TO_SHOW differ: that can
+    never show anything.
     """
     sum_G, count_G = _group_sums(differences, groups)
+    if np.count_nonzero(sum_G) < LEAST_TO_SHOW:
+        return 0.0
     z = NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)
     return z * math.sqrt(float(sum_G @ sum_G) / float(count_G.sum()) ** 2 / (1 + z * z / len(sum_G)))
 
@@ -426,8 +436,7 @@ def summarise(verdicts: Sequence[Verdict], seed: int = 0, *, odds: bool = True) 
     log-probs; where all are 1, 0 or -1, letters alone, they are not.
     """
     assert verdicts, "a summary is of at least one verdict"
-    sides = np.abs(log_odds(verdicts))
-    odds = odds and not np.isin(sides[~np.isnan(sides)], [0.0, 1.0]).all()
+    odds = odds and gives_odds(verdicts)
     names = sorted({verdict.subset for verdict in verdicts})
     subsets = {name: _figures([v for v in verdicts if v.subset == name], seed, odds) for name in names}
     return {**_figures(verdicts, seed, odds), "subsets": subsets}
