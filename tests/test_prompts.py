@@ -73,6 +73,13 @@ def test_a_template_that_hides_an_answer_of_a_row_is_told(tmp_path: Path, text: 
         user(template)
 
 
+@pytest.mark.parametrize("text", ["{{answer_a + 1}}", "{{answer_a | truncate(2)}}", "{{1 / 0}}"])
+def test_a_template_whose_expression_fails_is_told(tmp_path: Path, text: str) -> None:
+    template = read_template(write(tmp_path / "mine.toml", "{{prompt}}{{answer_a}}{{answer_b}}" + text), "compare")
+    with pytest.raises(UserError, match="mine: cannot be filled in: "):
+        user(template)
+
+
 @pytest.mark.parametrize(
     ("text", "labels", "more", "protocol", "told"),
     [

@@ -153,6 +153,8 @@ def judge_messages(
             f"judge.template={template.name}: {error}, for this row has none or judge.sighted=false hides it; write it "
             "within {% if prompt %} or {% if reference_answer %}"
         ) from error
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:  # of its own expressions
+        raise UserError(f"judge.template={template.name}: cannot be filled in: {error!r}; mend what it does") from error
     for column in slot_columns(len(answers)):
         if given[column].strip() not in system + user:
             raise UserError(f"judge.template={template.name}: hides some of {column}; no if or filter may cut it")
