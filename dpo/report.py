@@ -120,6 +120,7 @@ def _lead(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[str]:
 
 def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Block]:
     of = [judge.summary for judge in judges]
+    kappa = ["-" if j.chance < 0.5 else _known(j.summary["kappa"], _interval(j.summary, "kappa")) for j in judges]
     figures = [
         ("judge", *(judge.name for judge in judges)),
         ("judged pairs", *(f"{j['n']:,}" for j in of)),
@@ -130,7 +131,7 @@ def _verdicts(judges: Sequence[Judge], compared: Sequence[Compared]) -> list[Blo
         ("says A", *(_of_orders(j, "raw_a_rate") for j in judges)),
         ("a tie counts one half", *(percent(j["tie_half_accuracy"], j["tie_half_interval"]) for j in of)),
         ("of decided pairs", *(percent(j["decided_accuracy"], j["decided_interval"]) for j in of)),
-        ("kappa", *(_kappa(j) for j in judges)),
+        ("kappa", *kappa),
         ("Brier score", *(_known(j["brier"], _interval(j, "brier")) for j in of)),
         ("calibration error", *(_known(j["calibration_error"]) for j in of)),
     ]
@@ -159,12 +160,6 @@ def _of_orders(judge: Judge, key: Literal["position_consistency", "raw_a_rate"])
     return percent(judge.summary[key], _interval(judge.summary, key)) if judge.ordered else "-"
 
 
-def _kappa(judge: Judge) -> str:
-    """Not of `choose`, where chance agrees less often than with two classes."""
-    of = judge.summary
-    return _known(of["kappa"], _interval(of, "kappa")) if judge.chance == 0.5 else "-"
-
-
 def _known(figure: float | None, interval: Sequence[float] = ()) -> str:
     ends = ", ".join(f"{end:.3f}" for end in interval)
     return "-" if figure is None else f"{figure:.3f}" + (f" [{ends}]" if ends else "")
@@ -191,7 +186,7 @@ def _by_subset(judges: Sequence[Judge], whose: str, tests: Mapping[str, PairedTe
         rows.append((subset, f"{last['n']:,}", *averaged, *consistent, what if subset in of[-1] else "", *moved))
         if all(there):
             shares[f"{subset} ({last['n']:,})"] = [(j["averaged_accuracy"], j["averaged_interval"]) for j in there if j]
-    meaning = f"At chance: the interval of {names[-1]}'s order-averaged accuracy contains {100 * chance:.0f} %."
+    meaning = f"At chance: {names[-1]}'s interval, invalid verdicts as guesses, holds {100 * chance:.0f} %."
     meaning += f" {whose}: on the pairs that both judged; p is corrected by Holm over the subsets." * bool(tests)
     title = "Order-averaged accuracy by subset"
     drawn = [Plot("subsets", title, bars(title, shares, names))] if shares else []

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from dpo.config import EndpointConfig
-from dpo.judge.benchmarks import Benchmark, six_subsets
+from dpo.judge.benchmarks import MOST_ROWS, Benchmark, six_subsets
 from dpo.judge.calibration import LEAST_CLUSTERS
 from dpo.judge.endpoint import read_price
 from dpo.judge.protocols import PROTOCOLS
@@ -30,7 +30,8 @@ def benchmarks(judges: Sequence[Judge]) -> list[Block]:
         rows += [(key, *(_share(benchmark, key) for _, benchmark in of)) for key in keys]
         tables.append(Table(f"{name}: its own score", rows))
     if any(not benchmark["intervals"] for _, benchmark in found):
-        tables.append(Text("paragraph", f"A score of fewer than {LEAST_CLUSTERS} groups of rows has no interval."))
+        why = f"fewer than {LEAST_CLUSTERS} groups of rows, more than {MOST_ROWS:,} rows, or a score that no row moves"
+        tables.append(Text("paragraph", f"No interval: {why}."))
 
     def way(judge: Judge) -> tuple[str, bool, bool]:
         asked = judge.run.config.judge

@@ -385,6 +385,9 @@ def test_an_answer_that_tells_no_usage_is_one_and_its_cost_is_unknown_or_the_mos
         assert [answer.text for answer in answers] == [f"pair {i}" for i in range(4)] and usage.failed_tries == 0
         assert ask(served, tmp_path / "priced", prices=str(prices))[1].cost is None
         message = refused(served, tmp_path / "limited", 40, prices=str(prices), max_cost=3.0)
+        asked = served.asked.total()
+        assert "endpoint.max_cost=3" in refused(served, tmp_path / "limited", 40, prices=str(prices), max_cost=3.0)
+        assert served.asked.total() == asked  # what is kept counts the next time, too
     assert "endpoint.max_cost=3" in message and 1 <= len(kept_lines(tmp_path / "limited")) < 20
 
 

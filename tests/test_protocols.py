@@ -190,10 +190,10 @@ def test_a_local_model_judges_by_every_protocol(
     report = (write_report([data.parent / "runs" / "judge" / "latest"]) / "report.md").read_text()
     assert "Verdicts in both orders" not in report and "## Calibration" not in report
     chance = 25 if protocol == "choose" else 50
-    assert f"chance has {chance} %" in report and f"accuracy contains {chance} %" in report
+    assert f"chance has {chance} %" in report and f"invalid verdicts as guesses, holds {chance} %" in report
     assert "always says A" not in report and "says A" not in capsys.readouterr().out
     assert (re.search(r"\| kappa +\| +- \|", report) is not None) == (protocol == "choose")
-    assert "A score of fewer than 100 groups of rows has no interval." in report
+    assert "No interval: fewer than 100 groups of rows" in report
     figures = results["benchmark"]["figures"]
     assert ("Ties" in figures) == (protocol != "choose") and -0.01 <= figures["score"] <= 1.01
     assert f"| score | {100 * figures['score']:.1f} % |" in re.sub(" +", " ", report)

@@ -19,7 +19,7 @@ LIBRARIES = {"torch", "safetensors", "tokenizers", "numpy", "pydantic", "jinja2"
 LIBRARIES |= {"matplotlib", "wandb", "gguf", "triton", "openai", "huggingface_hub"}
 CORE = ("losses", "pairs", "logprobs", "reference", "packing", "step", "loop")
 # Of the product, about 3,000 are kernels and what certifies them without a GPU (static, roofline, bench).
-PRODUCT_LINES, CORE_LINES, FILE_LINES = 20_234, 1500, 500
+PRODUCT_LINES, CORE_LINES, FILE_LINES = 20_233, 1500, 500
 
 PRODUCT = sorted(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.toml"))

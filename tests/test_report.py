@@ -270,6 +270,17 @@ def test_subsets_at_chance_are_marked_by_the_interval_that_is_shown(run_folder: 
         assert (low <= 50 <= high) == (row[-1] == "at chance")
 
 
+def test_a_subset_is_not_below_chance_for_verdicts_that_cannot_be_read(tmp_path: Path) -> None:
+    results = results_of_a_run()
+    math_now = results["judge"]["trained"]["subsets"]["Math"] | {"averaged_interval": [0.2, 0.4]}
+    for invalid, said in ((0, "below chance"), (math_now["n"] // 2, "at chance")):
+        results["judge"]["trained"]["subsets"]["Math"] = math_now | {"invalid": invalid}
+        write_report([write_run(tmp_path / str(invalid), results, log={"plots": False})])
+        assert [row[-1] for row in html_page(tmp_path / str(invalid)).rows if row[0] == "Math" and len(row) == 7] == [
+            said
+        ]
+
+
 def test_figures_of_results_from_before_their_intervals_stand_without_these(tmp_path: Path) -> None:
     results = results_of_a_run()
     del results["judge"]["trained"]["intervals"]

@@ -22,7 +22,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -250,9 +250,8 @@ class _Job:
         usage.prompt_tokens += answer.prompt_tokens
         usage.completion_tokens += answer.completion_tokens
         if usage.price is not None and usage.cost is not None:
-            told = answer.prompt_tokens or failed or self.config.max_cost
             usage.cost += _cost(usage.price, answer.prompt_tokens, answer.completion_tokens)
-            usage.cost = usage.cost if told else None
+            usage.cost = usage.cost if answer.prompt_tokens or failed else None
         if failed or not self.in_form(answer):
             self.invalid += 1
             self.example = answer.text if failed else f"{answer.finish}: {show(answer.text)}"
@@ -263,10 +262,8 @@ class _Job:
         """Reserves what the request can cost at most; stops the job where that is too much with nothing under way."""
         if not self.config.max_cost or self.usage.price is None or self.usage.cost is None:
             return True
-        prompt = cast("list[Message]", request["messages"])
-        most_prompt = sum(len(message["content"].encode()) for message in prompt) + TEMPLATE_TOKENS
-        most_answer = request.get("max_completion_tokens", request.get("max_tokens"))
-        if not isinstance(most_answer, int):
+        most_prompt, most_answer = _most_tokens(request)
+        if most_answer < 0:
             self.stop = "endpoint.max_cost: needs a limit of tokens in the request; see max_tokens in endpoint.extra"
             return False
         bound = _cost(self.usage.price, most_prompt, most_answer)
@@ -306,6 +303,14 @@ def read_price(config: EndpointConfig) -> tuple[float, float] | None:
             f'endpoint.prices={path}: must be TOML that has ["{config.model}"] with input and output, in dollars '
             f"per million tokens, for endpoint.max_cost to hold: {fault}; write such a file and name it there"
         ) from None
+
+
+def _most_tokens(request: Request) -> tuple[int, int]:
+    """Of prompt and answer, at most; -1 of an answer without a limit."""
+    prompt = cast("list[Message]", request["messages"])
+    most_answer = request.get("max_completion_tokens", request.get("max_tokens"))
+    most_prompt = sum(len(message["content"].encode()) for message in prompt) + TEMPLATE_TOKENS
+    return most_prompt, most_answer if isinstance(most_answer, int) else -1
 
 
 def _cost(price: tuple[float, float], prompt_tokens: int, completion_tokens: int) -> float:
@@ -359,9 +364,10 @@ async def _answer(client: "AsyncOpenAI", request: Request, job: _Job, worker: in
         if status == 200:
             try:
                 answer = read_answer(text, time.perf_counter() - begin)
-                if not answer.prompt_tokens and job.usage.cost is not None:  # it tells no usage: the most that it costs
-                    job.usage.cost += job.reserved.pop(worker, 0.0)
-                return answer
+                if answer.prompt_tokens or not config.max_cost:
+                    return answer
+                most_prompt, most_answer = _most_tokens(request)  # it tells no usage
+                return replace(answer, prompt_tokens=most_prompt, completion_tokens=most_answer)
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 text = f"no chat completion ({error!r}): {show(text)}"
         if status in (200, TIMED_OUT, LOST) and job.usage.cost is not None:  # no answer was had, and it may be charged

@@ -69,10 +69,7 @@ def read_template(name: str, protocol: str) -> Template:
     try:
         said = tomllib.loads(read_text(path))
         system, user = (str(said.pop(key)).removeprefix("\n") for key in ("system", "user"))
-        lists = [said.pop(key, []) for key in ("labels", "passing")]
-        if not all(isinstance(one, list) for one in lists):
-            raise TypeError("labels and passing are lists")
-        labels, passing = ([str(label) for label in one] for one in lists)
+        labels, passing = ([str(label) for label in [] + said.pop(key, [])] for key in ("labels", "passing"))
         template = Template(path.stem, tuple(labels), system, user, tuple(passing))
         named = columns(template)
     except (tomllib.TOMLDecodeError, LookupError, TypeError) as error:
